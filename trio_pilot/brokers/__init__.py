@@ -1,0 +1,138 @@
+"""What a pilot asks of a message broker; one module per broker does it.
+
+A `Source` hands out deliveries and settles them; a `Sink` sends, and returns once the broker has confirmed. Both connect in
+the background from the moment they are opened, and outlive every task, so that a task being killed can still settle.
+"""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+
+class Settlement(Enum):
+    """What becomes of an event, by cause."""
+
+    ACK = "ack"  # done: its output is confirmed, or there was none
+    RELEASE = "release"  # the pilot or its node could not do it: back to the queue, uncounted where the broker can
+    REJECT = "reject"  # the event failed: back to the queue, counted
+    DEAD_LETTER = "dead letter"  # the event failed for the last time: set aside with its reason
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Delivery:
+    """An event, as one delivery of it: to be settled once, at its source."""
+
+    source: "Source"
+    queue: str
+    body: bytes = field(repr=False)
+    message_id: str
+    attempt: int  # which try this is, from 1, as far as the broker counts
+    tag: Any = field(repr=False)  # the broker's own name for this delivery
+
+
+class Consumer(Protocol):
+    """Takes deliveries from one queue, one at a time, when asked."""
+
+    @property
+    def listening_since(self) -> float:
+        """When it began to listen without a break (trio time); infinite while it cannot listen."""
+
+    async def take(self) -> Delivery | None:
+        """Take a delivery if there is one. A cancelled `take` has taken nothing."""
+
+    async def wait(self) -> None:
+        """Wait until `take` may give a delivery, or `listening_since` has changed. Ends early rather than late."""
+
+
+class Source(Protocol):
+    """An incoming queue."""
+
+    async def ready(self) -> None:
+        """Wait until the queue was found, or raise BrokerError."""
+
+    def consume(self, prefetch: int) -> AbstractAsyncContextManager[Consumer]:
+        """Listen to the queue, with up to `prefetch` deliveries unsettled; at the end give back what was not taken."""
+
+    async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "") -> None:
+        """Settle a delivery. Raises DeliveryLostError when the broker has taken it back."""
+
+
+class Sink(Protocol):
+    """An outgoing queue."""
+
+    async def ready(self) -> None:
+        """Wait until the queue was found, or raise BrokerError."""
+
+    async def send(self, body: bytes, message_id: str) -> None:
+        """Send a message, and return once the broker has it for good.
+
+        A lost connection is waited out. Cancelled, the message may have been sent or not.
+
+        Raises:
+            PublishRefusedError: the broker will not have this message.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class QueueAddress:
+    """Where a queue is: its name, the kind of its broker, the broker's address, and the token that opens it."""
+
+    queue: str
+    broker: str
+    address: str
+    token: str = field(default="", repr=False)
+
+
+class Patience(Protocol):
+    """Says whether a broker that has been away for `seconds` is to be waited for any longer."""
+
+    def __call__(self, seconds: float) -> bool:
+        """Tell whether to go on waiting."""
+
+
+@asynccontextmanager
+async def open_sources(addresses: Sequence[QueueAddress], patience: Patience) -> AsyncIterator[list[Source]]:
+    """Open the incoming queues; they connect in the background."""
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(open_source(address, patience)) for address in addresses]
+
+
+@asynccontextmanager
+async def open_sinks(addresses: Sequence[QueueAddress], patience: Patience) -> AsyncIterator[list[Sink]]:
+    """Open the outgoing queues; they connect in the background."""
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(open_sink(address, patience)) for address in addresses]
+
+
+def open_source(address: QueueAddress, patience: Patience) -> AbstractAsyncContextManager[Source]:
+    """Open one incoming queue at the broker it names."""
+    if address.broker == "local":
+        from trio_pilot.brokers import local
+
+        return local.open_source(address)
+    from trio_pilot.brokers import rabbitmq
+
+    return rabbitmq.open_source(address, patience)
+
+
+def open_sink(address: QueueAddress, patience: Patience) -> AbstractAsyncContextManager[Sink]:
+    """Open one outgoing queue at the broker it names."""
+    if address.broker == "local":
+        from trio_pilot.brokers import local
+
+        return local.open_sink(address)
+    from trio_pilot.brokers import rabbitmq
+
+    return rabbitmq.open_sink(address, patience)
+
+
+def dead_letter_queue(queue: str) -> str:
+    """Name the queue in which the dead letters of `queue` are set aside."""
+    return f"{queue}.dead-letters"
+
+
+def dead_letter_headers(delivery: Delivery, reason: str) -> Mapping[str, str | int]:
+    """Say of a dead letter why it is one."""
+    return {"x-trio-pilot-reason": reason, "x-trio-pilot-attempts": delivery.attempt}

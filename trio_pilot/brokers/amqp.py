@@ -1,0 +1,366 @@
+"""AMQP by pika, awaitable from Trio. Nothing else imports pika.
+
+A connection has a thread that runs pika's I/O loop from connect to close, so that heartbeats never wait for a task. Trio
+reaches it through `add_callback_threadsafe`, it reaches Trio through `TrioToken.run_sync_soon`, and what one asks the other
+is a `_Reply`. A channel that the server closes raises nothing in pika: here it fails every reply that is outstanding.
+"""
+
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pika
+import pika.exceptions
+import trio
+
+from trio_pilot.errors import BrokerError
+
+CONNECT_TIMEOUT = 15.0  # seconds for TCP, TLS and the AMQP handshake together
+ANSWER_TIMEOUT = 30.0  # seconds for the server to answer a declare or a consume: a quorum queue elects a leader first
+CLOSE_TIMEOUT = 3.0  # seconds for the server to confirm a close; after that the socket is just closed
+
+# Reply codes of AMQP 0-9-1, "Constants".
+NO_ROUTE = 312
+ACCESS_REFUSED = 403
+NOT_FOUND = 404
+PRECONDITION_FAILED = 406
+NOT_ALLOWED = 530
+
+PERSISTENT = 2
+
+
+class ConnectError(Exception):
+    """A connection could not be made; another try may do better."""
+
+
+class ClosedError(Exception):
+    """A channel is closed: by the server, for the reason that `code` says, or with its connection (`code` 0)."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a broker is, and who we are to it. No user and no password means guest/guest."""
+
+    host: str
+    port: int | None
+    virtual_host: str
+    user: str
+    password: str = field(repr=False)
+    tls: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A message as the server delivers it."""
+
+    channel: "Channel"
+    tag: int
+    body: bytes
+    message_id: str | None
+    redelivered: bool
+    deliveries: int | None  # how often it was delivered before, where the queue counts
+
+
+class _Reply:
+    """What the connection's thread will tell Trio: a value, or an error."""
+
+    def __init__(self) -> None:
+        self._told = trio.Event()
+        self._value: Any = None
+        self._error: Exception | None = None
+
+    def tell(self, value: Any = None, error: Exception | None = None) -> None:
+        """Answer, on Trio's side; only the first answer counts."""
+        if not self._told.is_set():
+            self._value, self._error = value, error
+            self._told.set()
+
+    async def wait(self) -> Any:
+        """Wait for the answer."""
+        await self._told.wait()
+        if self._error:
+            raise self._error
+        return self._value
+
+
+@asynccontextmanager
+async def connect(address: Address, threads: trio.Nursery) -> AsyncIterator["Connection"]:
+    """Connect, with a thread in the nursery `threads`; close the connection and end the thread on every way out.
+
+    Raises:
+        BrokerError: the server is there and refuses us; another try would do no better.
+        ConnectError: anything else.
+    """
+    connection = Connection(address)
+    threads.start_soon(connection.drive)
+    try:
+        await connection.opened.wait()  # pika gives up after CONNECT_TIMEOUT
+        yield connection
+    finally:
+        connection.hang_up()
+        with trio.CancelScope(shield=True):  # CLOSE_TIMEOUT at the most
+            await connection.ended.wait()
+
+
+class Connection:
+    """One AMQP connection, and the thread that drives it."""
+
+    def __init__(self, address: Address) -> None:
+        self.opened = _Reply()
+        self.ended = trio.Event()
+        self._parameters = _parameters(address)
+        self._trio = trio.lowlevel.current_trio_token()
+        self._pika: pika.SelectConnection | None = None  # while the thread drives it
+        self._hang_up = False
+        self._channels: list[Channel] = []
+
+    async def drive(self) -> None:
+        """Run pika's I/O loop in a thread, until the connection is closed."""
+        try:
+            await trio.to_thread.run_sync(self._drive, limiter=trio.CapacityLimiter(1))
+        finally:
+            self.ended.set()
+
+    async def open_channel(self) -> "Channel":
+        """Open a channel."""
+        reply = _Reply()
+        self.post(lambda: self._open_channel(reply), reply)
+        channel: Channel = await self.answer(reply)
+        return channel
+
+    async def answer(self, reply: _Reply) -> Any:
+        """Wait for an answer of the server; hang up on one that gives none."""
+        with trio.move_on_after(ANSWER_TIMEOUT):
+            return await reply.wait()
+        self.hang_up()
+        raise ClosedError(0, f"the broker has not answered for {ANSWER_TIMEOUT:g} s")
+
+    def hang_up(self) -> None:
+        """Have the thread close the connection and end."""
+        self._hang_up = True
+        if self._pika is not None:
+            self._pika.ioloop.add_callback_threadsafe(self._close)
+
+    def post(self, work: Callable[[], object], reply: _Reply) -> None:
+        """Have `work` done in the thread; with no thread any more, fail the reply."""
+        if self._pika is None:
+            reply.tell(error=ClosedError(0, "the connection is closed"))
+        else:
+            self._pika.ioloop.add_callback_threadsafe(work)
+
+    def tell(self, work: Callable[..., object], *arguments: Any) -> None:
+        """From the thread: have `work` done on Trio's side."""
+        self._trio.run_sync_soon(work, *arguments)
+
+    def _drive(self) -> None:
+        connection = self._pika = pika.SelectConnection(
+            self._parameters,
+            on_open_callback=lambda _: self.tell(self.opened.tell),
+            on_open_error_callback=lambda _, error: self._end(error),
+            on_close_callback=lambda _, error: self._end(error),
+        )
+        if self._hang_up:  # asked before there was anything to ask
+            self._close()
+        try:
+            connection.ioloop.start()
+        except Exception as error:  # pika's own state gone wrong must not end the pilot
+            self._end(error)
+        finally:
+            self._pika = None
+            connection.ioloop.close()
+
+    def _end(self, error: BaseException) -> None:
+        """Take note that the connection is closed, or could not be opened: fail who waits for it, end the thread."""
+        if self._pika is not None:
+            self._pika.ioloop.stop()
+        self.tell(partial(self.opened.tell, error=_translate(error)))
+        for channel in self._channels:
+            channel.end(ClosedError(0, _text(error)))
+
+    def _close(self) -> None:
+        connection = self._pika
+        if connection is None or connection.is_closed or connection.is_closing:
+            return
+        # pika has no deadline for a close, and no public way to hang up on a server that does not answer.
+        connection.ioloop.call_later(CLOSE_TIMEOUT, lambda: connection._adapter_disconnect_stream())
+        connection.close()
+
+    def _open_channel(self, reply: _Reply) -> None:
+        connection = self._pika
+        if connection is None or not connection.is_open:
+            self.tell(partial(reply.tell, error=ClosedError(0, "the connection is closed")))
+            return
+        channel = Channel(self, reply)
+        self._channels.append(channel)
+        channel.attach(connection.channel(on_open_callback=channel.opened))
+
+
+class Channel:
+    """One AMQP channel. Every wait on it ends with ClosedError when the channel does."""
+
+    def __init__(self, connection: Connection, opening: _Reply) -> None:
+        self.connection = connection
+        self.closed = _Reply()
+        self._pika: Any = None
+        self._opening = opening
+        self._waiting: set[_Reply] = {opening, self.closed}  # this and all below is the thread's
+        self._error: ClosedError | None = None
+        self._published = 0
+        self._unconfirmed: dict[int, tuple[str, _Reply]] = {}
+        self._returned: set[str] = set()
+
+    # On Trio's side:
+
+    async def ask(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Call a method of the channel that the server answers, and wait for the answer."""
+
+        def start(reply: _Reply) -> None:
+            getattr(self._pika, method)(*arguments, callback=partial(self._answer, reply), **options)
+
+        return await self.connection.answer(self._post(start))
+
+    async def call(self, method: str, *arguments: Any, **options: Any) -> None:
+        """Call a method of the channel that has no answer, and wait until it is written."""
+
+        def start(reply: _Reply) -> None:
+            getattr(self._pika, method)(*arguments, **options)
+            self._answer(reply)
+
+        await self._post(start).wait()
+
+    async def confirm_publishes(self) -> None:
+        """Ask the server to confirm what is published from now on."""
+        await self.ask("confirm_delivery", self._confirmed)
+        await self.call("add_on_return_callback", self._came_back)
+
+    async def publish(self, queue: str, body: bytes, message_id: str, headers: Any = None) -> None:
+        """Publish a lasting message to a queue, and wait for the confirm. A missing queue is ClosedError(NO_ROUTE)."""
+        properties = pika.BasicProperties(delivery_mode=PERSISTENT, message_id=message_id, headers=headers)
+
+        def start(reply: _Reply) -> None:
+            self._pika.basic_publish("", queue, body, properties, mandatory=True)
+            self._published += 1  # the server numbers the messages of a channel in confirm mode from 1
+            self._unconfirmed[self._published] = message_id, reply
+
+        await self._post(start).wait()
+
+    async def consume(self, queue: str, arrived: Callable[[Arrival], object]) -> str:
+        """Have `arrived` called, on Trio's side, for each message of a queue; give the consumer's tag."""
+
+        def deliver(_channel: object, method: Any, properties: Any, body: bytes) -> None:
+            headers = properties.headers or {}
+            count, again = headers.get("x-delivery-count"), method.redelivered
+            arrival = Arrival(self, method.delivery_tag, body, properties.message_id, again, count)
+            self.connection.tell(arrived, arrival)
+
+        frame = await self.ask("basic_consume", queue, deliver)
+        return str(frame.method.consumer_tag)
+
+    def _post(self, start: Callable[[_Reply], object]) -> _Reply:
+        reply = _Reply()
+        self.connection.post(partial(self._start, start, reply), reply)
+        return reply
+
+    # In the thread:
+
+    def attach(self, channel: Any) -> None:
+        """Follow pika's channel."""
+        self._pika = channel
+        channel.add_on_close_callback(lambda _, error: self.end(_closed(error)))
+        channel.add_on_cancel_callback(lambda _: channel.close(reply_text="the consumer was cancelled"))
+
+    def opened(self, _channel: object) -> None:
+        """Hand the channel over to who asked for it."""
+        self._answer(self._opening, self)
+
+    def end(self, error: ClosedError) -> None:
+        """Fail everybody who waits: the channel is closed."""
+        if self._error is None:
+            self._error = error
+            for reply in self._waiting:
+                self.connection.tell(partial(reply.tell, error=error))
+
+    def _start(self, start: Callable[[_Reply], object], reply: _Reply) -> None:
+        self._waiting.add(reply)
+        try:
+            if self._error is not None:
+                raise self._error
+            start(reply)
+        except (ClosedError, pika.exceptions.AMQPError) as error:
+            self._answer(reply, error=error if isinstance(error, ClosedError) else ClosedError(0, _text(error)))
+
+    def _answer(self, reply: _Reply, value: Any = None, error: Exception | None = None) -> None:
+        self._waiting.discard(reply)
+        self.connection.tell(reply.tell, value, error)
+
+    def _came_back(self, _channel: object, _method: object, properties: Any, _body: bytes) -> None:
+        """Note a message for which there was no queue. The server returns it first, and confirms it all the same."""
+        self._returned.add(properties.message_id)
+
+    def _confirmed(self, frame: Any) -> None:
+        """Take a confirm, of one message or of all up to one."""
+        tag = frame.method.delivery_tag
+        tags = [one for one in self._unconfirmed if one <= tag] if frame.method.multiple else [tag]
+        for one in tags:
+            message_id, reply = self._unconfirmed.pop(one)
+            self._answer(reply, error=self._refusal(frame.method, message_id))
+
+    def _refusal(self, method: Any, message_id: str) -> ClosedError | None:
+        if message_id in self._returned:
+            self._returned.discard(message_id)
+            return ClosedError(NO_ROUTE, "there is no such queue any more")
+        return ClosedError(0, "the broker could not store the message") if method.NAME == "Basic.Nack" else None
+
+
+def _parameters(address: Address) -> pika.ConnectionParameters:
+    given: dict[str, Any] = {"host": address.host, "virtual_host": address.virtual_host}
+    if address.port:
+        given["port"] = address.port
+    if address.user or address.password:
+        given["credentials"] = pika.PlainCredentials(address.user, address.password)
+    if address.tls:
+        given["ssl_options"] = pika.SSLOptions(ssl.create_default_context(), address.host)
+    return pika.ConnectionParameters(
+        **given,
+        stack_timeout=CONNECT_TIMEOUT,
+        client_properties={"product": "trio-pilot"},
+    )
+
+
+def _translate(error: BaseException) -> Exception:
+    """Tell a refusal, which lasts, from a connection that could not be made."""
+    for cause in _causes(error):
+        if isinstance(cause, (pika.exceptions.ProbableAuthenticationError, pika.exceptions.AuthenticationError)):
+            return BrokerError("refuses our user and password, or token")
+        if isinstance(cause, pika.exceptions.IncompatibleProtocolError):
+            return BrokerError("does not speak AMQP 0-9-1")
+        code = getattr(cause, "reply_code", 0)
+        if code in (ACCESS_REFUSED, NOT_ALLOWED) or isinstance(cause, pika.exceptions.ProbableAccessDeniedError):
+            return BrokerError(f"refuses us: {_text(cause)}")
+    return ConnectError(_text(error))
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """Give an error and all that pika has wrapped in it."""
+    inner = [one for one in (*error.args, *getattr(error, "exceptions", ())) if isinstance(one, BaseException)]
+    if isinstance(exception := getattr(error, "exception", None), BaseException):
+        inner.append(exception)
+    return [error, *(deeper for one in inner for deeper in _causes(one))]
+
+
+def _text(error: BaseException) -> str:
+    """Say an error of pika's in the words of its innermost cause."""
+    cause = _causes(error)[-1]
+    text = getattr(cause, "reply_text", None) or getattr(cause, "strerror", None) or str(cause)
+    return str(text) or type(cause).__name__
+
+
+def _closed(error: Exception) -> ClosedError:
+    return ClosedError(getattr(error, "reply_code", 0), _text(error))

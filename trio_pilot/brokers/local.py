@@ -1,0 +1,336 @@
+"""The embedded broker: durable queues in one SQLite file, for any number of processes on one machine.
+
+- A message is a row. A consumer claims it by writing its own number into the row; to settle is to delete the row or to clear
+  the claim. Who claims holds a lock on the byte of that number in the bell file: the kernel drops the lock when the process
+  dies, however it dies, and the next consumer that looks gives the dead one's claims back.
+- Nobody polls: whoever makes a message available writes to the bell file after the commit, and idle consumers watch it with
+  inotify(7). A bell that was never rung (its process died between the two) is made up for by a look every few seconds.
+- Everybody who waits for the file at one moment shares one transaction, and so one sync to disk.
+"""
+
+import fcntl
+import os
+import random
+import sqlite3
+import struct
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import inotify_simple
+import trio
+
+from trio_pilot.brokers import Delivery, QueueAddress, Settlement, dead_letter_queue
+from trio_pilot.errors import BrokerError, DeliveryLostError, map_exceptions
+
+DEFAULT_FILE = "trio-pilot-queues.sqlite"
+
+LOOK_INTERVAL = 5.0  # seconds between looks for what no bell announced: claims of the dead, above all
+LOOK_INTERVAL_WITHOUT_INOTIFY = 0.2  # fs.inotify.max_user_instances is 128 on most machines
+BUSY_TIMEOUT = 30.0  # seconds to wait for another process's transaction; they take milliseconds
+
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS message (
+    position INTEGER PRIMARY KEY,   -- the order in which messages are taken
+    queue TEXT NOT NULL,
+    body BLOB NOT NULL,
+    message_id TEXT NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 0,   -- deliveries that ended badly
+    reason TEXT,                           -- why it is a dead letter
+    consumer INTEGER                       -- who has claimed it
+);
+CREATE INDEX IF NOT EXISTS message_by_queue ON message (queue, consumer, position);
+"""
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """One caller's work in a shared transaction."""
+
+    work: Callable[[sqlite3.Connection], Any]
+    durable: bool
+    done: bool = False
+    result: Any = None
+    error: Exception | None = None
+
+
+class _QueueFile:
+    """The SQLite file: one connection, used by one thread at a time."""
+
+    def __init__(self, connection: sqlite3.Connection, bell: "_Bell") -> None:
+        self.bell = bell
+        self._connection = connection
+        self._waiting: list[_Request] = []
+        self._turn = trio.Lock()
+        self._thread = trio.CapacityLimiter(1)
+
+    async def run(self, work: Callable[[sqlite3.Connection], Any], *, durable: bool = False) -> Any:
+        """Run `work` in a transaction and give what it returns, once it is committed (`durable`: and on disk).
+
+        Not cancelled halfway, so that nothing is claimed for nobody: it takes BUSY_TIMEOUT at the most.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        request = _Request(work, durable)
+        self._waiting.append(request)
+        with trio.CancelScope(shield=True):
+            async with self._turn:
+                if not request.done:
+                    batch, self._waiting = self._waiting, []
+                    await trio.to_thread.run_sync(self._commit, batch, limiter=self._thread)
+        if request.error:
+            raise BrokerError(f"the queue file {self.bell.path}: {request.error}") from request.error
+        return request.result
+
+    def _commit(self, batch: list[_Request]) -> None:
+        durable = any(request.durable for request in batch)
+        try:
+            # A claim or an ack that a power failure undoes is a repeated event; a lost send would be a lost result.
+            self._connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            with _transaction(self._connection):
+                for request in batch:
+                    request.result = request.work(self._connection)
+        except Exception as error:  # whatever it was, nobody may wait for ever
+            for request in batch:
+                request.error = error
+        for request in batch:
+            request.done = True
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+class _Bell:
+    """The file beside the queue file that is written to wake idle consumers, and whose bytes are locked by living ones."""
+
+    def __init__(self, path: Path, bell: int) -> None:
+        self.path = path
+        self._path_of_bell = _bell_path(path)
+        self._bell = bell
+
+    def ring(self) -> None:
+        """Wake every idle consumer. A full disk may swallow the ring: they look by themselves, later."""
+        try:
+            os.pwrite(self._bell, b"!", 0)
+        except OSError:
+            return
+
+    @contextmanager
+    def watch(self) -> Iterator[inotify_simple.INotify | None]:
+        """Listen to the bell; None where the machine has no inotify instance left."""
+        try:
+            inotify = inotify_simple.INotify(nonblocking=True)
+        except OSError:
+            yield None
+            return
+        with inotify:
+            inotify.add_watch(self._path_of_bell, inotify_simple.flags.MODIFY)
+            yield inotify
+
+    @contextmanager
+    def presence(self) -> Iterator[int]:
+        """Be seen alive, under the number that is given, for as long as this lasts or the process lives."""
+        number = random.randrange(1, 2**62)  # noqa: S311 -- a name, not a secret
+        with self._path_of_bell.open("r+b") as file:
+            # Locks of open file descriptions, fcntl(2): they tell two consumers of one process apart.
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, _lock_of_byte(number))
+            yield number
+
+    def is_alive(self, number: int) -> bool:
+        """Tell whether the consumer of that number still lives."""
+        answer = fcntl.fcntl(self._bell, fcntl.F_OFD_GETLK, _lock_of_byte(number))
+        return int(struct.unpack_from("h", answer)[0]) != fcntl.F_UNLCK
+
+
+def _lock_of_byte(number: int) -> bytes:
+    """Build a `struct flock` for a write lock on one byte: type, whence, start, length, pid."""
+    return struct.pack("hhqqixxxx", fcntl.F_WRLCK, os.SEEK_SET, number, 1, 0)
+
+
+def _bell_path(path: Path) -> Path:
+    return path.with_name(path.name + "-bell")
+
+
+@asynccontextmanager
+async def _open_file(address: QueueAddress) -> AsyncIterator[_QueueFile]:
+    path = Path(address.address or DEFAULT_FILE).expanduser().absolute()  # noqa: ASYNC240 -- a name, not a file
+    connection = await trio.to_thread.run_sync(_connect, path)
+    try:
+        with map_exceptions({OSError: BrokerError}, f"cannot open {_bell_path(path)}"):
+            bell = os.open(_bell_path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            yield _QueueFile(connection, _Bell(path, bell))
+        finally:
+            os.close(bell)
+    finally:
+        with trio.CancelScope(shield=True):  # BUSY_TIMEOUT at the most, as any other use of the file
+            await trio.to_thread.run_sync(connection.close)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    with map_exceptions({sqlite3.Error: BrokerError}, f"cannot open the queue file {path}"):
+        connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            _check_schema(connection, path)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version not in (0, SCHEMA_VERSION):
+        raise BrokerError(f"the queue file {path} is of another version of trio-pilot ({version}): name another file")
+    if version == 0:
+        connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+
+
+@asynccontextmanager
+async def open_source(address: QueueAddress) -> AsyncIterator["LocalSource"]:
+    """Open an incoming queue; it need not exist."""
+    async with _open_file(address) as file:
+        with file.bell.presence() as number:
+            yield LocalSource(address.queue, file, number)
+
+
+@asynccontextmanager
+async def open_sink(address: QueueAddress) -> AsyncIterator["LocalSink"]:
+    """Open an outgoing queue; it need not exist."""
+    async with _open_file(address) as file:
+        yield LocalSink(address.queue, file)
+
+
+class LocalSource:
+    """An incoming queue in the file; a claimed message stays claimed until it is settled or this process is gone."""
+
+    def __init__(self, queue: str, file: _QueueFile, number: int) -> None:
+        self.queue = queue
+        self.file = file
+        self.number = number
+
+    async def ready(self) -> None:
+        """Be ready at once: opening has checked the file."""
+        await trio.lowlevel.checkpoint()
+
+    @asynccontextmanager
+    async def consume(self, prefetch: int) -> AsyncIterator["LocalConsumer"]:  # noqa: ARG002 -- nothing is hoarded
+        """Listen to the queue. Messages are claimed when taken, so that there is never one to give back."""
+        with self.file.bell.watch() as inotify:
+            yield LocalConsumer(self, inotify)
+
+    async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "") -> None:
+        """Settle a delivery."""
+        statement, values = _SETTLE[settlement], {"position": delivery.tag, "consumer": self.number}
+        extra = {"dead": dead_letter_queue(self.queue), "reason": reason}
+        if not await self.file.run(partial(_change, statement, {**values, **extra})):
+            raise DeliveryLostError(f"the queue {self.queue} has taken the event {delivery.message_id} back")
+        if settlement is not Settlement.ACK:
+            self.file.bell.ring()
+
+    def claim(self, connection: sqlite3.Connection) -> tuple[Any, ...] | None:
+        """Claim the next message, in a transaction."""
+        rows = connection.execute(_CLAIM, {"queue": self.queue, "consumer": self.number}).fetchall()
+        return rows[0] if rows else None
+
+    def bury_the_dead(self, connection: sqlite3.Connection) -> int:
+        """Give back what consumers have claimed that are no more, counted, in a transaction; tell how many there were."""
+        claims = connection.execute(
+            "SELECT DISTINCT consumer FROM message WHERE queue = ? AND consumer > 0 AND consumer <> ?",
+            (self.queue, self.number),
+        )
+        dead = [row for row in claims if not self.file.bell.is_alive(row[0])]
+        connection.executemany(
+            "UPDATE message SET consumer = NULL, attempts = attempts + 1 WHERE consumer = ?", dead
+        )
+        return len(dead)
+
+
+_CLAIM = """
+UPDATE message SET consumer = :consumer WHERE position = (
+    SELECT position FROM message WHERE queue = :queue AND consumer IS NULL ORDER BY position LIMIT 1
+) RETURNING position, body, message_id, attempts
+"""
+
+_OURS = "WHERE position = :position AND consumer = :consumer"
+# To the end of the queue, so that an event that fails again and again does not stand in the way of the others.
+_LAST = "position = (SELECT max(position) + 1 FROM message)"
+
+_SETTLE = {
+    Settlement.ACK: f"DELETE FROM message {_OURS}",
+    Settlement.RELEASE: f"UPDATE message SET consumer = NULL {_OURS}",
+    Settlement.REJECT: f"UPDATE message SET consumer = NULL, attempts = attempts + 1, {_LAST} {_OURS}",
+    Settlement.DEAD_LETTER: f"UPDATE message SET consumer = NULL, queue = :dead, reason = :reason, {_LAST} {_OURS}",
+}
+
+
+def _change(statement: str, values: dict[str, Any], connection: sqlite3.Connection) -> int:
+    return connection.execute(statement, values).rowcount
+
+
+class LocalConsumer:
+    """Claims messages one at a time."""
+
+    def __init__(self, source: LocalSource, inotify: inotify_simple.INotify | None) -> None:
+        self.listening_since = trio.current_time()
+        self._source = source
+        self._inotify = inotify
+        self._look_at = trio.current_time()
+
+    async def take(self) -> Delivery | None:
+        """Claim the next message, if there is one."""
+        source = self._source
+        if self._inotify:
+            self._inotify.read(timeout=0)  # a bell that rings after this is heard by `wait`
+        row = await source.file.run(source.claim)
+        if row is None and trio.current_time() >= self._look_at:
+            self._look_at = trio.current_time() + LOOK_INTERVAL
+            if await source.file.run(source.bury_the_dead):
+                row = await source.file.run(source.claim)
+        if row is None:
+            return None
+        position, body, message_id, attempts = row
+        return Delivery(source, source.queue, body, message_id, attempts + 1, tag=position)
+
+    async def wait(self) -> None:
+        """Wait for the bell, or for the next look."""
+        if self._inotify is None:
+            await trio.sleep(LOOK_INTERVAL_WITHOUT_INOTIFY)
+            return
+        with trio.move_on_at(self._look_at):
+            await trio.lowlevel.wait_readable(self._inotify.fileno())
+
+
+class LocalSink:
+    """An outgoing queue in the file."""
+
+    def __init__(self, queue: str, file: _QueueFile) -> None:
+        self._queue = queue
+        self._file = file
+
+    async def ready(self) -> None:
+        """Be ready at once: opening has checked the file."""
+        await trio.lowlevel.checkpoint()
+
+    async def send(self, body: bytes, message_id: str = "") -> None:
+        """Add a message to the queue, synced to disk."""
+        values = {"queue": self._queue, "body": body, "message_id": message_id or uuid.uuid4().hex}
+        await self._file.run(partial(_change, _SEND, values), durable=True)
+        self._file.bell.ring()
+
+
+_SEND = "INSERT INTO message (queue, body, message_id) VALUES (:queue, :body, :message_id)"

@@ -1,0 +1,335 @@
+"""RabbitMQ: one connection a queue, made anew whenever it is lost, for as long as there is patience."""
+
+import hashlib
+import math
+import random
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import unquote, urlsplit
+
+import trio
+from trio_util import AsyncValue
+
+from trio_pilot.brokers import (
+    Delivery,
+    Patience,
+    QueueAddress,
+    Settlement,
+    dead_letter_headers,
+    dead_letter_queue,
+)
+from trio_pilot.brokers.amqp import (
+    ACCESS_REFUSED,
+    NO_ROUTE,
+    NOT_FOUND,
+    PRECONDITION_FAILED,
+    Address,
+    Arrival,
+    Channel,
+    ClosedError,
+    ConnectError,
+    Connection,
+    connect,
+)
+from trio_pilot.errors import BrokerError, DeliveryLostError, PublishRefusedError, SettingsError
+from trio_pilot.log import LOGGER
+
+RETRY_DELAY = 0.5  # seconds before the second try to connect, doubled from then on ...
+RETRY_DELAY_MOST = 30.0  # ... to this; each time a random part of it, so that pilots do not come back as one
+GIVE_BACK_TIMEOUT = 5.0  # seconds to give back what was prefetched; the end of the connection gives it back as well
+
+QUORUM = {"x-queue-type": "quorum"}  # as EWMS declares its queues; with any other argument that would fail
+
+
+@asynccontextmanager
+async def open_source(address: QueueAddress, patience: Patience) -> AsyncIterator["RabbitSource"]:
+    """Open an incoming queue; it connects in the background."""
+    source = RabbitSource(address, patience)
+    async with _kept_connected(source):
+        yield source
+
+
+@asynccontextmanager
+async def open_sink(address: QueueAddress, patience: Patience) -> AsyncIterator["RabbitSink"]:
+    """Open an outgoing queue; it connects in the background."""
+    sink = RabbitSink(address, patience)
+    async with _kept_connected(sink):
+        yield sink
+
+
+@asynccontextmanager
+async def _kept_connected(queue: "_Queue") -> AsyncIterator[None]:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(queue.keep_connected)
+        try:
+            yield
+        finally:
+            nursery.cancel_scope.cancel()
+
+
+class _Queue:
+    """A queue, and the channel to it while there is one."""
+
+    def __init__(self, address: QueueAddress, patience: Patience) -> None:
+        self.name = address.queue
+        self._address = parse_address(address)
+        self._patience = patience
+        self._channel: AsyncValue[Channel | None] = AsyncValue(None)
+
+    async def ready(self) -> None:
+        """Wait until the queue was found. A refusal is raised by `keep_connected`."""
+        await self.connected()
+
+    async def connected(self) -> Channel:
+        """Wait for a channel to the queue."""
+        while (channel := self._channel.value) is None:
+            await self._channel.wait_value(lambda value: value is not None)
+        return channel
+
+    async def gone(self, channel: Channel) -> None:
+        """Wait for the end of a channel."""
+        await self._channel.wait_value(lambda value: value is not channel)
+
+    async def keep_connected(self) -> None:
+        """Connect again and again, until cancelled.
+
+        Raises:
+            BrokerError: the broker refuses us, or was away for longer than there is patience.
+        """
+        here = f"RabbitMQ at {self._address.host}"
+        failures, lost_at = 0, trio.current_time()
+        async with trio.open_nursery() as threads:
+            while True:
+                try:
+                    async with connect(self._address, threads) as connection:
+                        channel = await self._find(connection)
+                        failures = 0
+                        await self._use(channel)
+                except BrokerError as error:
+                    raise BrokerError(f"{here} {error}") from error
+                except (ConnectError, ClosedError) as error:
+                    lost_at = trio.current_time() if failures == 0 else lost_at
+                    if not self._patience(trio.current_time() - lost_at):
+                        raise BrokerError(f"{here} cannot be reached: {error}") from error
+                    if failures == 0:
+                        LOGGER.warning("%s, queue %s: %s; connecting again", here, self.name, error)
+                failures += 1
+                await trio.sleep(_retry_delay(failures))
+
+    async def _use(self, channel: Channel) -> None:
+        self._channel.value = channel
+        try:
+            await channel.closed.wait()
+        finally:
+            self._channel.value = None
+
+    async def _find(self, connection: Connection) -> Channel:
+        """Declare the queue; where that is not for us to do, be content that it exists."""
+        channel = await connection.open_channel()
+        try:
+            await channel.ask("queue_declare", self.name, durable=True, arguments=QUORUM)
+        except ClosedError as error:
+            if error.code not in (ACCESS_REFUSED, PRECONDITION_FAILED):
+                raise
+            channel = await self._find_passively(connection)
+        return channel
+
+    async def _find_passively(self, connection: Connection) -> Channel:
+        channel = await connection.open_channel()
+        try:
+            await channel.ask("queue_declare", self.name, passive=True)
+        except ClosedError as error:
+            if error.code in (ACCESS_REFUSED, NOT_FOUND):
+                raise BrokerError(f"does not let us use the queue {self.name}: {error}") from error
+            raise
+        return channel
+
+
+class RabbitSource(_Queue):
+    """An incoming queue."""
+
+    @asynccontextmanager
+    async def consume(self, prefetch: int) -> AsyncIterator["RabbitConsumer"]:
+        """Listen to the queue, on each new connection anew."""
+        consumer = RabbitConsumer(self)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_listening, consumer, prefetch)
+            try:
+                yield consumer
+            finally:
+                nursery.cancel_scope.cancel()
+                with trio.move_on_after(GIVE_BACK_TIMEOUT, shield=True):
+                    await consumer.stop()
+
+    async def _keep_listening(self, consumer: "RabbitConsumer", prefetch: int) -> None:
+        while True:
+            channel = await self.connected()
+            try:
+                await consumer.listen(channel, prefetch)
+            except ClosedError as error:
+                if error.code in (ACCESS_REFUSED, NOT_FOUND):
+                    raise BrokerError(f"cannot listen to the queue {self.name}: {error}") from error
+            await self.gone(channel)
+            consumer.lost()
+
+    async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "") -> None:
+        """Settle a delivery, on the channel that it came by."""
+        arrival: Arrival = delivery.tag
+        try:
+            if settlement is Settlement.DEAD_LETTER:
+                settlement = await self._set_aside(delivery, reason)
+            match settlement:
+                case Settlement.ACK:
+                    await arrival.channel.call("basic_ack", arrival.tag)
+                case Settlement.RELEASE:  # uncounted from RabbitMQ 4.3 on
+                    await arrival.channel.call("basic_nack", arrival.tag, requeue=True)
+                case _:
+                    await arrival.channel.call("basic_reject", arrival.tag, requeue=True)
+        except ClosedError as error:
+            raise DeliveryLostError(f"RabbitMQ has taken the event {delivery.message_id} back: {error}") from error
+
+    async def _set_aside(self, delivery: Delivery, reason: str) -> Settlement:
+        """Copy an event to the dead letters, confirmed; tell how the event itself is to be settled then."""
+        channel = await delivery.tag.channel.connection.open_channel()
+        queue = dead_letter_queue(self.name)
+        try:
+            await channel.confirm_publishes()
+            await channel.ask("queue_declare", queue, durable=True, arguments=QUORUM)
+            headers = dead_letter_headers(delivery, reason)
+            await channel.publish(queue, delivery.body, delivery.message_id, headers)
+            await channel.call("close")
+        except ClosedError as error:
+            if error.code not in (ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED, NO_ROUTE):
+                raise
+            LOGGER.warning("the event %s stays in the queue: no dead letters for us (%s)", delivery.message_id, error)
+            return Settlement.REJECT
+        return Settlement.ACK
+
+
+class RabbitConsumer:
+    """Holds what RabbitMQ has sent ahead."""
+
+    def __init__(self, source: RabbitSource) -> None:
+        self.listening_since = math.inf
+        self._source = source
+        self._channel: Channel | None = None
+        self._tag: str | None = None
+        self._arrived: deque[Delivery] = deque()
+        self._changed = trio.Event()
+
+    async def take(self) -> Delivery | None:
+        """Take the first of what has arrived."""
+        await trio.lowlevel.checkpoint()
+        return self._arrived.popleft() if self._arrived else None
+
+    async def wait(self) -> None:
+        """Wait for an arrival, or for a connection made or lost."""
+        if not self._arrived:
+            await self._changed.wait()
+
+    async def listen(self, channel: Channel, prefetch: int) -> None:
+        """Have messages sent, `prefetch` of them ahead of their settlement."""
+        await channel.ask("basic_qos", prefetch_count=prefetch)
+        self._channel = channel
+        self._tag = await channel.consume(self._source.name, self._on_arrival)
+        self.listening_since = trio.current_time()
+        self._notify()
+
+    def lost(self) -> None:
+        """Forget what has arrived: the broker has it again."""
+        self._channel, self._tag, self.listening_since = None, None, math.inf
+        self._arrived.clear()
+        self._notify()
+
+    async def stop(self) -> None:
+        """Have no more sent, and give back what was not taken."""
+        try:
+            if self._channel and self._tag:
+                await self._channel.ask("basic_cancel", self._tag)
+            while self._arrived:
+                await self._source.settle(self._arrived[0], Settlement.RELEASE)
+                self._arrived.popleft()
+        except (ClosedError, DeliveryLostError):
+            return  # a broker that has closed the channel has taken everything back
+
+    def _on_arrival(self, arrival: Arrival) -> None:
+        if arrival.channel is self._channel:
+            self._arrived.append(self._delivery(arrival))
+            self._notify()
+
+    def _delivery(self, arrival: Arrival) -> Delivery:
+        message_id = arrival.message_id or hashlib.sha256(arrival.body).hexdigest()[:32]
+        deliveries = int(arrival.redelivered) if arrival.deliveries is None else arrival.deliveries
+        return Delivery(self._source, self._source.name, arrival.body, message_id, deliveries + 1, arrival)
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+
+class RabbitSink(_Queue):
+    """An outgoing queue. Any number of messages may be waiting for their confirms at once."""
+
+    async def send(self, body: bytes, message_id: str) -> None:
+        """Send a message, on each new connection anew until it is confirmed."""
+        while True:
+            channel = await self.connected()
+            try:
+                await channel.publish(self.name, body, message_id)
+            except ClosedError as error:
+                if error.code == PRECONDITION_FAILED and str(len(body)) in str(error):
+                    # "message size N is larger than ...": who else was waiting on the channel only has to try again.
+                    raise PublishRefusedError(f"RabbitMQ refuses an output of {len(body)} bytes: {error}") from error
+                if error.code == NO_ROUTE:
+                    await self._declare_anew(channel)
+                await self._after(channel)
+            else:
+                return
+
+    async def _find(self, connection: Connection) -> Channel:
+        channel = await super()._find(connection)
+        await channel.confirm_publishes()
+        return channel
+
+    async def _declare_anew(self, channel: Channel) -> None:
+        """Close the channel: finding the queue again is part of opening the next."""
+        try:
+            await channel.call("close")
+        except ClosedError:
+            return
+
+    async def _after(self, channel: Channel) -> None:
+        """Wait for the end of a channel, or a moment: a nack leaves it open."""
+        with trio.move_on_after(RETRY_DELAY):
+            await self.gone(channel)
+
+
+def _retry_delay(failures: int) -> float:
+    most = min(RETRY_DELAY * 2 ** min(failures - 1, 10), RETRY_DELAY_MOST)
+    return random.uniform(most / 2, most)  # noqa: S311 -- jitter, not a secret
+
+
+def parse_address(address: QueueAddress) -> Address:
+    """Read `[amqp[s]://][USER[:PASS]@]HOST[:PORT][/VHOST]`; the token replaces the password.
+
+    Raises:
+        SettingsError: it is not of that form, or names a user and no password.
+    """
+    text = address.address if "://" in address.address else f"amqp://{address.address}"
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as error:
+        raise _wrong_address(str(error)) from error
+    if parts.scheme not in ("amqp", "amqps") or not parts.hostname:
+        raise _wrong_address(f"scheme {parts.scheme!r}, host {parts.hostname!r}")
+    user, password = unquote(parts.username or ""), address.token or unquote(parts.password or "")
+    if user and not password:
+        raise SettingsError(f"the broker address names the user {user!r}, but there is no password and no token")
+    virtual_host = unquote(parts.path.lstrip("/")) or "/"
+    return Address(parts.hostname, port, virtual_host, user, password, parts.scheme == "amqps")
+
+
+def _wrong_address(found: str) -> SettingsError:
+    return SettingsError(f"a RabbitMQ address must be [amqp[s]://][USER[:PASS]@]HOST[:PORT][/VHOST], but has {found}")

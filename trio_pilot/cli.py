@@ -1,0 +1,186 @@
+"""The `trio-pilot` command: its subcommands, and what becomes of their errors."""
+
+import dataclasses
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+
+from cyclopts import App, CycloptsError, Parameter
+
+from trio_pilot import __version__, log
+from trio_pilot.errors import ContainerRunError, PilotError, TasksFailedError
+from trio_pilot.log import LOGGER
+from trio_pilot.settings import FIELDS, Settings, flag_of, load, unknown_variables, variables_of
+
+USAGE_ERROR = 2
+SOFTWARE_ERROR = 70  # sysexits.h, EX_SOFTWARE: a defect of ours
+SIGNALLED = 128  # and the signal's number, as shells say it
+
+# What sending and receiving need of the settings.
+BROKER_FLAGS = ("broker", "broker_token", "broker_patience", "wire", "max_payload", "config", "cl_log")
+
+app = App(
+    name="trio-pilot",
+    help="Take events from a queue, run one container per event, send its output, and only then acknowledge.",
+    version=__version__,
+)
+
+
+def _flags_class(names: Iterable[str]) -> Any:
+    """Make flags of settings; they are parsed where all other sources of settings are."""
+    hints = get_type_hints(Settings)
+    fields = []
+    for name in names:
+        facts = FIELDS[name].metadata
+        text = f"{facts['meaning']} [{facts['default'] or 'none'}; {variables_of(name)[0]}]"
+        flag = Parameter(name=flag_of(name), help=text, allow_leading_hyphen=True, show_default=False, show_env_var=False)
+        kind = bool if hints[name] is bool else str
+        fields.append((name, Annotated[kind | None, flag], dataclasses.field(default=None)))
+    # cyclopts takes the fields of a class apart only if it is not of the standard library's `types`.
+    flags = dataclasses.make_dataclass("Flags", fields, frozen=True, namespace={"__module__": __name__})
+    return Annotated[flags | None, Parameter(name="*")]
+
+
+if TYPE_CHECKING:
+    AllFlags = BrokerFlags = DemoFlags = Any
+else:
+    AllFlags = _flags_class(FIELDS)
+    BrokerFlags = _flags_class(BROKER_FLAGS)
+    DemoFlags = _flags_class(["runtime", "max_concurrent_tasks", "cl_log"])
+
+
+@app.default
+@app.command
+def run(*, flags: AllFlags = None) -> int:
+    """Run the pilot: take events until the queue stays empty."""
+    from trio_pilot.commands.run import run
+
+    return run(_settings(flags))
+
+
+@app.command
+def send(
+    queue: str,
+    files: tuple[str, ...] = (),
+    /,
+    *,
+    lines: Annotated[bool, Parameter(negative="")] = False,
+    flags: BrokerFlags = None,
+) -> int:
+    """Send events to a queue.
+
+    Parameters
+    ----------
+    queue
+        Name of the queue.
+    files
+        Each file is one event: .json as its value, text as text, anything else as bytes.
+        `-` (the default) is stdin, and a .jsonl file too: an event, as JSON, on each line.
+    lines
+        Read every file as JSON lines.
+    """
+    from trio_pilot.commands.send import send
+
+    return send(_settings(flags), queue, files or ("-",), lines=lines)
+
+
+@app.command
+def receive(
+    queue: str,
+    /,
+    *,
+    to: Path | None = None,
+    count: int | None = None,
+    idle: float = 1.0,
+    flags: BrokerFlags = None,
+) -> int:
+    """Receive messages from a queue, as JSON lines on stdout; each is acknowledged once it is written.
+
+    Parameters
+    ----------
+    queue
+        Name of the queue.
+    to
+        Write each message to a file of this directory instead.
+    count
+        Stop after so many messages.
+    idle
+        Stop once none has come for so many seconds; `inf` is never.
+    """
+    from trio_pilot.commands.receive import receive
+
+    return receive(_settings(flags), queue, to, count, idle)
+
+
+@app.command
+def check(*, flags: AllFlags = None) -> int:
+    """Say what works with these settings, what does not, and how to cure it."""
+    from trio_pilot.commands.check import check
+
+    return check(_settings(flags))
+
+
+@app.command
+def demo(*, flags: DemoFlags = None) -> int:
+    """Run the main job on a small sky scan: send events, run a task for each, and show the best pixel."""
+    from trio_pilot.commands.demo import demo
+
+    return demo(_given(flags))
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and exit: with the codes that the README lists, and with a line of text rather than a traceback."""
+    code = SOFTWARE_ERROR
+    try:
+        code = app(argv, exit_on_error=False, print_error=False, result_action="return_value") or 0
+    except* CycloptsError as usage:
+        code = _tell([str(error).strip() for error in _leaves(usage)], USAGE_ERROR)
+    except* PilotError as errors:
+        leaves = list(_leaves(errors))
+        code = _tell([_line(error) for error in leaves], leaves[0].exit_code)
+    except* KeyboardInterrupt:
+        code = _tell(["interrupted"], SIGNALLED + signal.SIGINT)
+    except* BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = SIGNALLED + signal.SIGPIPE
+    except* Exception:
+        traceback.print_exc()
+        code = _tell(["this is a defect of trio-pilot; please report it with the lines above"], SOFTWARE_ERROR)
+    sys.exit(code)
+
+
+def _given(flags: Any) -> Mapping[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(flags).items() if value is not None} if flags else {}
+
+
+def _settings(flags: Any) -> Settings:
+    settings = load(_given(flags), os.environ, Path.cwd())
+    log.set_up(settings.cl_log, settings.cl_log_third_party)
+    for warning in unknown_variables(os.environ):
+        LOGGER.warning(warning)
+    return settings
+
+
+def _leaves(group: BaseExceptionGroup[Any]) -> Iterator[Any]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
+
+
+def _line(error: PilotError) -> str:
+    """Word an error as EWMS does where EWMS reads it, and for people elsewhere."""
+    if isinstance(error, TasksFailedError):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if isinstance(error, ContainerRunError) else f"trio-pilot: {error}"
+
+
+def _tell(lines: Iterable[str], code: int) -> int:
+    for line in lines:
+        print(line, file=sys.stderr)
+    return code

@@ -1,0 +1,56 @@
+"""`trio-pilot run`: the pilot."""
+
+import signal
+
+import trio
+
+from trio_pilot.brokers import Patience, open_sinks, open_sources
+from trio_pilot.children import end_strays
+from trio_pilot.errors import SettingsError
+from trio_pilot.log import LOGGER
+from trio_pilot.pilot import serve
+from trio_pilot.runtimes import open_runtime
+from trio_pilot.settings import Settings
+from trio_pilot.status import State, Status
+
+SIGNALLED = 128  # and the signal's number, as shells say it
+
+
+def run(settings: Settings) -> int:
+    """Run the pilot to its end, and give the exit code; see `trio_pilot.pilot.serve` for what it raises."""
+    if not settings.task_args:
+        raise SettingsError("EWMS_PILOT_TASK_ARGS must say what to run for each event: set it, or give --task-args")
+    if settings.htchirp:
+        LOGGER.warning("EWMS_PILOT_HTCHIRP: this version does not report to HTCondor yet")
+    try:
+        ended_by = trio.run(serve_here, settings)
+    finally:
+        end_strays()
+    return SIGNALLED + ended_by if ended_by else 0
+
+
+async def serve_here(settings: Settings) -> int | None:
+    """Serve with the brokers, the runtime and the signals of this process; give the signal that ended it, if one did."""
+    status = Status()
+    patience = _patience(settings, status)
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        try:
+            return await serve(
+                settings,
+                open_runtime(settings.runtime, settings.task_image, settings.kill_grace),
+                open_sources(settings.incoming(), patience),
+                open_sinks(settings.outgoing(), patience),
+                signals,
+                status,
+            )
+        except Exception:
+            status.state.value = State.FATAL
+            raise
+        finally:
+            for line in status.summary():
+                LOGGER.info(line)
+
+
+def _patience(settings: Settings, status: Status) -> Patience:
+    """Wait for a broker without end while tasks run: their outputs are worth more than the slot."""
+    return lambda seconds: seconds < settings.broker_patience or status.running.value > 0

@@ -1,0 +1,78 @@
+"""One tree of errors; whatever a foreign library raises is translated into it at the seam."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import ClassVar
+
+
+class PilotError(Exception):
+    """Anything that trio-pilot itself reports: one line that says what, the value found, and what to do."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class TasksFailedError(PilotError):
+    """The pilot has done its work, but some tasks failed."""
+
+
+class SettingsError(PilotError):
+    """A setting is missing or wrong."""
+
+    exit_code = 2
+
+
+class BrokerError(PilotError):
+    """The broker cannot be used: unreachable for too long, or it refuses us."""
+
+    exit_code = 3
+
+
+class DeliveryLostError(BrokerError):
+    """A delivery can no longer be settled: the connection it came by is gone, and the broker has it again."""
+
+
+class NodeError(PilotError):
+    """This machine cannot run tasks: no runtime, no image, no disk. Never the event's fault."""
+
+    exit_code = 4
+
+
+class EventError(PilotError):
+    """This event cannot be done, and another machine would do no better."""
+
+
+class DecodeError(EventError):
+    """The body of a message is not what the wire format says."""
+
+
+class OutfileError(EventError):
+    """What a task left in the place of its output file cannot be sent."""
+
+
+class PublishRefusedError(EventError):
+    """The broker takes messages, but not this one (too large, say)."""
+
+
+class ContainerRunError(EventError):
+    """A container ended with an error, as `ALIAS failed (exit code N): REASON`."""
+
+
+class ContainerTimeoutError(ContainerRunError, TimeoutError):
+    """A container was not done in time. OKAY_ERRORS knows it as TimeoutError, and as ContainerRunError."""
+
+
+def names(error: BaseException) -> set[str]:
+    """Give the names by which OKAY_ERRORS may call an error: its class and all the classes above."""
+    return {cls.__name__ for cls in type(error).__mro__}
+
+
+@contextmanager
+def map_exceptions(
+    mapping: Mapping[type[Exception], type[PilotError]], what: str
+) -> Iterator[None]:
+    """Translate foreign errors at a seam: the first match is raised as ours, `WHAT: the foreign text`."""
+    try:
+        yield
+    except tuple(mapping) as foreign:
+        ours = next(ours for theirs, ours in mapping.items() if isinstance(foreign, theirs))
+        raise ours(f"{what}: {foreign or type(foreign).__name__}") from foreign

@@ -1,0 +1,207 @@
+"""The pilot: the nursery tree, and what flows through it.
+
+    serve
+     ├ signals          drain: take no more events, give the running tasks a deadline; at the second one, now
+     └ workspace, runtime, brokers     outlive every task, so that a task being killed can still settle
+       └ tasks          one child per event
+         ├ init         broker, image and init container; no event is taken before all three are good
+         └ consumers    take an event only when a slot is free for it
+"""
+
+from collections import deque
+from collections.abc import AsyncIterable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+
+import trio
+from trio_util import wait_any
+
+from trio_pilot.brokers import Consumer, Delivery, Sink, Source
+from trio_pilot.errors import NodeError, PilotError, TasksFailedError, names
+from trio_pilot.log import LOGGER
+from trio_pilot.runtimes import Runtime
+from trio_pilot.scopes import Shelter
+from trio_pilot.settings import Settings
+from trio_pilot.staging import Workspace, open_workspace
+from trio_pilot.status import State, Status
+from trio_pilot.task import Worker, run_init
+
+
+class Drain:
+    """The ways to end: no more events, and a deadline for those that run."""
+
+    def __init__(self, grace: float) -> None:
+        self.listening = trio.CancelScope()  # around init and the taking of events
+        self.tasks = trio.CancelScope()
+        self.begun = trio.Event()
+        self.signal: int | None = None
+        self._grace = grace
+
+    async def heed(self, signals: AsyncIterable[int]) -> None:
+        """Drain at the first signal; at any further one, at once."""
+        async for number in signals:
+            if self.begun.is_set():
+                LOGGER.warning("signal %d again: ending all tasks now", number)
+                self.tasks.cancel()
+            else:
+                LOGGER.warning("signal %d: taking no more events; %g s for running tasks", number, self._grace)
+                self.signal = number
+                self.begun.set()
+                self.tasks.deadline = trio.current_time() + self._grace
+                self.stop_listening()
+
+    def stop_listening(self) -> None:
+        """Take no more events."""
+        self.listening.cancel()
+
+
+async def serve(
+    settings: Settings,
+    runtime: AbstractAsyncContextManager[Runtime],
+    sources: AbstractAsyncContextManager[list[Source]],
+    sinks: AbstractAsyncContextManager[list[Sink]],
+    signals: AsyncIterable[int],
+    status: Status,
+) -> int | None:
+    """Take events from the sources until they stay empty, run them, send their outputs.
+
+    Gives the number of the signal that ended it, if one did.
+
+    Cancelled, it kills what runs, returns what is not done, and ends.
+
+    Raises:
+        ContainerRunError: the init container failed.
+        TasksFailedError: some tasks failed; all else is done.
+        NodeError: this machine cannot run tasks.
+        BrokerError: the broker cannot be used.
+    """
+    drain = Drain(settings.grace)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(drain.heed, signals)
+        with open_workspace(settings.data_dir_parent_path_on_host, settings.external_directories) as workspace:
+            async with runtime as containers, sources as incoming, sinks as outgoing:
+                pilot = Pilot(settings, workspace, containers, incoming, outgoing, status, drain)
+                await pilot.work()
+        await _quarantine(settings, status, drain)
+        nursery.cancel_scope.cancel()
+    status.state.value = State.DONE
+    if status.failed.value:
+        raise TasksFailedError(status.failures())
+    return drain.signal
+
+
+class Pilot:
+    """One pilot with all that it works with."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        workspace: Workspace,
+        runtime: Runtime,
+        sources: Sequence[Source],
+        sinks: Sequence[Sink],
+        status: Status,
+        drain: Drain,
+    ) -> None:
+        self._settings = settings
+        self._workspace = workspace
+        self._runtime = runtime
+        self._sources = sources
+        self._sinks = sinks
+        self._status = status
+        self._drain = drain
+        self._slots = trio.CapacityLimiter(settings.max_concurrent_tasks)
+        self._shelter = Shelter(settings.settle_grace)
+        self._worker = Worker(settings, workspace, runtime, sinks, status, self._shelter)
+        self._node_error: NodeError | None = None
+
+    async def work(self) -> None:
+        """Initialise, take events until there is an end, and wait for the last task."""
+        with self._drain.tasks:
+            async with trio.open_nursery() as tasks:
+                tasks.start_soon(self._shelter.watch)
+                with self._drain.listening:
+                    await self._initialise()
+                    await self._take_events(tasks)
+                self._status.state.value = State.PENDING
+                await self._status.running.wait_value(0)
+                self._shelter.close()
+        if self._node_error:
+            raise self._node_error
+
+    async def _initialise(self) -> None:
+        """Run the init container, and look at brokers and image meanwhile: the first that fails ends the others."""
+        self._status.state.value = State.INIT
+        async with trio.open_nursery() as init:
+            for ready in [queue.ready for queue in self._sources] + [queue.ready for queue in self._sinks]:
+                init.start_soon(ready)
+            init.start_soon(self._runtime.prepare, self._settings.task_image)
+            if self._settings.init_image or self._settings.init_args:
+                init.start_soon(run_init, self._runtime, self._settings, self._workspace)
+
+    async def _take_events(self, tasks: trio.Nursery) -> None:
+        """Start a task for each event, until a free slot has waited in vain for as long as it should."""
+        # As many events at hand as there are slots, so that all of them fill at once; no more unless told so.
+        prefetch = max(self._settings.prefetch, self._settings.max_concurrent_tasks)
+        self._status.state.value = State.AWAITING_FIRST
+        idle_limit = self._settings.first_event_timeout
+        async with AsyncExitStack() as stack:
+            consumers = deque([await stack.enter_async_context(source.consume(prefetch)) for source in self._sources])
+            LOGGER.info("listening for events")
+            while True:
+                slot = object()
+                await self._slots.acquire_on_behalf_of(slot)
+                delivery = await next_delivery(consumers, idle_limit)
+                if delivery is None:
+                    return
+                self._status.running.value += 1
+                tasks.start_soon(self._run_task, delivery, slot)
+                idle_limit = self._settings.timeout_queue_incoming
+                self._status.state.value = State.TASKING
+
+    async def _run_task(self, delivery: Delivery, slot: object) -> None:
+        try:
+            self._count(delivery, await self._worker.live(delivery))
+        except trio.Cancelled:
+            self._status.returned.value += 1
+            raise
+        finally:
+            self._status.running.value -= 1
+            self._slots.release_on_behalf_of(slot)
+
+    def _count(self, delivery: Delivery, error: PilotError | None) -> None:
+        if error is None:
+            self._status.succeeded.value += 1
+            return
+        LOGGER.warning("event %s, attempt %d: %s", delivery.message_id, delivery.attempt, error)
+        if isinstance(error, NodeError):
+            self._status.returned.value += 1
+            self._node_error = error
+            self._drain.stop_listening()
+            return
+        self._status.fail(error)
+        okay = names(error) & self._settings.okay_errors
+        if self._settings.stop_listening_on_task_error and not okay:
+            self._drain.stop_listening()
+
+
+async def next_delivery(consumers: deque[Consumer], idle_limit: float) -> Delivery | None:
+    """Take the next event, from each consumer in turn; None after `idle_limit` seconds in which all listened in vain."""
+    begun = trio.current_time()
+    while True:
+        for _ in range(len(consumers)):
+            consumers.rotate(-1)
+            if delivery := await consumers[0].take():
+                return delivery
+        deadline = max(begun, *(consumer.listening_since for consumer in consumers)) + idle_limit
+        if trio.current_time() >= deadline:
+            return None
+        with trio.move_on_at(deadline):
+            await wait_any(*(consumer.wait for consumer in consumers))
+
+
+async def _quarantine(settings: Settings, status: Status, drain: Drain) -> None:
+    """Hold the slot for a while after an error, so that a bad node does not eat job after job."""
+    if status.failed.value and settings.quarantine_time:
+        LOGGER.warning("holding the slot for %g s after an error", settings.quarantine_time)
+        with trio.move_on_after(settings.quarantine_time):
+            await drain.begun.wait()

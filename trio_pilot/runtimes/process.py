@@ -1,0 +1,75 @@
+"""The runtime without containers: a process with its own session and scratch directory, and nothing in its way."""
+
+import errno
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from trio_pilot.children import Child, Children, Command
+from trio_pilot.errors import NodeError
+from trio_pilot.log import LOGGER
+from trio_pilot.runtimes import Container
+
+# What a shell says of a command that it cannot run.
+NOT_FOUND, NOT_EXECUTABLE = 127, 126
+
+
+@asynccontextmanager
+async def open_runtime(kill_grace: float) -> AsyncIterator["ProcessRuntime"]:
+    """Open the runtime, and say what it is not."""
+    LOGGER.warning("runtime 'process': tasks are NOT contained; they can read and write whatever this user can")
+    yield ProcessRuntime(kill_grace)
+
+
+class ProcessRuntime:
+    """Runs the arguments of a container as a command of this machine; its image is not used."""
+
+    name = "process"
+    mounts = False
+
+    def __init__(self, kill_grace: float) -> None:
+        self._kill_grace = kill_grace
+        self._children = Children()
+
+    async def prepare(self, image: str) -> None:
+        """Need nothing."""
+
+    async def run(self, container: Container) -> int:
+        """Run the command to its end; on every way out its whole process tree is gone."""
+        with container.stdout.open("wb") as stdout, container.stderr.open("wb") as stderr:
+            command = Command(
+                container.args,
+                self._environment(container),
+                container.scratch,
+                stdout,
+                stderr,
+                marker=container.name,
+            )
+            try:
+                child = self._children.spawn(command)
+            except (FileNotFoundError, PermissionError) as error:
+                stderr.write(f"{container.args[0]}: {error.strerror}\n".encode())
+                return NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
+            except OSError as error:
+                raise NodeError(f"cannot start a process: {error}") from error
+        return await self._see_to_its_end(child)
+
+    async def _see_to_its_end(self, child: Child) -> int:
+        try:
+            return await child.wait()
+        finally:
+            await child.end(
+                lambda: child.signal_group(signal.SIGTERM),
+                lambda: child.signal_group(signal.SIGKILL),
+                self._kill_grace,
+            )
+
+    def _environment(self, container: Container) -> dict[str, str]:
+        scratch = str(container.scratch)
+        return {
+            "PATH": os.environ.get("PATH", os.defpath),
+            "HOME": scratch,
+            "TMPDIR": scratch,
+            **container.env,
+        }

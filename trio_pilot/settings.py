@@ -1,0 +1,416 @@
+"""Every setting, in one table: its name, default, meaning and check.
+
+A setting's value comes from a flag, an environment variable, the TOML file, or its default, in that order. The variables are
+those of ewms-pilot (its quirks included) and more of the kind; they are also read from EWMS's envfile, as data.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import shlex
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trio_pilot.brokers import QueueAddress
+from trio_pilot.errors import SettingsError
+
+ENVFILE = "ewms_htcondor_envfile.sh"
+CONFIG_FILE = "trio-pilot.toml"
+PREFIX = "EWMS_PILOT_"
+
+Parse = Callable[[Any], Any]
+
+
+# Checks. Each takes a text (from a flag or a variable) or a TOML value, and raises ValueError("must be ...").
+
+
+def text(raw: Any) -> str:
+    """Take a string; a number will do."""
+    if isinstance(raw, (dict, list, bool)):
+        raise ValueError("must be a string")
+    return str(raw)
+
+
+def boolean(raw: Any) -> bool:
+    """Take y/yes/t/true/on/1 or n/no/f/false/off/0, in any case."""
+    word = str(raw).strip().lower()
+    if word in ("y", "yes", "t", "true", "on", "1"):
+        return True
+    if word in ("n", "no", "f", "false", "off", "0"):
+        return False
+    raise ValueError("must be a boolean (true or false)")
+
+
+def integer(least: int) -> Parse:
+    """Take a whole number, `least` or more."""
+
+    def parse(raw: Any) -> int:
+        try:
+            number = int(str(raw).strip())
+        except ValueError:
+            number = least - 1
+        if number < least or isinstance(raw, bool):
+            raise ValueError(f"must be an integer ≥ {least}")
+        return number
+
+    return parse
+
+
+def seconds(raw: Any, *, zero: bool = False) -> float:
+    """Take a positive number of seconds; `inf` will do."""
+    try:
+        number = float(str(raw).strip())
+    except ValueError:
+        number = math.nan
+    if not (number > 0 or (zero and number == 0)) or isinstance(raw, bool):
+        raise ValueError(f"must be a number of seconds {'≥' if zero else '>'} 0")
+    return number
+
+
+def seconds_or_none_at_all(raw: Any) -> float:
+    """Take a number of seconds that may be 0."""
+    return seconds(raw, zero=True)
+
+
+def one_of(*choices: str) -> Parse:
+    """Take one of some words."""
+
+    def parse(raw: Any) -> str:
+        if (word := str(raw).strip()) not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        return word
+
+    return parse
+
+
+def log_level(raw: Any) -> str:
+    """Take the name of a log level, in any case."""
+    return str(one_of("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")(str(raw).strip().upper()))
+
+
+def extension(raw: Any) -> str:
+    """Take a file name extension, with or without its dot."""
+    word = text(raw).strip().strip(".").lower()
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._+-]*", word):
+        raise ValueError("must be a file name extension such as .json")
+    return f".{word}"
+
+
+def arguments(raw: Any) -> tuple[str, ...]:
+    """Take arguments: a list (TOML), or a text that is split as a shell would, and never given to one."""
+    if isinstance(raw, list):
+        return tuple(text(one) for one in raw)
+    try:
+        return tuple(shlex.split(text(raw)))
+    except ValueError as error:
+        raise ValueError(f"must be arguments that can be split as a shell would ({error})") from error
+
+
+def variables(raw: Any) -> Mapping[str, str]:
+    """Take a JSON object (or TOML table) of environment variables."""
+    try:
+        value = json.loads(raw) if isinstance(raw, str) else raw
+    except ValueError as error:
+        raise ValueError(f"must be a JSON object ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError("must be a JSON object")
+    for name, one in value.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"must have names of letters, digits and _ only, {name!r} is not one, and be an object")
+        if not isinstance(one, str | int | float) or "\0" in str(one):
+            raise ValueError(f"must have strings, numbers or booleans as values, {name} has none, and be an object")
+    return {name: str(one) for name, one in value.items()}
+
+
+def directories(raw: Any) -> tuple[Path, ...]:
+    """Take a comma-separated list (or TOML array) of directories."""
+    paths = raw if isinstance(raw, list) else text(raw).split(",")
+    return tuple(Path(str(path).strip()) for path in paths if str(path).strip())
+
+
+def words(raw: Any) -> frozenset[str]:
+    """Take words separated by white space; also `['A', 'B']`, as a Python or TOML list."""
+    joined = " ".join(map(str, raw)) if isinstance(raw, list) else text(raw)
+    return frozenset(re.sub(r"[\[\]'\",]", " ", joined).split())
+
+
+def queues(raw: Any) -> tuple[str, ...]:
+    """Take one name (or address, or token), or several joined by `;` (or a TOML array). Positions count."""
+    return tuple(str(one).strip() for one in (raw if isinstance(raw, list) else text(raw).split(";")))
+
+
+def setting(
+    default: str | None,
+    parse: Parse,
+    meaning: str,
+    *,
+    variables: tuple[str, ...] = (),
+    secret: bool = False,
+) -> Any:
+    """Describe a setting; its default is written as a person would write it, None is no value at all.
+
+    Its variable is EWMS_PILOT_ and its name in capitals; of other `variables`, the first that is set counts.
+    """
+    return dataclasses.field(
+        default_factory=lambda: None if default is None else parse(default),
+        metadata={
+            "default": default,
+            "parse": parse,
+            "meaning": meaning,
+            "variables": variables,
+            "secret": secret,
+        },
+        repr=not secret,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the pilot was told, checked."""
+
+    config: Path | None = setting(None, Path, f"TOML file of settings ({CONFIG_FILE}, where there is one)")
+
+    task_image: str = setting("", text, "image of the task container; bubblewrap: an unpacked directory, or /")
+    task_args: tuple[str, ...] = setting(
+        "", arguments, "its arguments, with {{INFILE}}, {{OUTFILE}}, {{DATA_HUB}}; no shell ever sees them"
+    )
+    task_env_json: Mapping[str, str] = setting("{}", variables, "JSON object of its environment variables")
+    task_timeout: float | None = setting(
+        None,
+        seconds,
+        "seconds a task may take",
+        variables=("EWMS_PILOT_TASK_TIMEOUT", "EWMS_PILOT_SUBPROC_TIMEOUT"),
+    )
+    init_image: str = setting("", text, "image of the init container, run once before any event is taken")
+    init_args: tuple[str, ...] = setting("", arguments, "its arguments, with {{DATA_HUB}}")
+    init_env_json: Mapping[str, str] = setting("{}", variables, "JSON object of its environment variables")
+    init_timeout: float | None = setting(None, seconds, "seconds it may take")
+
+    queue_incoming: tuple[str, ...] = setting("", queues, "queue of events; a `;`-joined list is several")
+    queue_incoming_auth_token: tuple[str, ...] = setting("", queues, "its token", secret=True)
+    queue_incoming_broker_type: tuple[str, ...] = setting("", queues, "its broker: local or rabbitmq")
+    queue_incoming_broker_address: tuple[str, ...] = setting("", queues, "its broker's address", secret=True)
+    queue_outgoing: tuple[str, ...] = setting("", queues, "queue of outputs; each output goes to all of a list")
+    queue_outgoing_auth_token: tuple[str, ...] = setting("", queues, "its token", secret=True)
+    queue_outgoing_broker_type: tuple[str, ...] = setting("", queues, "its broker: local or rabbitmq")
+    queue_outgoing_broker_address: tuple[str, ...] = setting("", queues, "its broker's address", secret=True)
+    broker: str = setting(
+        "", text, "address of the broker of every queue that names none: amqp://HOST, or a queue file", secret=True
+    )
+    broker_token: str = setting("", text, "token for that broker", secret=True)
+    broker_patience: float = setting(
+        "60", seconds_or_none_at_all, "seconds a broker may be away while no task runs, also at the start"
+    )
+    wire: str = setting("ewms", one_of("ewms", "raw"), "format of message bodies: ewms, or raw for bytes as they are")
+    max_payload: int = setting("134217728", integer(1), "bytes an unpacked event, or an output, may have")
+
+    prefetch: int = setting("1", integer(1), "events taken ahead; never fewer than the slots")
+    max_concurrent_tasks: int = setting("1", integer(1), "slots: tasks run at once")
+    timeout_queue_wait_for_first_message: float | None = setting(
+        None, seconds, "seconds to wait for the first event (timeout-queue-incoming)"
+    )
+    timeout_queue_incoming: float = setting("1", seconds, "seconds a free slot waits before the pilot ends")
+    max_attempts: int = setting("20", integer(1), "tries of an event that fails, before it is a dead letter")
+    stop_listening_on_task_error: bool = setting("true", boolean, "take no more events after a task failed")
+    okay_errors: frozenset[str] = setting("", words, "names of errors that are no reason to stop listening")
+    quarantine_time: float = setting("0", seconds_or_none_at_all, "seconds to hold the slot after a task failed")
+
+    grace: float = setting("10", seconds_or_none_at_all, "seconds running tasks have after SIGTERM or Ctrl-C")
+    kill_grace: float = setting("2", seconds_or_none_at_all, "seconds a container has between SIGTERM and SIGKILL")
+    settle_grace: float = setting("10", seconds, "seconds to send and settle what is done, when told to stop")
+
+    runtime: str = setting(
+        "auto",
+        one_of("auto", "bubblewrap", "process"),
+        "what runs containers: bubblewrap, process (no container at all), or auto",
+        variables=("EWMS_PILOT_RUNTIME", "_EWMS_PILOT_CONTAINER_PLATFORM"),
+    )
+    data_dir_parent_path_on_host: Path = setting(".", Path, "directory in which ewms-pilot-data/ is made")
+    infile_ext: str = setting(".in", extension, "extension of the input file")
+    outfile_ext: str = setting(".out", extension, "extension of the output file; .json is parsed and sent as JSON")
+    external_directories: tuple[Path, ...] = setting(
+        "", directories, "comma-separated directories that tasks may read, at the same path"
+    )
+    keep_all_task_files: bool = setting("false", boolean, "leave the directory of every task")
+    dump_task_output: bool = setting("false", boolean, "copy each task's stdout and stderr to the pilot's")
+    container_debug: bool = setting("false", boolean, "have the runtime say more (apptainer, to come)")
+
+    cl_log: str = setting("INFO", log_level, "log level")
+    cl_log_third_party: str = setting("WARNING", log_level, "log level of libraries")
+    htchirp: bool = setting("false", boolean, "report to HTCondor (to come)")
+    htchirp_dest: str = setting("JOB_ATTR", one_of("JOB_ATTR", "JOB_EVENT_LOG"), "where to (to come)")
+    htchirp_ratelimit_interval: float = setting("60", seconds_or_none_at_all, "seconds between reports (to come)")
+    apptainer_build_workdir: Path = setting(
+        "/var/tmp",  # noqa: S108 -- upstream's
+        Path,
+        "where apptainer builds images (to come)",
+        variables=("_EWMS_PILOT_APPTAINER_BUILD_WORKDIR",),
+    )
+    apptainer_image_directory_must_be_present: bool = setting(
+        "true",
+        boolean,
+        "accept only an unpacked directory for apptainer (to come)",
+        variables=("_EWMS_PILOT_APPTAINER_IMAGE_DIRECTORY_MUST_BE_PRESENT",),
+    )
+    docker_shm_size: str | None = setting(
+        None, text, "size of /dev/shm for docker (to come)", variables=("_EWMS_PILOT_DOCKER_SHM_SIZE",)
+    )
+
+    def __post_init__(self) -> None:
+        if self.quarantine_time and not self.stop_listening_on_task_error:
+            raise SettingsError(
+                "EWMS_PILOT_QUARANTINE_TIME holds the slot of a pilot that stops on an error:"
+                " set EWMS_PILOT_STOP_LISTENING_ON_TASK_ERROR to true as well, or leave it out"
+            )
+
+    @property
+    def first_event_timeout(self) -> float:
+        """Seconds to wait for the first event."""
+        return self.timeout_queue_wait_for_first_message or self.timeout_queue_incoming
+
+    def incoming(self) -> list[QueueAddress]:
+        """Where the events are; raises SettingsError if that was not said."""
+        return self._queues("incoming")
+
+    def outgoing(self) -> list[QueueAddress]:
+        """Where the outputs go; raises SettingsError if that was not said."""
+        return self._queues("outgoing")
+
+    def at_broker(self, queue: str) -> QueueAddress:
+        """Find a queue at the broker of all queues."""
+        return QueueAddress(queue, _broker_kind("", self.broker), self.broker, self.broker_token)
+
+    def _queues(self, direction: str) -> list[QueueAddress]:
+        names = getattr(self, f"queue_{direction}")
+        if not all(names):
+            raise SettingsError(
+                f"EWMS_PILOT_QUEUE_{direction.upper()} must name a queue: set it, or give --queue-{direction}"
+            )
+        addresses = self._aligned(f"queue_{direction}_broker_address", len(names))
+        kinds = self._aligned(f"queue_{direction}_broker_type", len(names))
+        tokens = self._aligned(f"queue_{direction}_auth_token", len(names))
+        return [
+            QueueAddress(name, _broker_kind(kind, address or self.broker), address or self.broker, token)
+            for name, kind, address, token in zip(
+                names, kinds, addresses, [token or self.broker_token for token in tokens], strict=True
+            )
+        ]
+
+    def _aligned(self, name: str, count: int) -> tuple[str, ...]:
+        """Give one value a queue: as many as there are queues, or one for them all."""
+        values: tuple[str, ...] = getattr(self, name)
+        if len(values) not in (1, count):
+            raise SettingsError(f"{PREFIX}{name.upper()} must have 1 or {count} values, one a queue, not {len(values)}")
+        return values * count if len(values) == 1 else values
+
+
+def _broker_kind(kind: str, address: str) -> str:
+    if kind and kind not in ("local", "rabbitmq"):
+        raise SettingsError(f"the broker type must be local or rabbitmq, not {kind!r}")
+    if kind:
+        return kind
+    is_file = not address or address.startswith(("/", ".", "~")) or address.endswith((".sqlite", ".db"))
+    return "local" if is_file and "://" not in address else "rabbitmq"
+
+
+FIELDS: Mapping[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(Settings)}
+
+
+def variables_of(name: str) -> tuple[str, ...]:
+    """Name the environment variables of a setting; the first that is set counts."""
+    return FIELDS[name].metadata["variables"] or (PREFIX + name.upper(),)
+
+
+def flag_of(name: str) -> str:
+    """Name the flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def load(flags: Mapping[str, Any], environ: Mapping[str, str], directory: Path) -> Settings:
+    """Put the settings together.
+
+    Args:
+        flags: what the command line says, by setting; None is nothing said.
+        environ: the environment; what an envfile in `directory` says wins over it, as if it had been sourced.
+        directory: the working directory, where an envfile and a TOML file are looked for.
+
+    Raises:
+        SettingsError: a value is wrong, or a file is.
+    """
+    environ = {**environ, **_read_envfile(directory / ENVFILE)}
+    config = flags.get("config") or environ.get(PREFIX + "CONFIG")
+    table = _read_toml(Path(config)) if config else _read_toml(directory / CONFIG_FILE, optional=True)
+    given = (_given(name, flags, environ, table) for name in FIELDS)
+    return Settings(**{name: value for name, value in zip(FIELDS, given, strict=True) if value is not _NOTHING})
+
+
+_NOTHING = object()
+
+
+def _given(name: str, flags: Mapping[str, Any], environ: Mapping[str, str], table: Mapping[str, Any]) -> Any:
+    for label, raw in _candidates(name, flags, environ, table):
+        if raw is not None and raw != "":
+            return _parsed(name, label, raw)
+    return _NOTHING
+
+
+def _candidates(
+    name: str, flags: Mapping[str, Any], environ: Mapping[str, str], table: Mapping[str, Any]
+) -> Iterable[tuple[str, Any]]:
+    yield flag_of(name), flags.get(name)
+    for variable in variables_of(name):
+        yield variable, environ.get(variable)
+    yield f"{name} in the TOML file", table.get(name)
+
+
+def _parsed(name: str, label: str, raw: Any) -> Any:
+    facts = FIELDS[name].metadata
+    try:
+        return facts["parse"](raw)
+    except ValueError as error:
+        found = "what it is" if facts["secret"] else repr(raw)
+        raise SettingsError(f"{label} {error}, not {found}") from error
+
+
+def _read_envfile(path: Path) -> Mapping[str, str]:
+    """Read the `export NAME='value'` lines that EWMS writes, as data."""
+    try:
+        tokens = shlex.split(path.read_text(), comments=True)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"cannot read {path}: {error}") from error
+    pairs = (token.partition("=") for token in tokens)
+    return {name: value for name, equals, value in pairs if equals and name.isidentifier()}
+
+
+def _read_toml(path: Path, *, optional: bool = False) -> Mapping[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        if optional:
+            return {}
+        raise SettingsError(f"there is no settings file {path}") from None
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"cannot read the settings file {path}: {error}") from error
+    values = {key.replace("-", "_"): value for key, value in table.items()}
+    for key in values.keys() - FIELDS.keys():
+        raise SettingsError(f"{path} has {key!r}, which is no setting{_meant(key, FIELDS)}")
+    return values
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """Say of each EWMS_PILOT_ variable that is none of ours, which one may have been meant."""
+    known = [variable for name in FIELDS for variable in variables_of(name)]
+    ours = (name for name in environ if name.startswith((PREFIX, "_" + PREFIX)))
+    return [f"{name} is no setting{_meant(name, known)}" for name in ours if name not in known]
+
+
+def _meant(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

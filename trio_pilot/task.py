@@ -1,0 +1,233 @@
+"""One event's life: stage, run, publish, settle."""
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from trio_pilot import staging
+from trio_pilot.brokers import Delivery, Settlement, Sink
+from trio_pilot.errors import (
+    BrokerError,
+    ContainerRunError,
+    ContainerTimeoutError,
+    DeliveryLostError,
+    EventError,
+    NodeError,
+    PilotError,
+)
+from trio_pilot.last_words import last_words
+from trio_pilot.log import LOGGER
+from trio_pilot.runtimes import DATA_DIRECTORY, Container, Runtime
+from trio_pilot.scopes import Shelter
+from trio_pilot.settings import Settings
+from trio_pilot.staging import TaskFiles, Workspace
+from trio_pilot.status import Status
+from trio_pilot.wire import WIRES, Message
+
+T = TypeVar("T")
+
+TIDY_TIMEOUT = 30.0  # seconds that removing a task's directory may take; on a healthy disk it takes none
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to run in a container: of a task, or to initialise the node."""
+
+    alias: str  # what error texts call it
+    image: str
+    args: tuple[str, ...]
+    env: Mapping[str, str]
+    timeout: float | None  # seconds
+
+    @classmethod
+    def task(cls, settings: Settings) -> "Order":
+        """Order what is run for each event."""
+        return cls("task", settings.task_image, settings.task_args, settings.task_env_json, settings.task_timeout)
+
+    @classmethod
+    def init(cls, settings: Settings) -> "Order":
+        """Order what is run before the first event."""
+        args, env = settings.init_args, settings.init_env_json
+        return cls("init-container", settings.init_image, args, env, settings.init_timeout)
+
+
+class Worker:
+    """What all tasks of a pilot have in common."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        workspace: Workspace,
+        runtime: Runtime,
+        sinks: Sequence[Sink],
+        status: Status,
+        shelter: Shelter,
+    ) -> None:
+        self._settings = settings
+        self._workspace = workspace
+        self._runtime = runtime
+        self._sinks = sinks
+        self._status = status
+        self._shelter = shelter
+        self._order = Order.task(settings)
+        self._wire = WIRES[settings.wire]
+
+    async def live(self, delivery: Delivery) -> PilotError | None:
+        """Live one event's life, and settle it; give the error that it, or the node, ended with.
+
+        Cancelled, the container is killed and the event returned; but an output that is there is still sent.
+        """
+        name = str(uuid.uuid4())
+        files = TaskFiles(
+            self._workspace.root / name,
+            infile=f"infile-{name}{self._settings.infile_ext}",
+            outfile=f"outfile-{name}{self._settings.outfile_ext}",
+        )
+        try:
+            return await self._settled(delivery, files)
+        finally:
+            if not self._settings.keep_all_task_files:
+                await _tidy(files)
+
+    async def _settled(self, delivery: Delivery, files: TaskFiles) -> PilotError | None:
+        try:
+            await self._work(delivery, files)
+        except (EventError, NodeError) as error:
+            settlement = self._by_cause(error, delivery)
+            await self._settle(delivery, settlement, str(error))
+            return error
+        except BaseException:
+            await self._release(delivery)
+            raise
+        await self._settle(delivery, Settlement.ACK)
+        return None
+
+    async def _work(self, delivery: Delivery, files: TaskFiles) -> None:
+        event = await in_thread(self._stage, delivery, files)
+        started = trio.current_time()
+        await run(self._runtime, self._order, self._workspace, files)
+        self._status.run_times.add(trio.current_time() - started)
+        with self._shelter.linger() as scope:
+            if self._settings.dump_task_output:
+                await in_thread(staging.dump, files)
+            body = await in_thread(self._collect, event, files)
+            if body is not None:
+                for sink in self._sinks:
+                    await sink.send(body, delivery.message_id)
+        if scope.cancelled_caught:
+            await trio.lowlevel.checkpoint_if_cancelled()
+
+    def _stage(self, delivery: Delivery, files: TaskFiles) -> Message:
+        event = self._wire.decode(delivery.body, self._settings.max_payload)
+        staging.make(files)
+        staging.write_infile(files, event.data)
+        return event
+
+    def _collect(self, event: Message, files: TaskFiles) -> bytes | None:
+        content = staging.read_outfile(files, self._settings.max_payload)
+        if content is None:
+            return None
+        is_json = self._settings.outfile_ext == ".json" and self._settings.wire != "raw"
+        return self._wire.encode(Message(staging.parse_outfile(content, is_json=is_json), event.headers))
+
+    def _by_cause(self, error: PilotError, delivery: Delivery) -> Settlement:
+        if isinstance(error, NodeError):
+            return Settlement.RELEASE
+        return Settlement.DEAD_LETTER if delivery.attempt >= self._settings.max_attempts else Settlement.REJECT
+
+    async def _settle(self, delivery: Delivery, settlement: Settlement, reason: str = "") -> None:
+        with trio.move_on_after(self._settings.settle_grace, shield=True) as patience:
+            try:
+                await delivery.source.settle(delivery, settlement, reason)
+            except DeliveryLostError as error:
+                LOGGER.warning("not settled (%s): %s", settlement.value, error)
+        if patience.cancelled_caught:
+            LOGGER.warning("event %s not settled (%s) in time", delivery.message_id, settlement.value)
+
+    async def _release(self, delivery: Delivery) -> None:
+        """Return an event on the way out. The way out has its own error; a second would hide it."""
+        try:
+            await self._settle(delivery, Settlement.RELEASE)
+        except BrokerError as error:
+            LOGGER.warning("event %s not returned: %s", delivery.message_id, error)
+
+
+async def run(runtime: Runtime, order: Order, workspace: Workspace, files: TaskFiles) -> None:
+    """Run a container as ordered, to its end.
+
+    Raises:
+        ContainerRunError: it ended with an error, or (ContainerTimeoutError) not in time.
+        NodeError: it could not be started.
+    """
+    timeout = order.timeout or float("inf")
+    with trio.move_on_after(timeout) as deadline:
+        code = await runtime.run(_container(runtime, order, workspace, files))
+    if deadline.cancelled_caught:
+        raise ContainerTimeoutError(f"{order.alias} failed: [Timeout-Error] timed out after {timeout:g}s")
+    if code:
+        reason = await in_thread(last_words, files.stderr)
+        raise ContainerRunError(f"{order.alias} failed (exit code {code}): {reason}")
+
+
+async def run_init(runtime: Runtime, settings: Settings, workspace: Workspace) -> None:
+    """Run the init container; raises what `run` raises."""
+    files = TaskFiles(workspace.root / f"init-{uuid.uuid4().hex}", infile="", outfile="")
+    try:
+        await in_thread(partial(staging.make, files, with_io=False))
+        await run(runtime, Order.init(settings), workspace, files)
+    finally:
+        if not settings.keep_all_task_files:
+            await _tidy(files)
+
+
+def _container(runtime: Runtime, order: Order, workspace: Workspace, files: TaskFiles) -> Container:
+    io, hub = (
+        (Path(f"/{DATA_DIRECTORY}/task-io"), Path(f"/{DATA_DIRECTORY}/data-hub"))
+        if runtime.mounts
+        else (files.io, workspace.data_hub)
+    )
+    names = {"EWMS_TASK_DATA_HUB_DIR": str(hub)}
+    if files.infile:
+        names |= {"EWMS_TASK_INFILE": str(io / files.infile), "EWMS_TASK_OUTFILE": str(io / files.outfile)}
+    return Container(
+        name=files.root.name,
+        image=order.image,
+        args=tuple(_filled_in(arg, names) for arg in order.args),
+        env={**order.env, **names},
+        mounts=workspace.mounts(files if files.infile else None),
+        scratch=files.scratch,
+        stdout=files.stdout,
+        stderr=files.stderr,
+    )
+
+
+PLACEHOLDERS = {
+    "{{INFILE}}": "EWMS_TASK_INFILE",
+    "{{IN_FILE}}": "EWMS_TASK_INFILE",
+    "{{OUTFILE}}": "EWMS_TASK_OUTFILE",
+    "{{OUT_FILE}}": "EWMS_TASK_OUTFILE",
+    "{{DATA_HUB}}": "EWMS_TASK_DATA_HUB_DIR",
+    "{{DATAHUB}}": "EWMS_TASK_DATA_HUB_DIR",
+}
+
+
+def _filled_in(arg: str, names: Mapping[str, str]) -> str:
+    for placeholder, name in PLACEHOLDERS.items():
+        if name in names:
+            arg = arg.replace(placeholder, names[name])
+    return arg
+
+
+async def _tidy(files: TaskFiles) -> None:
+    with trio.move_on_after(TIDY_TIMEOUT, shield=True):
+        await in_thread(staging.remove, files)
+
+
+async def in_thread(function: Callable[..., T], *arguments: object) -> T:
+    """Call something that blocks for a moment. A cancelled caller waits for it: what it makes, it must not leave behind."""
+    return await trio.to_thread.run_sync(function, *arguments)

@@ -1,0 +1,233 @@
+"""A broker and a runtime in memory, for tests of what is built on the real ones.
+
+They keep the contract of the real ones, on trio's clock (an `autojump_clock` above all), and write down what happened. Each
+awaits at every call, and calls its `fault` there with the name of the call, which may raise.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import trio
+
+from trio_pilot.brokers import Delivery, Settlement, dead_letter_queue
+from trio_pilot.errors import DeliveryLostError
+from trio_pilot.runtimes import Container
+
+Fault = Callable[[str], None]
+
+
+def no_fault(call: str) -> None:
+    """Let every call be."""
+
+
+@dataclass(slots=True, eq=False)
+class FakeMessage:
+    """A message in a fake queue, and how often it was delivered to a bad end."""
+
+    body: bytes
+    message_id: str
+    attempts: int = 0
+    reason: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class FakeBroker:
+    """Queues in memory."""
+
+    fault: Fault = no_fault
+    queues: dict[str, deque[FakeMessage]] = field(default_factory=dict)
+    history: list[tuple[str, str]] = field(default_factory=list)  # (what was done, message id), in order
+    unsettled: dict[int, tuple[str, FakeMessage]] = field(default_factory=dict)
+    _tags: "itertools.count[int]" = field(default_factory=itertools.count)
+    _changed: trio.Event = field(default_factory=trio.Event)
+
+    def put(self, queue: str, body: bytes, message_id: str = "") -> None:
+        """Put a message into a queue."""
+        message = FakeMessage(body, message_id or f"{queue}-{next(self._tags)}")
+        self.queues.setdefault(queue, deque()).append(message)
+        self.changed()
+
+    def bodies(self, queue: str) -> list[bytes]:
+        """List what is ready in a queue."""
+        return [message.body for message in self.queues.get(queue, ())]
+
+    def changed(self) -> None:
+        """Wake who waits for a change."""
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def change(self) -> None:
+        """Wait for a change."""
+        await self._changed.wait()
+
+    async def call(self, name: str) -> None:
+        """Be called: a checkpoint, and the place for a fault."""
+        await trio.lowlevel.checkpoint()
+        self.fault(name)
+
+    @asynccontextmanager
+    async def open_source(self, queue: str) -> AsyncIterator["FakeSource"]:
+        """Open an incoming queue; at the end the broker takes back what is not settled."""
+        source = FakeSource(self, queue)
+        try:
+            yield source
+        finally:
+            source.take_back()
+
+    @asynccontextmanager
+    async def open_sink(self, queue: str) -> AsyncIterator["FakeSink"]:
+        """Open an outgoing queue."""
+        yield FakeSink(self, queue)
+
+
+class FakeSource:
+    """An incoming queue."""
+
+    def __init__(self, broker: FakeBroker, queue: str) -> None:
+        self.broker = broker
+        self.queue = queue
+        self._tags: set[int] = set()
+
+    async def ready(self) -> None:
+        """Be ready, or fail."""
+        await self.broker.call("source.ready")
+
+    @asynccontextmanager
+    async def consume(self, prefetch: int) -> AsyncIterator["FakeConsumer"]:
+        """Listen to the queue."""
+        await self.broker.call("source.consume")
+        yield FakeConsumer(self, prefetch)
+
+    async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "") -> None:
+        """Settle a delivery; a second time is an error of the caller's."""
+        await self.broker.call(f"source.{settlement.name.lower()}")
+        if delivery.tag not in self.broker.unsettled:
+            raise DeliveryLostError(f"the delivery of {delivery.message_id} is not there to be settled")
+        queue, message = self.broker.unsettled.pop(delivery.tag)
+        self._tags.discard(delivery.tag)
+        self.broker.history.append((settlement.name, message.message_id))
+        if settlement is Settlement.ACK:
+            return
+        message.attempts += settlement is Settlement.REJECT
+        if settlement is Settlement.DEAD_LETTER:
+            queue, message.reason = dead_letter_queue(queue), reason
+        self.broker.queues.setdefault(queue, deque()).append(message)
+        self.broker.changed()
+
+    def claim(self) -> Delivery | None:
+        """Take the next message, if there is one."""
+        ready = self.broker.queues.get(self.queue)
+        if not ready:
+            return None
+        message, tag = ready.popleft(), next(self.broker._tags)
+        self.broker.unsettled[tag] = self.queue, message
+        self._tags.add(tag)
+        return Delivery(self, self.queue, message.body, message.message_id, message.attempts + 1, tag)
+
+    def take_back(self) -> None:
+        """Return to the queue what was delivered and not settled, counted, as brokers do when a connection ends."""
+        for tag in sorted(self._tags):
+            queue, message = self.broker.unsettled.pop(tag)
+            message.attempts += 1
+            self.broker.history.append(("TAKEN_BACK", message.message_id))
+            self.broker.queues.setdefault(queue, deque()).append(message)
+        self._tags.clear()
+
+
+class FakeConsumer:
+    """Takes messages when asked."""
+
+    def __init__(self, source: FakeSource, prefetch: int) -> None:
+        self.listening_since = trio.current_time()
+        self.prefetch = prefetch
+        self._source = source
+
+    async def take(self) -> Delivery | None:
+        """Take the next message, if there is one."""
+        await self._source.broker.call("consumer.take")
+        return self._source.claim()
+
+    async def wait(self) -> None:
+        """Wait for a change at the broker."""
+        await trio.lowlevel.checkpoint()
+        if not self._source.broker.queues.get(self._source.queue):
+            await self._source.broker.change()
+
+
+class FakeSink:
+    """An outgoing queue."""
+
+    def __init__(self, broker: FakeBroker, queue: str) -> None:
+        self.broker = broker
+        self.queue = queue
+
+    async def ready(self) -> None:
+        """Be ready, or fail."""
+        await self.broker.call("sink.ready")
+
+    async def send(self, body: bytes, message_id: str) -> None:
+        """Put a message into the queue, and confirm it one checkpoint later."""
+        await self.broker.call("sink.send")
+        self.broker.put(self.queue, body, message_id)
+        await self.broker.call("sink.confirm")
+        self.broker.history.append(("CONFIRMED", message_id))
+
+
+Script = Callable[[Container], Awaitable[int]]
+
+
+async def copy(container: Container) -> int:
+    """Be a container that copies its input file to its output file."""
+    await trio.sleep(1)
+    if infile := container.env.get("EWMS_TASK_INFILE"):
+        content = await trio.Path(infile).read_bytes()
+        await trio.Path(container.env["EWMS_TASK_OUTFILE"]).write_bytes(content)
+    return 0
+
+
+@dataclass(slots=True, eq=False)
+class FakeRuntime:
+    """Runs containers that are coroutines."""
+
+    script: Script = copy
+    fault: Fault = no_fault
+    kill_seconds: float = 0.5  # what it takes to kill a container
+    running: set[str] = field(default_factory=set)
+    most_running: int = 0
+    ran: list[Container] = field(default_factory=list)
+    name: str = "fake"
+    mounts: bool = False
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator["FakeRuntime"]:
+        """Open the runtime."""
+        self.fault("runtime.open")
+        yield self
+
+    async def prepare(self, image: str) -> None:  # noqa: ARG002 -- there are no images
+        """Have nothing to prepare."""
+        await trio.lowlevel.checkpoint()
+        self.fault("runtime.prepare")
+
+    async def run(self, container: Container) -> int:
+        """Run a container's script; cancelled, kill it, which takes its time."""
+        await trio.lowlevel.checkpoint()
+        self.fault("runtime.run")
+        container.stdout.touch()
+        container.stderr.touch()
+        self.ran.append(container)
+        self.running.add(container.name)
+        self.most_running = max(self.most_running, len(self.running))
+        try:
+            code = await self.script(container)
+            self.fault("runtime.exit")
+        except BaseException:
+            with trio.move_on_after(2 * self.kill_seconds, shield=True):
+                await trio.sleep(self.kill_seconds)
+            raise
+        finally:
+            self.running.discard(container.name)
+        return code
