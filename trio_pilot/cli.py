@@ -5,58 +5,78 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeAlias, get_type_hints
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter
 
 from trio_pilot import __version__, log
+from trio_pilot.commands import SignalledError, leaves
 from trio_pilot.errors import ContainerRunError, PilotError, TasksFailedError
 from trio_pilot.log import LOGGER
-from trio_pilot.settings import FIELDS, Settings, flag_of, load, unknown_variables, variables_of
+from trio_pilot.settings import FIELDS, Settings, environment, flag_of, load, sections, unknown_variables
 
 USAGE_ERROR = 2
 SOFTWARE_ERROR = 70  # sysexits.h, EX_SOFTWARE: a defect of ours
 SIGNALLED = 128  # and the signal's number, as shells say it
 
-# What sending and receiving need of the settings.
+# What sending and receiving need of the settings, and the demo.
 BROKER_FLAGS = ("broker", "broker_token", "broker_patience", "wire", "max_payload", "config", "cl_log")
+DEMO_FLAGS = ("runtime", "max_concurrent_tasks", "cl_log")
 
-app = App(
-    name="trio-pilot",
-    help="Take events from a queue, run one container per event, send its output, and only then acknowledge.",
-    version=__version__,
-)
+HELP = """Take events from a queue, run one container per event, send its output, and only then acknowledge.
+
+Without a command it is `run`, whose settings may all be in the environment: `trio-pilot run --help` lists them."""
+
+app = App(name="trio-pilot", help=HELP, version=__version__, help_format="plaintext")
 
 
 def _flags_class(names: Iterable[str]) -> Any:
     """Make flags of settings; they are parsed where all other sources of settings are."""
     hints = get_type_hints(Settings)
-    fields = []
-    for name in names:
-        facts = FIELDS[name].metadata
-        text = f"{facts['meaning']} [{facts['default'] or 'none'}; {variables_of(name)[0]}]"
-        flag = Parameter(name=flag_of(name), help=text, allow_leading_hyphen=True, show_default=False, show_env_var=False)
-        kind = bool if hints[name] is bool else str
-        fields.append((name, Annotated[kind | None, flag], dataclasses.field(default=None)))
+    groups = {section: Group.create_ordered(section) for section, _ in sections()}
+    fields = [
+        (name, Annotated[(bool if hints[name] is bool else str) | None, _flag(name, groups[section])], None)
+        for section, name in sections()
+        if name in names
+    ]
     # cyclopts takes the fields of a class apart only if it is not of the standard library's `types`.
     flags = dataclasses.make_dataclass("Flags", fields, frozen=True, namespace={"__module__": __name__})
     return Annotated[flags | None, Parameter(name="*")]
 
 
+def _flag(name: str, group: Group) -> Parameter:
+    facts = FIELDS[name].metadata
+    default = f" [{facts['default']}]" if facts["default"] else ""
+    return Parameter(
+        name=flag_of(name),
+        help=f"{facts['meaning']}{default}",
+        group=group,
+        metavar="VALUE",
+        allow_leading_hyphen=True,
+        show_default=False,
+        show_env_var=False,
+    )
+
+
 if TYPE_CHECKING:
-    AllFlags = BrokerFlags = DemoFlags = Any
+    AllFlags: TypeAlias = Any
+    BrokerFlags: TypeAlias = Any
+    DemoFlags: TypeAlias = Any
 else:
     AllFlags = _flags_class(FIELDS)
     BrokerFlags = _flags_class(BROKER_FLAGS)
-    DemoFlags = _flags_class(["runtime", "max_concurrent_tasks", "cl_log"])
+    DemoFlags = _flags_class(DEMO_FLAGS)
 
 
-@app.default
 @app.command
 def run(*, flags: AllFlags = None) -> int:
-    """Run the pilot: take events until the queue stays empty."""
+    """Run the pilot: take events until the queue stays empty.
+
+    A setting comes from its flag, its variable (`--task-args` is EWMS_PILOT_TASK_ARGS), a TOML file (task_args), or its
+    default in brackets. The README has the whole table.
+    """
     from trio_pilot.commands.run import run
 
     return run(_settings(flags))
@@ -68,7 +88,7 @@ def send(
     files: tuple[str, ...] = (),
     /,
     *,
-    lines: Annotated[bool, Parameter(negative="")] = False,
+    lines: Annotated[bool, Parameter(negative="", show_default=False)] = False,
     flags: BrokerFlags = None,
 ) -> int:
     """Send events to a queue.
@@ -79,7 +99,7 @@ def send(
         Name of the queue.
     files
         Each file is one event: .json as its value, text as text, anything else as bytes.
-        `-` (the default) is stdin, and a .jsonl file too: an event, as JSON, on each line.
+        `-` (the default) is stdin: an event, as JSON, on each line; a .jsonl file is read so too.
     lines
         Read every file as JSON lines.
     """
@@ -93,9 +113,9 @@ def receive(
     queue: str,
     /,
     *,
-    to: Path | None = None,
-    count: int | None = None,
-    idle: float = 1.0,
+    to: Annotated[Path | None, Parameter(metavar="DIRECTORY")] = None,
+    count: Annotated[int | None, Parameter(metavar="NUMBER")] = None,
+    idle: Annotated[float, Parameter(metavar="SECONDS")] = 1.0,
     flags: BrokerFlags = None,
 ) -> int:
     """Receive messages from a queue, as JSON lines on stdout; each is acknowledged once it is written.
@@ -121,12 +141,15 @@ def check(*, flags: AllFlags = None) -> int:
     """Say what works with these settings, what does not, and how to cure it."""
     from trio_pilot.commands.check import check
 
-    return check(_settings(flags))
+    return check(lambda: _settings(flags))
 
 
 @app.command
 def demo(*, flags: DemoFlags = None) -> int:
-    """Run the main job on a small sky scan: send events, run a task for each, and show the best pixel."""
+    """Run the main job on a small sky scan: send events, run a task for each, and show the best pixel.
+
+    It needs no settings, no server and no network, and leaves nothing behind.
+    """
     from trio_pilot.commands.demo import demo
 
     return demo(_given(flags))
@@ -136,21 +159,31 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit: with the codes that the README lists, and with a line of text rather than a traceback."""
     code = SOFTWARE_ERROR
     try:
-        code = app(argv, exit_on_error=False, print_error=False, result_action="return_value") or 0
+        arguments = _with_command(sys.argv[1:] if argv is None else argv)
+        code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value") or 0
     except* CycloptsError as usage:
-        code = _tell([str(error).strip() for error in _leaves(usage)], USAGE_ERROR)
+        code = _tell([f"trio-pilot: {' '.join(str(error).split())}" for error in leaves(usage)], USAGE_ERROR)
     except* PilotError as errors:
-        leaves = list(_leaves(errors))
-        code = _tell([_line(error) for error in leaves], leaves[0].exit_code)
+        found = list(leaves(errors))
+        code = _tell([_line(error) for error in found], found[0].exit_code)
+    except* SignalledError as signals:
+        number = next(leaves(signals)).number
+        code = _tell([f"trio-pilot: {error}" for error in leaves(signals)], SIGNALLED + number)
     except* KeyboardInterrupt:
-        code = _tell(["interrupted"], SIGNALLED + signal.SIGINT)
+        code = _tell(["trio-pilot: interrupted"], SIGNALLED + signal.SIGINT)
     except* BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = SIGNALLED + signal.SIGPIPE
     except* Exception:
         traceback.print_exc()
-        code = _tell(["this is a defect of trio-pilot; please report it with the lines above"], SOFTWARE_ERROR)
+        code = _tell(["trio-pilot: this is a defect of trio-pilot; please report it with the lines above"], SOFTWARE_ERROR)
     sys.exit(code)
+
+
+def _with_command(argv: Sequence[str]) -> Sequence[str]:
+    """Put `run` where there is no command."""
+    first = argv[0] if argv else "--"
+    return ["run", *argv] if first.startswith("-") and first not in ("--help", "-h", "--version") else argv
 
 
 def _given(flags: Any) -> Mapping[str, Any]:
@@ -160,17 +193,9 @@ def _given(flags: Any) -> Mapping[str, Any]:
 def _settings(flags: Any) -> Settings:
     settings = load(_given(flags), os.environ, Path.cwd())
     log.set_up(settings.cl_log, settings.cl_log_third_party)
-    for warning in unknown_variables(os.environ):
+    for warning in unknown_variables(environment(os.environ, Path.cwd())):
         LOGGER.warning(warning)
     return settings
-
-
-def _leaves(group: BaseExceptionGroup[Any]) -> Iterator[Any]:
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
-        else:
-            yield error
 
 
 def _line(error: PilotError) -> str:

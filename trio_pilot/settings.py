@@ -11,7 +11,8 @@ import math
 import re
 import shlex
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from trio_pilot.errors import SettingsError
 ENVFILE = "ewms_htcondor_envfile.sh"
 CONFIG_FILE = "trio-pilot.toml"
 PREFIX = "EWMS_PILOT_"
+MOST_SHOWN = 80  # characters of a wrong value in a message
 
 Parse = Callable[[Any], Any]
 
@@ -46,8 +48,16 @@ def boolean(raw: Any) -> bool:
     raise ValueError("must be a boolean (true or false)")
 
 
-def integer(least: int) -> Parse:
-    """Take a whole number, `least` or more."""
+def path(raw: Any) -> Path:
+    """Take the name of a file or directory; `~` is the home directory."""
+    name = Path(text(raw))
+    with suppress(RuntimeError):  # there is no home directory
+        name = name.expanduser()
+    return name
+
+
+def integer(least: int, most: float = math.inf) -> Parse:
+    """Take a whole number from `least` to `most`."""
 
     def parse(raw: Any) -> int:
         try:
@@ -56,6 +66,8 @@ def integer(least: int) -> Parse:
             number = least - 1
         if number < least or isinstance(raw, bool):
             raise ValueError(f"must be an integer ≥ {least}")
+        if number > most:
+            raise ValueError(f"must be an integer ≤ {most}")
         return number
 
     return parse
@@ -77,20 +89,23 @@ def seconds_or_none_at_all(raw: Any) -> float:
     return seconds(raw, zero=True)
 
 
-def one_of(*choices: str) -> Parse:
-    """Take one of some words."""
+def one_of(*choices: str, to_come: Iterable[str] = ()) -> Parse:
+    """Take one of some words, in any case; name those that EWMS knows, and this version does not."""
+    words = {choice.lower(): choice for choice in choices}
 
     def parse(raw: Any) -> str:
-        if (word := str(raw).strip()) not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}")
-        return word
+        word = str(raw).strip().lower()
+        if word not in words:
+            but = f" ({word} is not in this version yet)" if word in to_come else ""
+            raise ValueError(f"must be one of {', '.join(choices)}{but}")
+        return words[word]
 
     return parse
 
 
 def log_level(raw: Any) -> str:
     """Take the name of a log level, in any case."""
-    return str(one_of("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")(str(raw).strip().upper()))
+    return str(one_of("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")(raw))
 
 
 def extension(raw: Any) -> str:
@@ -121,16 +136,16 @@ def variables(raw: Any) -> Mapping[str, str]:
         raise ValueError("must be a JSON object")
     for name, one in value.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError(f"must have names of letters, digits and _ only, {name!r} is not one, and be an object")
+            raise ValueError(f"must have names of letters, digits and _ only: {name!r} is none")
         if not isinstance(one, str | int | float) or "\0" in str(one):
-            raise ValueError(f"must have strings, numbers or booleans as values, {name} has none, and be an object")
+            raise ValueError(f"must have strings, numbers or booleans as values: that of {name} is none")
     return {name: str(one) for name, one in value.items()}
 
 
 def directories(raw: Any) -> tuple[Path, ...]:
     """Take a comma-separated list (or TOML array) of directories."""
-    paths = raw if isinstance(raw, list) else text(raw).split(",")
-    return tuple(Path(str(path).strip()) for path in paths if str(path).strip())
+    names = raw if isinstance(raw, list) else text(raw).split(",")
+    return tuple(Path(str(name).strip()) for name in names if str(name).strip())
 
 
 def words(raw: Any) -> frozenset[str]:
@@ -144,6 +159,12 @@ def queues(raw: Any) -> tuple[str, ...]:
     return tuple(str(one).strip() for one in (raw if isinstance(raw, list) else text(raw).split(";")))
 
 
+def broker_types(raw: Any) -> tuple[str, ...]:
+    """Take the kinds of brokers; with none, the address tells."""
+    kind = one_of("local", "rabbitmq", to_come=("nats", "pulsar"))
+    return tuple(kind(one) if one else "" for one in queues(raw))
+
+
 def setting(
     default: str | None,
     parse: Parse,
@@ -151,53 +172,59 @@ def setting(
     *,
     variables: tuple[str, ...] = (),
     secret: bool = False,
+    to_come: bool = False,
 ) -> Any:
     """Describe a setting; its default is written as a person would write it, None is no value at all.
 
-    Its variable is EWMS_PILOT_ and its name in capitals; of other `variables`, the first that is set counts.
+    Its variable is EWMS_PILOT_ and its name in capitals; of other `variables`, the first that is set counts. The value of
+    a `secret` is never shown. What is `to_come` is understood, and has no effect yet.
     """
     return dataclasses.field(
         default_factory=lambda: None if default is None else parse(default),
         metadata={
             "default": default,
             "parse": parse,
-            "meaning": meaning,
+            "meaning": f"{meaning} (to come)" if to_come else meaning,
             "variables": variables,
             "secret": secret,
+            "to_come": to_come,
         },
         repr=not secret,
     )
+
+
+TASK_TIMEOUT = ("EWMS_PILOT_TASK_TIMEOUT", "EWMS_PILOT_SUBPROC_TIMEOUT")
+RUNTIME = ("EWMS_PILOT_RUNTIME", "_EWMS_PILOT_CONTAINER_PLATFORM")
+APPTAINER_BUILD = ("_EWMS_PILOT_APPTAINER_BUILD_WORKDIR",)
+APPTAINER_IMAGE = ("_EWMS_PILOT_APPTAINER_IMAGE_DIRECTORY_MUST_BE_PRESENT",)
+SHM_SIZE = ("_EWMS_PILOT_DOCKER_SHM_SIZE",)
+
+MOST_AHEAD = 65535  # messages that AMQP lets a consumer have unsettled
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What the pilot was told, checked."""
 
-    config: Path | None = setting(None, Path, f"TOML file of settings ({CONFIG_FILE}, where there is one)")
-
+    # In SECTIONS each part is named by its first setting.
     task_image: str = setting("", text, "image of the task container; bubblewrap: an unpacked directory, or /")
     task_args: tuple[str, ...] = setting(
         "", arguments, "its arguments, with {{INFILE}}, {{OUTFILE}}, {{DATA_HUB}}; no shell ever sees them"
     )
-    task_env_json: Mapping[str, str] = setting("{}", variables, "JSON object of its environment variables")
-    task_timeout: float | None = setting(
-        None,
-        seconds,
-        "seconds a task may take",
-        variables=("EWMS_PILOT_TASK_TIMEOUT", "EWMS_PILOT_SUBPROC_TIMEOUT"),
-    )
+    task_env_json: Mapping[str, str] = setting("{}", variables, "JSON object of its environment variables", secret=True)
+    task_timeout: float | None = setting(None, seconds, "seconds a task may take", variables=TASK_TIMEOUT)
     init_image: str = setting("", text, "image of the init container, run once before any event is taken")
     init_args: tuple[str, ...] = setting("", arguments, "its arguments, with {{DATA_HUB}}")
-    init_env_json: Mapping[str, str] = setting("{}", variables, "JSON object of its environment variables")
+    init_env_json: Mapping[str, str] = setting("{}", variables, "JSON object of its environment variables", secret=True)
     init_timeout: float | None = setting(None, seconds, "seconds it may take")
 
     queue_incoming: tuple[str, ...] = setting("", queues, "queue of events; a `;`-joined list is several")
     queue_incoming_auth_token: tuple[str, ...] = setting("", queues, "its token", secret=True)
-    queue_incoming_broker_type: tuple[str, ...] = setting("", queues, "its broker: local or rabbitmq")
+    queue_incoming_broker_type: tuple[str, ...] = setting("", broker_types, "its broker: local or rabbitmq")
     queue_incoming_broker_address: tuple[str, ...] = setting("", queues, "its broker's address", secret=True)
     queue_outgoing: tuple[str, ...] = setting("", queues, "queue of outputs; each output goes to all of a list")
     queue_outgoing_auth_token: tuple[str, ...] = setting("", queues, "its token", secret=True)
-    queue_outgoing_broker_type: tuple[str, ...] = setting("", queues, "its broker: local or rabbitmq")
+    queue_outgoing_broker_type: tuple[str, ...] = setting("", broker_types, "its broker: local or rabbitmq")
     queue_outgoing_broker_address: tuple[str, ...] = setting("", queues, "its broker's address", secret=True)
     broker: str = setting(
         "", text, "address of the broker of every queue that names none: amqp://HOST, or a queue file", secret=True
@@ -209,57 +236,53 @@ class Settings:
     wire: str = setting("ewms", one_of("ewms", "raw"), "format of message bodies: ewms, or raw for bytes as they are")
     max_payload: int = setting("134217728", integer(1), "bytes an unpacked event, or an output, may have")
 
-    prefetch: int = setting("1", integer(1), "events taken ahead; never fewer than the slots")
-    max_concurrent_tasks: int = setting("1", integer(1), "slots: tasks run at once")
-    timeout_queue_wait_for_first_message: float | None = setting(
-        None, seconds, "seconds to wait for the first event (timeout-queue-incoming)"
-    )
+    max_concurrent_tasks: int = setting("1", integer(1, MOST_AHEAD), "slots: tasks run at once")
+    prefetch: int = setting("1", integer(1, MOST_AHEAD), "events taken ahead; never fewer than the slots")
     timeout_queue_incoming: float = setting("1", seconds, "seconds a free slot waits before the pilot ends")
-    max_attempts: int = setting("20", integer(1), "tries of an event that fails, before it is a dead letter")
+    timeout_queue_wait_for_first_message: float | None = setting(
+        None, seconds, "seconds to wait for the first event; none: as for any other"
+    )
     stop_listening_on_task_error: bool = setting("true", boolean, "take no more events after a task failed")
     okay_errors: frozenset[str] = setting("", words, "names of errors that are no reason to stop listening")
     quarantine_time: float = setting("0", seconds_or_none_at_all, "seconds to hold the slot after a task failed")
-
+    max_attempts: int = setting("20", integer(1), "tries of an event that fails, before it is a dead letter")
     grace: float = setting("10", seconds_or_none_at_all, "seconds running tasks have after SIGTERM or Ctrl-C")
     kill_grace: float = setting("2", seconds_or_none_at_all, "seconds a container has between SIGTERM and SIGKILL")
     settle_grace: float = setting("10", seconds, "seconds to send and settle what is done, when told to stop")
 
     runtime: str = setting(
         "auto",
-        one_of("auto", "bubblewrap", "process"),
+        one_of("auto", "bubblewrap", "process", to_come=("docker", "podman", "apptainer")),
         "what runs containers: bubblewrap, process (no container at all), or auto",
-        variables=("EWMS_PILOT_RUNTIME", "_EWMS_PILOT_CONTAINER_PLATFORM"),
+        variables=RUNTIME,
     )
-    data_dir_parent_path_on_host: Path = setting(".", Path, "directory in which ewms-pilot-data/ is made")
+    data_dir_parent_path_on_host: Path = setting(".", path, "directory in which ewms-pilot-data/ is made")
     infile_ext: str = setting(".in", extension, "extension of the input file")
     outfile_ext: str = setting(".out", extension, "extension of the output file; .json is parsed and sent as JSON")
     external_directories: tuple[Path, ...] = setting(
         "", directories, "comma-separated directories that tasks may read, at the same path"
     )
     keep_all_task_files: bool = setting("false", boolean, "leave the directory of every task")
-    dump_task_output: bool = setting("false", boolean, "copy each task's stdout and stderr to the pilot's")
-    container_debug: bool = setting("false", boolean, "have the runtime say more (apptainer, to come)")
-
-    cl_log: str = setting("INFO", log_level, "log level")
-    cl_log_third_party: str = setting("WARNING", log_level, "log level of libraries")
-    htchirp: bool = setting("false", boolean, "report to HTCondor (to come)")
-    htchirp_dest: str = setting("JOB_ATTR", one_of("JOB_ATTR", "JOB_EVENT_LOG"), "where to (to come)")
-    htchirp_ratelimit_interval: float = setting("60", seconds_or_none_at_all, "seconds between reports (to come)")
+    container_debug: bool = setting("false", boolean, "have the runtime say more", to_come=True)
     apptainer_build_workdir: Path = setting(
         "/var/tmp",  # noqa: S108 -- upstream's
-        Path,
-        "where apptainer builds images (to come)",
-        variables=("_EWMS_PILOT_APPTAINER_BUILD_WORKDIR",),
+        path,
+        "where apptainer builds images",
+        variables=APPTAINER_BUILD,
+        to_come=True,
     )
     apptainer_image_directory_must_be_present: bool = setting(
-        "true",
-        boolean,
-        "accept only an unpacked directory for apptainer (to come)",
-        variables=("_EWMS_PILOT_APPTAINER_IMAGE_DIRECTORY_MUST_BE_PRESENT",),
+        "true", boolean, "accept only an unpacked directory for apptainer", variables=APPTAINER_IMAGE, to_come=True
     )
-    docker_shm_size: str | None = setting(
-        None, text, "size of /dev/shm for docker (to come)", variables=("_EWMS_PILOT_DOCKER_SHM_SIZE",)
-    )
+    docker_shm_size: str | None = setting(None, text, "size of /dev/shm for docker", variables=SHM_SIZE, to_come=True)
+
+    config: Path | None = setting(None, path, f"TOML file of settings; none: {CONFIG_FILE}, where there is one")
+    cl_log: str = setting("INFO", log_level, "log level")
+    cl_log_third_party: str = setting("WARNING", log_level, "log level of libraries")
+    dump_task_output: bool = setting("false", boolean, "copy each task's stdout and stderr to the pilot's")
+    htchirp: bool = setting("false", boolean, "report to HTCondor", to_come=True)
+    htchirp_dest: str = setting("JOB_ATTR", one_of("JOB_ATTR", "JOB_EVENT_LOG"), "where to", to_come=True)
+    htchirp_ratelimit_interval: float = setting("60", seconds_or_none_at_all, "seconds between reports", to_come=True)
 
     def __post_init__(self) -> None:
         if self.quarantine_time and not self.stop_listening_on_task_error:
@@ -283,22 +306,20 @@ class Settings:
 
     def at_broker(self, queue: str) -> QueueAddress:
         """Find a queue at the broker of all queues."""
-        return QueueAddress(queue, _broker_kind("", self.broker), self.broker, self.broker_token)
+        return _queue_address(queue, "", self.broker, self.broker_token)
 
     def _queues(self, direction: str) -> list[QueueAddress]:
         names = getattr(self, f"queue_{direction}")
         if not all(names):
-            raise SettingsError(
-                f"EWMS_PILOT_QUEUE_{direction.upper()} must name a queue: set it, or give --queue-{direction}"
-            )
-        addresses = self._aligned(f"queue_{direction}_broker_address", len(names))
-        kinds = self._aligned(f"queue_{direction}_broker_type", len(names))
-        tokens = self._aligned(f"queue_{direction}_auth_token", len(names))
+            which = "a queue" if len(names) == 1 else f"a queue at each of its {len(names)} positions"
+            raise SettingsError(f"{PREFIX}QUEUE_{direction.upper()} must name {which}: set it, or give --queue-{direction}")
+        addresses, kinds, tokens = (
+            self._aligned(f"queue_{direction}_{what}", len(names))
+            for what in ("broker_address", "broker_type", "auth_token")
+        )
         return [
-            QueueAddress(name, _broker_kind(kind, address or self.broker), address or self.broker, token)
-            for name, kind, address, token in zip(
-                names, kinds, addresses, [token or self.broker_token for token in tokens], strict=True
-            )
+            _queue_address(name, kind, address or self.broker, token or self.broker_token)
+            for name, kind, address, token in zip(names, kinds, addresses, tokens, strict=True)
         ]
 
     def _aligned(self, name: str, count: int) -> tuple[str, ...]:
@@ -309,16 +330,30 @@ class Settings:
         return values * count if len(values) == 1 else values
 
 
-def _broker_kind(kind: str, address: str) -> str:
-    if kind and kind not in ("local", "rabbitmq"):
-        raise SettingsError(f"the broker type must be local or rabbitmq, not {kind!r}")
-    if kind:
-        return kind
+def _queue_address(queue: str, kind: str, address: str, token: str) -> QueueAddress:
+    """Tell the kind of a broker by its address, where nothing else does: a queue file is local."""
     is_file = not address or address.startswith(("/", ".", "~")) or address.endswith((".sqlite", ".db"))
-    return "local" if is_file and "://" not in address else "rabbitmq"
+    kind = kind or ("local" if is_file and "://" not in address else "rabbitmq")
+    return QueueAddress(queue, kind, address or ("localhost" if kind == "rabbitmq" else ""), token)
 
 
 FIELDS: Mapping[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(Settings)}
+
+SECTIONS = {
+    "task_image": "Task",
+    "queue_incoming": "Queues and brokers",
+    "max_concurrent_tasks": "Events",
+    "runtime": "Runtime and files",
+    "config": "Reports",
+}
+
+
+def sections() -> Iterator[tuple[str, str]]:
+    """Name the section and each setting in it, in the order of the table."""
+    section = ""
+    for name in FIELDS:
+        section = SECTIONS.get(name, section)
+        yield section, name
 
 
 def variables_of(name: str) -> tuple[str, ...]:
@@ -331,22 +366,31 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def environment(environ: Mapping[str, str], directory: Path) -> Mapping[str, str]:
+    """Give the environment, with what the envfile in `directory` says put over it as if it had been sourced.
+
+    Raises:
+        SettingsError: there is an envfile, and it cannot be read.
+    """
+    return {**environ, **_read_envfile(directory / ENVFILE)}
+
+
 def load(flags: Mapping[str, Any], environ: Mapping[str, str], directory: Path) -> Settings:
     """Put the settings together.
 
     Args:
         flags: what the command line says, by setting; None is nothing said.
-        environ: the environment; what an envfile in `directory` says wins over it, as if it had been sourced.
+        environ: the environment; see `environment`.
         directory: the working directory, where an envfile and a TOML file are looked for.
 
     Raises:
         SettingsError: a value is wrong, or a file is.
     """
-    environ = {**environ, **_read_envfile(directory / ENVFILE)}
+    environ = environment(environ, directory)
     config = flags.get("config") or environ.get(PREFIX + "CONFIG")
-    table = _read_toml(Path(config)) if config else _read_toml(directory / CONFIG_FILE, optional=True)
-    given = (_given(name, flags, environ, table) for name in FIELDS)
-    return Settings(**{name: value for name, value in zip(FIELDS, given, strict=True) if value is not _NOTHING})
+    table = _read_toml(path(config)) if config else _read_toml(directory / CONFIG_FILE, optional=True)
+    given = {name: _given(name, flags, environ, table) for name in FIELDS}
+    return Settings(**{name: value for name, value in given.items() if value is not _NOTHING})
 
 
 _NOTHING = object()
@@ -373,34 +417,40 @@ def _parsed(name: str, label: str, raw: Any) -> Any:
     try:
         return facts["parse"](raw)
     except ValueError as error:
-        found = "what it is" if facts["secret"] else repr(raw)
-        raise SettingsError(f"{label} {error}, not {found}") from error
+        found = " (what it is now is not shown)" if facts["secret"] else f", not {_short(raw)}"
+        raise SettingsError(f"{label} {error}{found}") from None
 
 
-def _read_envfile(path: Path) -> Mapping[str, str]:
+def _short(raw: Any) -> str:
+    shown = repr(raw)
+    return shown if len(shown) <= MOST_SHOWN else f"{shown[:MOST_SHOWN]}..."
+
+
+def _read_envfile(file: Path) -> Mapping[str, str]:
     """Read the `export NAME='value'` lines that EWMS writes, as data."""
     try:
-        tokens = shlex.split(path.read_text(), comments=True)
+        tokens = shlex.split(file.read_text(), comments=True)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise SettingsError(f"cannot read {path}: {error}") from error
+        raise SettingsError(f"cannot read {file}: {error}") from error
     pairs = (token.partition("=") for token in tokens)
     return {name: value for name, equals, value in pairs if equals and name.isidentifier()}
 
 
-def _read_toml(path: Path, *, optional: bool = False) -> Mapping[str, Any]:
+def _read_toml(file: Path, *, optional: bool = False) -> Mapping[str, Any]:
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(file.read_text())
     except FileNotFoundError:
         if optional:
             return {}
-        raise SettingsError(f"there is no settings file {path}") from None
+        raise SettingsError(f"there is no settings file {file}") from None
     except (OSError, ValueError) as error:
-        raise SettingsError(f"cannot read the settings file {path}: {error}") from error
+        raise SettingsError(f"cannot read the settings file {file}: {error}") from error
     values = {key.replace("-", "_"): value for key, value in table.items()}
-    for key in values.keys() - FIELDS.keys():
-        raise SettingsError(f"{path} has {key!r}, which is no setting{_meant(key, FIELDS)}")
+    known = FIELDS.keys() - {"config"}
+    for key in values.keys() - known:
+        raise SettingsError(f"{file} has {key!r}, which is no setting{_meant(key, known)}")
     return values
 
 
@@ -414,3 +464,16 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
 def _meant(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def markdown_table() -> str:
+    """Write the table of all settings that is in the README."""
+    lines, last = ["| flag | variable | default | meaning |", "|---|---|---|---|"], ""
+    for section, name in sections():
+        if section != last:
+            lines.append(f"| **{section}** | | | |")
+        facts, last = FIELDS[name].metadata, section
+        variables = ", ".join(f"`{variable.removeprefix(PREFIX)}`" for variable in variables_of(name))
+        default = f"`{facts['default']}`" if facts["default"] else ""
+        lines.append(f"| `{flag_of(name)}` | {variables} | {default} | {facts['meaning']} |")
+    return "\n".join(lines)

@@ -7,12 +7,16 @@ import re
 import sys
 import uuid
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
 
-from trio_pilot.brokers import Consumer, Settlement, open_source
+from trio_pilot.brokers import Consumer, Delivery, Settlement, open_source
+from trio_pilot.commands.signals import run_until_signalled
 from trio_pilot.errors import DecodeError, NodeError, SettingsError, map_exceptions
 from trio_pilot.log import LOGGER
 from trio_pilot.pilot import next_delivery
@@ -20,6 +24,9 @@ from trio_pilot.settings import Settings
 from trio_pilot.wire import WIRES
 
 AHEAD = 64  # messages to have at hand while one is written
+STDOUT = 1
+
+Write = Callable[[str, Any], None]  # takes the id of a message, and its data; may block
 
 
 def receive(settings: Settings, queue: str, to: Path | None, count: int | None, idle: float) -> int:
@@ -28,44 +35,76 @@ def receive(settings: Settings, queue: str, to: Path | None, count: int | None, 
         raise SettingsError(f"--idle must be a number of seconds > 0, not {idle}")
     if count is not None and count < 1:
         raise SettingsError(f"--count must be an integer ≥ 1, not {count}")
-    received = trio.run(_receive, settings, queue, to, count, idle)
-    print(f"{received} message(s) received from {queue}", file=sys.stderr)
+    if to:
+        with map_exceptions({OSError: NodeError}, f"cannot make the directory {to}"):
+            to.mkdir(parents=True, exist_ok=True)
+    receiving = Receiving(settings, queue, partial(_to_directory, to) if to else _to_stdout)
+    run_until_signalled(receiving.receive, count, idle)
+    print(f"{receiving.received} message(s) received from {queue}", file=sys.stderr)
     return 0
 
 
-async def _receive(settings: Settings, queue: str, to: Path | None, count: int | None, idle: float) -> int:
-    wire, received = WIRES[settings.wire], 0
-    if to:
-        with map_exceptions({OSError: NodeError}, f"cannot write to {to}"):
-            await trio.Path(to).mkdir(parents=True, exist_ok=True)
-    async with open_source(settings.at_broker(queue), lambda seconds: seconds < settings.broker_patience) as source:
-        await source.ready()
-        async with source.consume(min(AHEAD, count or AHEAD)) as consumer:
+class Receiving:
+    """Receives the messages of a queue, has them written, and acknowledges each after that."""
+
+    def __init__(self, settings: Settings, queue: str, write: Write) -> None:
+        self.received = 0
+        self._address = settings.at_broker(queue)
+        self._patience = settings.broker_patience
+        self._most = settings.max_payload
+        self._wire = WIRES[settings.wire]
+        self._write = write
+
+    async def receive(self, count: int | None, idle: float) -> None:
+        """Receive `count` messages, or until none has come for `idle` seconds."""
+        async with (
+            open_source(self._address, lambda seconds: seconds < self._patience) as source,
+            source.consume(min(AHEAD, count or AHEAD)) as consumer,
+        ):
             consumers: deque[Consumer] = deque([consumer])
-            while received != count and (delivery := await next_delivery(consumers, idle)):
+            while self.received != count and (delivery := await next_delivery(consumers, idle)):
                 try:
-                    message = wire.decode(delivery.body, settings.max_payload)
-                except DecodeError as error:
-                    LOGGER.warning("message %s is set aside: %s", delivery.message_id, error)
-                    await source.settle(delivery, Settlement.DEAD_LETTER, str(error))
-                    continue
-                await trio.to_thread.run_sync(_write, to, delivery.message_id, message.data)
-                await source.settle(delivery, Settlement.ACK)
-                received += 1
-    return received
+                    await self._take(delivery)
+                except BaseException:
+                    with trio.move_on_after(1, shield=True):  # it is given back in any case when we are gone
+                        await source.settle(delivery, Settlement.RELEASE)
+                    raise
+
+    async def _take(self, delivery: Delivery) -> None:
+        try:
+            message = self._wire.decode(delivery.body, self._most)
+        except DecodeError as error:
+            LOGGER.warning("message %s is set aside: %s", delivery.message_id, error)
+            await delivery.source.settle(delivery, Settlement.DEAD_LETTER, str(error))
+            return
+        # Who reads from us may have stopped: then the thread is left behind.
+        write = partial(self._write, delivery.message_id, message.data)
+        await trio.to_thread.run_sync(write, abandon_on_cancel=True)
+        await delivery.source.settle(delivery, Settlement.ACK)
+        self.received += 1
 
 
-def _write(to: Path | None, message_id: str, data: Any) -> None:
-    if to is None:
-        print(json.dumps(_base64(data) if isinstance(data, bytes) else data), flush=True)
-        return
+def _to_stdout(_message_id: str, data: Any) -> None:
+    """Write a line. Past sys.stdout, whose lock would be held at exit by a thread that waits in it."""
+    line = json.dumps(_base64(data) if isinstance(data, bytes) else data).encode() + b"\n"
+    try:
+        while line:
+            line = line[os.write(STDOUT, line) :]
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise NodeError(f"cannot write to stdout: {error.strerror}") from error
+
+
+def _to_directory(to: Path, message_id: str, data: Any) -> None:
     with map_exceptions({OSError: NodeError}, f"cannot write to {to}"):
         suffix, content = _file(data)
         stem = re.sub(r"[^A-Za-z0-9._-]", "_", message_id)[:100].lstrip(".") or uuid.uuid4().hex
         path = to / f"{stem}{suffix}"
-        if path.exists():  # another message of the same name; a file that is there is never written over
-            path = to / f"{stem}-{uuid.uuid4().hex}{suffix}"
-        _write_durably(path, content)
+        if not path.exists():
+            _write_durably(path, content)
+        elif path.read_bytes() != content:  # another message of the same name; no file is ever written over
+            _write_durably(to / f"{stem}-{uuid.uuid4().hex}{suffix}", content)
 
 
 def _file(data: Any) -> tuple[str, bytes]:
@@ -83,11 +122,16 @@ def _base64(data: bytes) -> dict[str, str]:
 def _write_durably(path: Path, content: bytes) -> None:
     """Write a file that is either there as a whole, on disk, or not at all."""
     temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(directory)

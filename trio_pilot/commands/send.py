@@ -1,16 +1,19 @@
 """`trio-pilot send`: files, or JSON lines, to a queue."""
 
 import json
+import os
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import trio
 
-from trio_pilot.brokers import open_sink
-from trio_pilot.errors import EventError, PilotError, SettingsError
+from trio_pilot.brokers import Sink, open_sink
+from trio_pilot.commands.signals import run_until_signalled
+from trio_pilot.errors import PilotError, SettingsError
 from trio_pilot.settings import Settings
 from trio_pilot.staging import parse_outfile
 from trio_pilot.wire import WIRES, Message
@@ -26,63 +29,98 @@ class BadInputError(PilotError):
 
 def send(settings: Settings, queue: str, files: Sequence[str], *, lines: bool) -> int:
     """Send each file, or each line, as an event; say how many. Raises BadInputError at the first that is none."""
-    count = trio.run(_send, settings, queue, _bodies(settings, files, lines=lines))
-    print(f"{count} event(s) sent to {queue}", file=sys.stderr)
+    sending = Sending(settings, queue)
+    try:
+        run_until_signalled(sending.send, _events(settings, files, lines=lines))
+    finally:
+        print(f"{sending.sent} event(s) sent to {queue}", file=sys.stderr)
     return 0
 
 
-async def _send(settings: Settings, queue: str, bodies: Iterator[bytes]) -> int:
-    count = 0
-    limit = trio.CapacityLimiter(IN_FLIGHT)
-    async with (
-        open_sink(settings.at_broker(queue), lambda seconds: seconds < settings.broker_patience) as sink,
-        trio.open_nursery() as nursery,
-    ):
-        await sink.ready()
+class Sending:
+    """Sends events to a queue, many at once, and counts those that the broker has for good."""
 
-        async def send_one(body: bytes, place: object) -> None:
+    def __init__(self, settings: Settings, queue: str) -> None:
+        self.sent = 0
+        self._address = settings.at_broker(queue)
+        self._patience = settings.broker_patience
+        self._encode = WIRES[settings.wire].encode
+        self._places = trio.CapacityLimiter(IN_FLIGHT)
+
+    async def send(self, events: Iterator[Any]) -> None:
+        """Send them all. An error of the iterator's is raised once those before it are sent."""
+        refusal: PilotError | None = None
+        async with (
+            open_sink(self._address, lambda seconds: seconds < self._patience) as sink,
+            trio.open_nursery() as nursery,
+        ):
+            await sink.ready()
+            # Reading may block, on a pipe say, so it is done in a thread; None is the end.
+            step = partial(trio.to_thread.run_sync, self._next_body, events, abandon_on_cancel=True)
             try:
-                await sink.send(body, uuid.uuid4().hex)
-            finally:
-                limit.release_on_behalf_of(place)
+                while (body := await step()) is not None:
+                    place = object()
+                    await self._places.acquire_on_behalf_of(place)
+                    nursery.start_soon(self._send_one, sink, body, place)
+            except PilotError as error:
+                refusal = error
+        if refusal:
+            raise refusal
 
-        # Reading may block, on a pipe say, so it is done in a thread; None is the end.
-        while (body := await trio.to_thread.run_sync(next, bodies, None, abandon_on_cancel=True)) is not None:
-            place = object()
-            await limit.acquire_on_behalf_of(place)
-            nursery.start_soon(send_one, body, place)
-            count += 1
-    return count
-
-
-def _bodies(settings: Settings, files: Sequence[str], *, lines: bool) -> Iterator[bytes]:
-    wire = WIRES[settings.wire]
-    for name in files:
-        events = _lines(name) if lines or name == "-" or name.endswith(".jsonl") else iter([_whole(name)])
+    def _next_body(self, events: Iterator[Any]) -> bytes | None:
         for event in events:
-            yield wire.encode(Message(event))
+            return self._encode(Message(event))
+        return None
+
+    async def _send_one(self, sink: Sink, body: bytes, place: object) -> None:
+        try:
+            await sink.send(body, uuid.uuid4().hex)
+            self.sent += 1
+        finally:
+            self._places.release_on_behalf_of(place)
 
 
-def _whole(name: str) -> Any:
+def _events(settings: Settings, files: Sequence[str], *, lines: bool) -> Iterator[Any]:
+    for name in files:
+        if lines or name == "-" or name.endswith(".jsonl"):
+            yield from _lines(name)
+        else:
+            yield _whole(name, settings.max_payload)
+
+
+def _whole(name: str, most: int) -> Any:
     try:
-        return parse_outfile(Path(name).read_bytes(), is_json=name.endswith(".json"))
-    except (OSError, EventError) as error:
-        raise BadInputError(f"{name} cannot be sent: {error}") from error
+        content = Path(name).read_bytes()
+        event = json.loads(content) if name.endswith(".json") else parse_outfile(content, is_json=False)
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInputError(f"{name} cannot be sent: {_reason(error)}") from error
+    if len(content) > most:
+        raise BadInputError(f"{name} cannot be sent: it has {len(content)} bytes, more than the {most} of --max-payload")
+    return event
 
 
 def _lines(name: str) -> Iterator[Any]:
+    where = "stdin" if name == "-" else name
     try:
-        with sys.stdin.buffer if name == "-" else Path(name).open("rb") as file:
+        with _open(name) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield _value(name, number, line)
+                    yield _value(where, number, line)
     except OSError as error:
-        raise BadInputError(f"{name} cannot be read: {error}") from error
+        raise BadInputError(f"{where} cannot be read: {_reason(error)}") from error
 
 
-def _value(name: str, number: int, line: bytes) -> Any:
+def _open(name: str) -> IO[bytes]:
+    # Not sys.stdin: a thread that waits in it while the program ends would be a fatal error of Python's.
+    return os.fdopen(os.dup(0), "rb") if name == "-" else Path(name).open("rb")
+
+
+def _value(where: str, number: int, line: bytes) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        where = "stdin" if name == "-" else name
         raise BadInputError(f"{where}, line {number}, must be JSON, not {line[:60]!r}: {error}") from error
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
