@@ -20,6 +20,7 @@ from trio_pilot.brokers import QueueAddress, open_sink, open_source
 from trio_pilot.commands import leaves
 from trio_pilot.commands.signals import run_until_signalled
 from trio_pilot.errors import BrokerError, NodeError, PilotError, SettingsError, map_exceptions
+from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import Runtime, bubblewrap, open_runtime
 from trio_pilot.settings import FIELDS, Settings, flag_of, variables_of
 from trio_pilot.staging import open_workspace
@@ -27,6 +28,7 @@ from trio_pilot.staging import open_workspace
 LEAST_FREE = 100 * 10**6  # bytes on the disk of the data directory
 YEARS = range(2026, 2100)  # that a clock may show
 MOST_SKEW = 60.0  # seconds between our clock and that of the data directory's file system
+NOT_FROM_THE_IMAGE = ("proc", "dev", "sys", "tmp", "run")  # a container has its own
 SOON = 3600.0  # seconds that a token has still to live
 
 
@@ -66,8 +68,8 @@ class Check:
             errors, others = group.split(PilotError)
             if errors is None or others:
                 raise
-            error = next(leaves(errors))
-            return Finding(self.what, f"{error} → {self.cure}", error.exit_code)
+            first = next(leaves(errors))
+            return Finding(self.what, f"{first} → {self.cure}", first.exit_code)
 
 
 def check(load: Callable[[], Settings]) -> int:
@@ -76,6 +78,7 @@ def check(load: Callable[[], Settings]) -> int:
         settings = load()
     except SettingsError as error:
         return _print([Finding("settings", f"{error} → correct it; the README lists all settings", error.exit_code)])
+    LOGGER.setLevel("ERROR")  # what there is to say is said here
     return run_until_signalled(_check, settings)
 
 
@@ -206,6 +209,10 @@ async def _command(settings: Settings, image: str, args: Sequence[str]) -> str:
         return f"{name}: only a task can tell"
     async with _opened(settings) as runtime:
         contained = runtime.mounts
+        try:
+            await runtime.prepare(image)
+        except PilotError as error:
+            raise UntoldError from error
     root = Path("/") if image in bubblewrap.OWN_ROOT or not contained else Path(image)
     found = next((place for place in _places(name, root) if _is_there(place, root, settings, contained=contained)), None)
     if not found:
@@ -225,7 +232,7 @@ def _places(name: str, root: Path) -> Iterator[Path]:
 def _is_there(place: Path, root: Path, settings: Settings, *, contained: bool) -> bool:
     if not contained or any(place.is_relative_to(one) for one in settings.external_directories):
         return os.access(place, os.X_OK) and place.is_file()
-    if place.parts[1] in bubblewrap.NOT_FROM_THE_IMAGE:
+    if place.parts[1] in NOT_FROM_THE_IMAGE:
         return False
     there = root / place.relative_to("/")
     # A link in an image may be meant for its own root: that cannot be followed from here.

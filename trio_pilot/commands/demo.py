@@ -22,12 +22,12 @@ from trio_pilot.commands.signals import run_until_signalled
 from trio_pilot.demo import sky
 from trio_pilot.errors import PilotError
 from trio_pilot.runtimes import bubblewrap
-from trio_pilot.runtimes.bubblewrap import NOT_FROM_THE_IMAGE
 from trio_pilot.settings import Settings, load
 from trio_pilot.staging import FORBIDDEN
 
 EVENTS, RESULTS = "sky-scan-pixels", "sky-scan-results"
 TASK = Path(sky.__file__).with_name("pixel.py")
+NOT_FROM_THE_IMAGE = ("proc", "dev", "sys", "tmp", "run")  # a container has its own
 BEST = 8  # pixels that are shown
 
 
@@ -55,7 +55,7 @@ def _settings(given: Mapping[str, Any], directory: Path) -> Settings:
     return load(
         {
             "max_concurrent_tasks": os.cpu_count(),
-            "cl_log": "WARNING",
+            "cl_log": "ERROR",
             **given,
             "runtime": _chosen(hidden) if runtime == "auto" else runtime,
             "task_image": "/",
@@ -94,8 +94,12 @@ def _chosen(hidden: Iterable[Path]) -> str:
 
 async def _scan(settings: Settings) -> list[dict[str, Any]]:
     """Send the events, serve them, receive the results."""
-    tasks = f"{settings.max_concurrent_tasks} at once, runtime {settings.runtime}"
-    print(f"A simulated event, {sky.PIXELS} pixels of the sky that it may have come from: a task each, {tasks}.", flush=True)
+    contained = "not contained at all" if settings.runtime == "process" else f"each in a container ({settings.runtime})"
+    print(
+        f"A simulated event, and {sky.PIXELS} pixels of the sky that it may have come from: a task for each, "
+        f"{settings.max_concurrent_tasks} at once, {contained}.",
+        flush=True,
+    )
     await Sending(settings, EVENTS).send(sky.events())
     signalled = await serve_here(settings)
     if signalled:
