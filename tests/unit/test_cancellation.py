@@ -121,6 +121,20 @@ async def test_signalled_twice_at_every_step(tmp_path: Path, round_: int) -> Non
     assert at > 80
 
 
+class Fault:
+    """Fails the nth calls of one part."""
+
+    def __init__(self, part: str, error: type[Exception], which: range) -> None:
+        self.calls = 0
+        self._part, self._error, self._which = part, error, which
+
+    def __call__(self, call: str) -> None:
+        if call.startswith(self._part):
+            self.calls += 1
+            if self.calls in self._which:
+                raise self._error("injected")
+
+
 CALLS = {
     "source": [BrokerError, DeliveryLostError, RuntimeError],
     "consumer": [BrokerError, RuntimeError],
@@ -134,21 +148,14 @@ FAULTS = [(part, error) for part, errors in CALLS.items() for error in errors]
 async def test_each_call_of_each_part_fails_once(tmp_path: Path, part: str, error: type[Exception]) -> None:
     for at in moments():
         lab = lab_in(tmp_path / str(at))
-        calls = 0
-
-        def fail(call: str) -> None:
-            nonlocal calls
-            calls += call.startswith(part)
-            if call.startswith(part) and calls == at:
-                raise error("injected")
-
-        lab.broker.fault = lab.runtime.fault = fail
+        fault = Fault(part, error, range(at, at + 1))
+        lab.broker.fault = lab.runtime.fault = fault
         try:
             await lab.run(**SCRIPTED, task_timeout=5.0)
         except* (PilotError, RuntimeError):
             pass
         lab.assert_the_promise(EVENTS)
-        if calls < at:
+        if fault.calls < at:
             break
     assert at > 2
 
@@ -158,20 +165,13 @@ async def test_a_part_that_fails_for_good_from_any_call_on(tmp_path: Path, part:
     error = NodeError if part == "runtime" else BrokerError
     for at in moments():
         lab = lab_in(tmp_path / str(at))
-        calls = 0
-
-        def fail(call: str) -> None:
-            nonlocal calls
-            calls += call.startswith(part)
-            if call.startswith(part) and calls >= at:
-                raise error("injected")
-
-        lab.broker.fault = lab.runtime.fault = fail
+        fault = Fault(part, error, range(at, 100_000))
+        lab.broker.fault = lab.runtime.fault = fault
         try:
             await lab.run(**SCRIPTED, task_timeout=5.0)
         except* PilotError:
             pass
         lab.assert_the_promise(EVENTS)
-        if calls < at:
+        if fault.calls < at:
             break
     assert at > 2

@@ -19,7 +19,6 @@ from trio_pilot.status import State
 from trio_pilot.testing import copy
 from trio_pilot.wire import Message
 
-
 pytestmark = pytest.mark.mock_clock
 
 
@@ -275,7 +274,7 @@ async def test_a_refused_output_is_the_events_failure(lab: Lab) -> None:
 async def test_an_undecodable_event_is_rejected_and_kills_nobody(lab: Lab) -> None:
     lab.broker.put("in", b"\0garbage", message_id="bad")
     lab.put(1)
-    with pytest.raises(TasksFailedError, match="1 TASK.*DecodeError"):
+    with pytest.raises(TasksFailedError, match=r"1 TASK.*DecodeError"):
         await lab.run(stop_listening_on_task_error=False, max_attempts=1)
     assert lab.outputs() == ["1"]
     assert [message.message_id for message in lab.broker.queues["in.dead-letters"]] == ["bad"]
