@@ -5,7 +5,9 @@ A child is started by `subprocess.Popen` on the Trio thread itself: it costs 0.3
 
 The pilot is a child subreaper (PR_SET_CHILD_SUBREAPER(2const)): when a process dies anywhere below it, its children become
 the pilot's own. So the tree below a child is found by looking at the pilot's own children, again and again, killing those
-that are of the tree: they carry the child's marker in their environment, or are of its session.
+that are of the tree: they carry the child's marker in their environment, or are of its session. A dying process has no
+environment any more, and its children come into view only when it is dead; in the middle of execve(2) it has none yet. So
+both are waited for.
 """
 
 import ctypes
@@ -17,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
 import trio
 
@@ -31,6 +33,8 @@ REAP_TIMEOUT = 5.0
 REAP_INTERVAL = 0.002  # seconds between looks for what became an orphan by the last kill
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+PF_EXITING = 0x4  # linux/sched.h
+STAT_FIELDS = {"flags": 9, "num_threads": 20, "env_start": 50, "env_end": 51}  # proc(5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +53,15 @@ class Command:
 class Children:
     """The children of this process, which becomes a subreaper by it for the rest of its life."""
 
+    # Of the whole process: what one starts, no other may take for an orphan.
+    _living: ClassVar[set[int]] = set()
+
     def __init__(self) -> None:
         if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
-        self._living: set[int] = set()
+        # Inherited from a careless parent, it would have the kernel reap our children, and every exit code be 0.
+        if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def spawn(self, command: Command) -> "Child":
         """Start a child in a session of its own, with nothing to read. Raises OSError if it cannot be started."""
@@ -66,12 +75,18 @@ class Children:
             pass_fds=command.pass_fds,
             start_new_session=True,
         )
+        try:
+            child = Child(process, command.marker, self)
+        except OSError:  # no file descriptor is left
+            process.kill()
+            process.wait()
+            raise
         self._living.add(process.pid)
-        return Child(process, command.marker, self)
+        return child
 
     def orphans(self) -> list[int]:
         """List the children that nobody here has started."""
-        return [pid for pid in _own_children() if pid not in self._living]
+        return [pid for pid in _own_children() if pid not in self._living and pid not in _INHERITED]
 
     def forget(self, pid: int) -> None:
         """Take note that a child is no more."""
@@ -117,22 +132,29 @@ class Child:
     def signal_group(self, number: signal.Signals) -> None:
         """Send a signal to the child's process group, as long as its number is sure to be its own."""
         if self.running:
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, PermissionError):  # it may have become another user's
                 os.killpg(self.pid, number)
 
     async def _reap_orphans(self) -> None:
-        while ours := [pid for pid in self._children.orphans() if self._is_ours(pid)]:
+        ours: set[int] = set()
+        while True:
+            claims = {pid: pid in ours or self._is_ours(pid) for pid in self._children.orphans()}
+            ours = {pid for pid, claim in claims.items() if claim}
+            if not ours and None not in claims.values():
+                return
             for pid in ours:
                 _kill_and_reap(pid)
             await trio.sleep(REAP_INTERVAL)
 
-    def _is_ours(self, pid: int) -> bool:
+    def _is_ours(self, pid: int) -> bool | None:
+        """Tell whether a process is to be reaped; None while it cannot be told."""
         try:
-            if os.getsid(pid) == self.pid:
+            if os.getsid(pid) == self.pid or _is_dying(pid):
                 return True
-            return self._marker in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        except OSError:  # gone meanwhile
+            environment = _environment(pid)
+        except OSError:  # gone meanwhile, or another user's
             return False
+        return None if environment is None else self._marker in environment.split(b"\0")
 
     def _close(self) -> None:
         os.close(self._pidfd)
@@ -150,7 +172,7 @@ def end_strays() -> None:
     Nothing else finds a process with a new session *and* a cleaned environment.
     """
     deadline = time.monotonic() + REAP_TIMEOUT
-    while (pids := _own_children()) and time.monotonic() < deadline:
+    while (pids := set(_own_children()) - _INHERITED) and time.monotonic() < deadline:
         for pid in pids:
             _kill_and_reap(pid)
         time.sleep(REAP_INTERVAL)
@@ -160,6 +182,27 @@ def _own_children() -> list[int]:
     """List this process's children. Orphans become children of its main thread, which is the one that spawns."""
     with open(f"/proc/self/task/{os.getpid()}/children") as file:  # noqa: PTH123 -- once an event: half the time of Path
         return [int(pid) for pid in file.read().split()]
+
+
+# From before an exec of this program, as in `helper & exec trio-pilot`: not ours to kill.
+_INHERITED = frozenset(_own_children())
+
+
+def _is_dying(pid: int) -> bool:
+    """Tell whether a process is on its way out, or a zombie; but its first thread may end before the others."""
+    return bool(_fact(pid, "flags") & PF_EXITING) and _fact(pid, "num_threads") <= 1
+
+
+def _environment(pid: int) -> bytes | None:
+    """Give the environment of a process, None in the middle of execve(2): it looks empty then."""
+    environment = Path(f"/proc/{pid}/environ").read_bytes()
+    is_empty = _fact(pid, "env_start") == _fact(pid, "env_end") > 0
+    return environment if environment or is_empty else None
+
+
+def _fact(pid: int, name: str) -> int:
+    """Give a number of /proc/pid/stat; proc(5) counts from 1, and the name before the third may have spaces in it."""
+    return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[STAT_FIELDS[name] - 3])
 
 
 def _kill_and_reap(pid: int) -> None:

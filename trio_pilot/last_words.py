@@ -6,7 +6,8 @@ from pathlib import Path
 MOST = 65536  # bytes of stderr to look at, from the end
 MOST_TEXT = 4000  # characters of an error text
 
-TRACEBACK = "Traceback (most recent call last):"
+# Of an exception group, each exception in it has one of its own, behind bars.
+TRACEBACK = re.compile(r"^[ |+]*(Exception Group )?Traceback \(most recent call last\):")
 
 # Apptainer's own log lines are passed over, unless there is nothing else.
 APPTAINER_LINE = re.compile(r"^[A-Z]+\s+\[U=\d+,P=\d+\]\s+")
@@ -26,5 +27,5 @@ def last_words(stderr: Path) -> str:
 def _gist(lines: list[str]) -> str:
     payload = [line for line in lines if not APPTAINER_LINE.match(line)]
     lines = payload or [APPTAINER_LINE.sub("", line) for line in lines]
-    starts = [number for number, line in enumerate(lines) if line.startswith(TRACEBACK)]
+    starts = [number for number, line in enumerate(lines) if TRACEBACK.match(line)]
     return "\n".join(lines[starts[-1] :] if starts else lines[-1:])

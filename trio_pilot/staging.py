@@ -10,8 +10,10 @@ import os
 import shutil
 import stat
 import sys
+import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +21,8 @@ from typing import IO, Any
 from trio_pilot.errors import DecodeError, NodeError, OutfileError, SettingsError, map_exceptions
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import DATA_DIRECTORY, Mount
+
+LOCK = ".lock"  # in a data directory that a pilot made; its pilots share a lock on it
 
 FORBIDDEN = tuple(map(Path, ("/proc", "/dev", "/sys", "/run", "/boot")))
 NEVER_WRITABLE = tuple(
@@ -85,20 +89,19 @@ def open_workspace(parent: Path, external: Sequence[Path]) -> Iterator[Workspace
         NodeError: it cannot be written.
         SettingsError: a directory is not one that containers may see.
     """
-    mounts = tuple(_checked(path) for path in external)
+    mounts = _checked(external)
     root = parent.resolve() / DATA_DIRECTORY
-    _refuse(root, NEVER_WRITABLE + FORBIDDEN, "task directories cannot be made below")
-    with map_exceptions({OSError: NodeError}, f"cannot write the data directory {root}"):
-        keep = _made_by_hand(root)
-        root.mkdir(parents=True, exist_ok=True)
-        lock = _lock(root / ".lock")
-        (root / "data-hub").mkdir(exist_ok=True)
+    _refuse(root.resolve(), NEVER_WRITABLE + FORBIDDEN, "task directories cannot be made below")
+    try:
+        lock = _enter(root)
+    except OSError as error:
+        raise NodeError(f"cannot write the data directory {root}: {error.strerror}") from error
     try:
         yield Workspace(root, mounts)
     finally:
-        if not keep and _is_alone(lock):
-            _remove_if_unused(root)
-        lock.close()
+        if lock:
+            with lock, suppress(OSError):
+                _leave(root, lock)
 
 
 def make(files: TaskFiles, *, with_io: bool = True) -> None:
@@ -129,21 +132,25 @@ def read_outfile(files: TaskFiles, max_size: int) -> bytes | None:
     Raises:
         OutfileError: it is not a plain file, or has more than `max_size` bytes.
     """
-    path = files.io / files.outfile
     try:
         # Neither following a link out of the directory nor waiting for the other end of a FIFO.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+        with _opened(files.io / files.outfile, flags) as descriptor:
+            return _content(descriptor, max_size)
     except FileNotFoundError:
         return None
     except OSError as error:
-        what = "a symbolic link" if error.errno == errno.ELOOP else error.strerror
-        raise OutfileError(f"the output file must be a plain file that can be read, not {what}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
-            raise OutfileError("the output file must be a plain file, not a directory, FIFO or device")
-        if facts.st_size > max_size:
-            raise OutfileError(f"the output file has {facts.st_size} bytes, more than the {max_size} of --max-payload")
+        what = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+        raise OutfileError(f"the output file must be a plain file that can be read: {what}") from error
+
+
+def _content(descriptor: int, max_size: int) -> bytes:
+    facts = os.fstat(descriptor)
+    if not stat.S_ISREG(facts.st_mode):
+        raise OutfileError("the output file must be a plain file, not a directory, FIFO or device")
+    if facts.st_size > max_size:
+        raise OutfileError(f"the output file has {facts.st_size} bytes, more than the {max_size} of --max-payload")
+    with map_exceptions({OSError: NodeError}, "cannot read the output file"), open(descriptor, "rb", closefd=False) as file:
         return file.read()
 
 
@@ -164,13 +171,29 @@ def parse_outfile(content: bytes, *, is_json: bool) -> Any:
         return content
 
 
+def outfile_size(files: TaskFiles) -> int:
+    """Tell how many bytes a task has written, 0 for none."""
+    try:
+        return (files.io / files.outfile).lstat().st_size
+    except OSError:
+        return 0
+
+
+def remove_expected(files: TaskFiles) -> bool:
+    """Remove the directory of a task that has left nothing but what it should; tell whether that was all."""
+    try:
+        for path in (files.io / files.infile, files.io / files.outfile, files.stdout, files.stderr):
+            path.unlink(missing_ok=True)
+        for path in (files.io, files.stdout.parent, files.scratch, files.root):
+            path.rmdir()
+    except OSError:
+        return False
+    return True
+
+
 def remove(files: TaskFiles) -> None:
     """Remove the directory of a task. What cannot be removed is logged: no good task fails by it."""
-    shutil.rmtree(files.root, onerror=lambda _function, path, _error: _unlock(Path(path)))
-    if files.root.exists():
-        shutil.rmtree(files.root, ignore_errors=True)
-    if files.root.exists():
-        LOGGER.warning("cannot remove all of %s", files.root)
+    _remove_tree(files.root)
 
 
 def dump(files: TaskFiles) -> None:
@@ -189,11 +212,18 @@ def _copy(path: Path, stream: IO[bytes]) -> None:
         stream.flush()
 
 
-def _checked(path: Path) -> Mount:
-    if not path.is_absolute() or not path.is_dir():
-        raise SettingsError(f"EWMS_PILOT_EXTERNAL_DIRECTORIES must name absolute, existing directories, not {str(path)!r}")
-    _refuse(path.resolve(), FORBIDDEN, "EWMS_PILOT_EXTERNAL_DIRECTORIES must not name directories below")
-    return Mount(path, str(path))
+def _checked(paths: Sequence[Path]) -> tuple[Mount, ...]:
+    variable = "EWMS_PILOT_EXTERNAL_DIRECTORIES"
+    for path in paths:
+        if not path.is_absolute() or ".." in path.parts or not path.is_dir():
+            raise SettingsError(f"{variable} must name absolute, existing directories, not {str(path)!r}")
+        if path.resolve() == Path("/"):
+            raise SettingsError(f"{variable} must not name all of this machine: {path}")
+        for side in (path, path.resolve()):
+            _refuse(side, FORBIDDEN, f"{variable} must not name directories below")
+    if len(set(paths)) < len(paths):
+        raise SettingsError(f"{variable} must not name a directory twice: {', '.join(map(str, paths))}")
+    return tuple(Mount(path, str(path)) for path in paths)
 
 
 def _refuse(path: Path, forbidden: Sequence[Path], why: str) -> None:
@@ -202,38 +232,90 @@ def _refuse(path: Path, forbidden: Sequence[Path], why: str) -> None:
             raise SettingsError(f"{why} {one}: {path}")
 
 
-def _unlock(path: Path) -> None:
-    """Let us into a directory that a task has locked, for a second try to remove it."""
-    for directory in (path.parent, path):
-        with suppress(OSError):
-            directory.chmod(0o700)
+def _enter(root: Path) -> IO[bytes] | None:
+    """Share the lock of the data directory, made if it is not there; None if it was made by hand, and is nobody's to remove.
 
-
-def _made_by_hand(root: Path) -> bool:
-    return root.exists() and not (root / ".lock").exists()
-
-
-def _lock(path: Path) -> IO[bytes]:
-    """Share the lock file with the other pilots of this directory; the one that finds itself alone cleans up."""
+    A directory of ours comes into being, and goes, together with its lock file, by renaming: there is no moment in between.
+    """
     while True:
-        path.parent.mkdir(exist_ok=True)
-        file = path.open("ab")
-        with suppress(OSError):  # a file system without locks: nobody cleans up then
-            fcntl.flock(file, fcntl.LOCK_SH)
-        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-            return file
-        file.close()  # the last one before us has just removed it
+        if not root.exists():
+            _make_root(root)
+        # The last of its pilots may remove it at any moment.
+        with suppress(FileNotFoundError), _opened(root, os.O_DIRECTORY) as directory, ExitStack() as stack:
+            lock = _lock(directory)
+            if lock:
+                stack.enter_context(lock)
+            if os.path.samestat(root.stat(), os.fstat(directory)):
+                _try_to_write(root)
+                stack.pop_all()
+                return lock
 
 
-def _is_alone(lock: IO[bytes]) -> bool:
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
-def _remove_if_unused(root: Path) -> None:
-    """Remove the data directory, but for task directories that were to be kept."""
-    if {entry.name for entry in root.iterdir()} <= {".lock", "data-hub"}:
+def _make_root(root: Path) -> None:
+    new = root.with_name(f".{root.name}-{uuid.uuid4().hex}")
+    new.mkdir()
+    try:
+        (new / "data-hub").mkdir()
+        (new / LOCK).touch()
+        new.rename(root)
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another pilot was quicker
+            raise
+
+
+def _lock(directory: int) -> IO[bytes] | None:
+    try:
+        file = os.fdopen(os.open(LOCK, os.O_RDWR | os.O_CLOEXEC, dir_fd=directory), "r+b")
+    except FileNotFoundError:
+        return None
+    with suppress(OSError):  # a file system without locks: nobody cleans up then
+        fcntl.flock(file, fcntl.LOCK_SH)
+    return file
+
+
+def _try_to_write(root: Path) -> None:
+    """Find out now, rather than with the first event, that the directory is read-only or the disk full."""
+    (root / "data-hub").mkdir(exist_ok=True)
+    with tempfile.TemporaryFile(dir=root) as file:
+        file.write(b"!")
+
+
+def _leave(root: Path, lock: IO[bytes]) -> None:
+    """Remove the data directory, if no other pilot is in it, nor a task directory that was to be kept."""
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if another pilot is there
+    if {entry.name for entry in root.iterdir()} <= {LOCK, "data-hub"}:
+        gone = root.with_name(f".{root.name}-{uuid.uuid4().hex}")
+        root.rename(gone)
+        _remove_tree(gone)
+
+
+def _remove_tree(root: Path) -> None:
+    """Remove a directory with all that is in it, locked directories too; log what cannot be removed."""
+    with suppress(RecursionError):  # a thousand directories in each other
         shutil.rmtree(root, ignore_errors=True)
+        if root.exists():
+            _unlock(root)
+            shutil.rmtree(root, ignore_errors=True)
+    if root.exists():
+        LOGGER.warning("cannot remove all of %s", root)
+
+
+def _unlock(root: Path) -> None:
+    """Let us into the directories that a task has locked, from the top down."""
+    with suppress(OSError):
+        root.chmod(0o700)
+    for directory, names, _ in os.walk(root):
+        for path in (Path(directory, name) for name in names):
+            if not path.is_symlink():  # what it leads to is none of ours
+                with suppress(OSError):
+                    path.chmod(0o700)

@@ -1,5 +1,7 @@
 """What a pilot asks of a container runtime; one module per family does it."""
 
+import errno
+import os
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -7,6 +9,10 @@ from pathlib import Path
 from typing import Protocol
 
 from trio_pilot.errors import NodeError
+
+# What a shell says of a command that it cannot run.
+NOT_FOUND, NOT_EXECUTABLE = 127, 126
+NOT_FOUND_REASONS = os.strerror(errno.ENOENT), os.strerror(errno.ENOTDIR)
 
 DATA_DIRECTORY = "ewms-pilot-data"  # in the root of every container, and in the pilot's own directory
 
@@ -57,6 +63,11 @@ class Runtime(Protocol):
         Raises:
             NodeError: the container could not be started, for a reason that is not its own.
         """
+
+
+def cannot_run(reason: str) -> int:
+    """Give the exit code of a command that could not be executed, from a text that ends with the reason."""
+    return NOT_FOUND if reason.endswith(NOT_FOUND_REASONS) else NOT_EXECUTABLE
 
 
 def open_runtime(name: str, image: str, kill_grace: float) -> AbstractAsyncContextManager[Runtime]:

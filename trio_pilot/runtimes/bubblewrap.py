@@ -5,27 +5,26 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import trio
 
 from trio_pilot.children import Child, Children, Command
-from trio_pilot.errors import NodeError
+from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.last_words import last_words
-from trio_pilot.runtimes import DATA_DIRECTORY, Container
+from trio_pilot.runtimes import DATA_DIRECTORY, Container, cannot_run
 from trio_pilot.settings import ENVFILE
 
 # Not the image's: bubblewrap makes its own, the host's would undo the isolation, or the container needs to write there.
-NOT_FROM_THE_IMAGE = {"proc", "dev", "sys", "tmp", "run", DATA_DIRECTORY}
+NOT_FROM_THE_IMAGE = {"/proc", "/dev", "/sys", "/tmp", "/run", f"/{DATA_DIRECTORY}"}  # noqa: S108 -- names in the container
 
 OWN_ROOT = ("", "/")  # images that mean this machine
 HOME = "/tmp"  # noqa: S108 -- the container's own: its scratch directory is mounted there
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-# bubblewrap's own exit code, and a shell's for a command that cannot be found.
-BWRAP_FAILED, NOT_FOUND = 1, 127
+BWRAP_FAILED = 1  # bubblewrap's own exit code
 
 PROBE_TIMEOUT = 10.0  # seconds for `true` in a container
 
@@ -62,27 +61,33 @@ class BubblewrapRuntime:
         self._bwrap = bwrap
         self._kill_grace = kill_grace
         self._children = Children()
-        self._roots: dict[str, tuple[str, ...]] = {}
+        self._roots: dict[tuple[str, tuple[str, ...]], tuple[str, ...]] = {}
 
     async def prepare(self, image: str) -> None:
         """Look at the image directory."""
-        if image not in self._roots:
-            self._roots[image] = await trio.to_thread.run_sync(_root_options, Path(image or "/"))
+        await self._root(image, ())
+
+    async def _root(self, image: str, targets: tuple[str, ...]) -> tuple[str, ...]:
+        key = image, targets
+        if key not in self._roots:
+            self._roots[key] = await trio.to_thread.run_sync(_root_options, Path(image or "/"), targets)
+        return self._roots[key]
 
     async def run(self, container: Container) -> int:
         """Run a container to its end; on every way out its PID namespace is gone."""
-        await self.prepare(container.image)
-        with _Status() as status:
-            child = self._start(container, status)
+        await trio.lowlevel.checkpoint_if_cancelled()
+        root = await self._root(container.image, tuple(mount.target for mount in container.mounts))
+        with map_exceptions({OSError: NodeError}, "cannot start bubblewrap"), _Status() as status:
+            child = self._start(container, root, status)
             code = await self._see_to_its_end(child, status)
             if code == BWRAP_FAILED and "exit-code" not in status.read():
                 return _blame(container)
         return code
 
-    def _start(self, container: Container, status: "_Status") -> Child:
+    def _start(self, container: Container, root: Sequence[str], status: "_Status") -> Child:
         with container.stdout.open("wb") as stdout, container.stderr.open("wb") as stderr:
             command = Command(
-                self._argv(container, status.writing),
+                self._argv(container, root, status.writing),
                 self._environment(container),
                 container.scratch,
                 stdout,
@@ -90,12 +95,9 @@ class BubblewrapRuntime:
                 container.name,
                 [status.writing],
             )
-            try:
-                return self._children.spawn(command)
-            except OSError as error:
-                raise NodeError(f"cannot start bubblewrap: {error}") from error
+            return self._children.spawn(command)
 
-    def _argv(self, container: Container, status: int) -> list[str]:
+    def _argv(self, container: Container, root: Sequence[str], status: int) -> list[str]:
         mounts = [
             option
             for mount in container.mounts
@@ -103,8 +105,9 @@ class BubblewrapRuntime:
         ]
         return [
             self._bwrap,
-            *("--unshare-all", "--share-net", "--die-with-parent", "--json-status-fd", str(status)),
-            *self._roots[container.image],
+            # Root would keep its capabilities, and could undo the rest with them.
+            *("--unshare-all", "--share-net", "--cap-drop", "ALL", "--die-with-parent", "--json-status-fd", str(status)),
+            *root,
             *("--proc", "/proc", "--dev", "/dev", "--bind", str(container.scratch), HOME),
             *mounts,
             *("--remount-ro", "/", "--chdir", HOME, "--"),
@@ -120,7 +123,7 @@ class BubblewrapRuntime:
             return await child.wait()
         finally:
             await child.end(
-                lambda: _terminate_payload(status.read().get("child-pid")),
+                lambda: _terminate(child, status.read().get("child-pid")),
                 lambda: child.signal_group(signal.SIGKILL),  # the namespace dies with its parent
                 self._kill_grace,
             )
@@ -132,6 +135,7 @@ class _Status:
     def __init__(self) -> None:
         self._reading, self.writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._said: dict[str, int] = {}
+        self._rest = b""  # of a line that it has not finished: it writes them in pieces
 
     def __enter__(self) -> "_Status":
         return self
@@ -143,44 +147,52 @@ class _Status:
     def read(self) -> dict[str, int]:
         """Give what it has told so far: `child-pid`, the namespace's first process; `exit-code`, if the payload ran."""
         with suppress(BlockingIOError):
-            for line in os.read(self._reading, 65536).splitlines():
+            *lines, self._rest = (self._rest + os.read(self._reading, 65536)).split(b"\n")
+            for line in lines:
                 self._said.update(json.loads(line))
         return self._said
 
 
-def _terminate_payload(first: int | None) -> None:
-    """Send SIGTERM to what runs as the namespace's first command; bubblewrap itself would die of it, and kill them all."""
+def _terminate(child: Child, first: int | None) -> None:
+    """Send SIGTERM to what the namespace's first process has started; to bubblewrap, which dies of it, if there is none."""
+    payload: list[str] = []
     with suppress(OSError):
-        children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
-        for pid in children:
+        payload = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+        for pid in payload:
             os.kill(int(pid), signal.SIGTERM)
+    if not payload:
+        child.signal_group(signal.SIGTERM)
 
 
 def _blame(container: Container) -> int:
     """Tell a command that is not in the image, which is its own fault, from a container that could not be made."""
-    said = last_words(container.stderr)
+    said = container.stderr.read_text(errors="replace").strip()
     if said.startswith("bwrap: execvp"):
-        return NOT_FOUND
-    raise NodeError(f"bubblewrap could not make the container: {said}")
+        return cannot_run(said)
+    raise NodeError(f"bubblewrap could not make the container: {last_words(container.stderr)}")
 
 
-def _root_options(image: Path) -> tuple[str, ...]:
-    """Mount the entries of the image one by one on an empty root, so that mount points can be made beside them."""
+def _root_options(image: Path, targets: Sequence[str]) -> tuple[str, ...]:
     try:
-        entries = sorted(image.iterdir())
+        options = list(_mounted(image, PurePath("/"), [PurePath(target) for target in targets]))
     except OSError as error:
         raise NodeError(f"the image {image} must be an unpacked directory, or /: {error.strerror}") from error
-    options = [
-        option
-        for entry in entries
-        if entry.name not in NOT_FROM_THE_IMAGE and os.access(entry, os.R_OK, follow_symlinks=False)
-        for option in (
-            ("--symlink", os.readlink(entry), f"/{entry.name}")  # noqa: PTH115 -- Path would tidy what it says
-            if entry.is_symlink()
-            else ("--ro-bind", str(entry), f"/{entry.name}")
-        )
-    ]
     # The tokens that EWMS leaves in the pilot's working directory are not for tasks.
     envfile = Path(ENVFILE).absolute()
     hide = ("--ro-bind", "/dev/null", str(envfile)) if image == Path("/") and envfile.exists() else ()
     return *options, "--tmpfs", "/run", *hide
+
+
+def _mounted(directory: Path, place: PurePath, targets: Sequence[PurePath]) -> Iterator[str]:
+    """Mount the entries of a directory of the image one by one, so that mount points can be made beside them."""
+    for entry in sorted(directory.iterdir()):
+        inside = place / entry.name
+        below = [target for target in targets if target.is_relative_to(inside)]
+        if str(inside) in NOT_FROM_THE_IMAGE or not os.access(entry, os.R_OK, follow_symlinks=False):
+            continue
+        if entry.is_symlink():
+            yield from ("--symlink", os.readlink(entry), str(inside))  # noqa: PTH115 -- Path would tidy what it says
+        elif all((entry / target.relative_to(inside)).is_dir() for target in below):
+            yield from ("--ro-bind", str(entry), str(inside))
+        else:  # a mount point is to be made somewhere below it, which it would not allow
+            yield from ("--dir", str(inside), *_mounted(entry, inside, below))

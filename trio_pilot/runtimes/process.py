@@ -1,18 +1,16 @@
 """The runtime without containers: a process with its own session and scratch directory, and nothing in its way."""
 
-import errno
 import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from trio_pilot.children import Child, Children, Command
-from trio_pilot.errors import NodeError
-from trio_pilot.log import LOGGER
-from trio_pilot.runtimes import Container
+import trio
 
-# What a shell says of a command that it cannot run.
-NOT_FOUND, NOT_EXECUTABLE = 127, 126
+from trio_pilot.children import Child, Children, Command
+from trio_pilot.errors import NodeError, map_exceptions
+from trio_pilot.log import LOGGER
+from trio_pilot.runtimes import Container, cannot_run
 
 
 @asynccontextmanager
@@ -37,7 +35,12 @@ class ProcessRuntime:
 
     async def run(self, container: Container) -> int:
         """Run the command to its end; on every way out its whole process tree is gone."""
-        with container.stdout.open("wb") as stdout, container.stderr.open("wb") as stderr:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        with (
+            map_exceptions({OSError: NodeError}, "cannot start a process"),
+            container.stdout.open("wb") as stdout,
+            container.stderr.open("wb") as stderr,
+        ):
             command = Command(
                 container.args,
                 self._environment(container),
@@ -48,11 +51,12 @@ class ProcessRuntime:
             )
             try:
                 child = self._children.spawn(command)
-            except (FileNotFoundError, PermissionError) as error:
-                stderr.write(f"{container.args[0]}: {error.strerror}\n".encode())
-                return NOT_FOUND if error.errno == errno.ENOENT else NOT_EXECUTABLE
             except OSError as error:
-                raise NodeError(f"cannot start a process: {error}") from error
+                if error.filename != container.args[0]:
+                    raise  # this machine's fault: it has no memory, process or file descriptor left
+                reason = f"{container.args[0]}: {error.strerror}"
+                stderr.write(os.fsencode(f"{reason}\n"))
+                return cannot_run(reason)
         return await self._see_to_its_end(child)
 
     async def _see_to_its_end(self, child: Child) -> int:
