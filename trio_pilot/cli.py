@@ -13,7 +13,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 from trio_pilot import __version__, log
 from trio_pilot.commands import SignalledError, leaves
-from trio_pilot.errors import ContainerRunError, PilotError, TasksFailedError
+from trio_pilot.errors import ContainerRunError, PilotError, SettingsError, TasksFailedError
 from trio_pilot.log import LOGGER
 from trio_pilot.settings import FIELDS, Settings, environment, flag_of, load, sections, unknown_variables
 
@@ -79,13 +79,15 @@ def run(*, flags: AllFlags = None) -> int:
     """
     from trio_pilot.commands.run import run
 
-    return run(_settings(flags))
+    settings = _settings(flags)
+    settings.check_complete()
+    return run(settings)
 
 
 @app.command
 def send(
     queue: str,
-    files: tuple[str, ...] = (),
+    files: Annotated[tuple[str, ...], Parameter(allow_leading_hyphen=True, show_default=False)] = (),
     /,
     *,
     lines: Annotated[bool, Parameter(negative="", show_default=False)] = False,
@@ -105,6 +107,9 @@ def send(
     """
     from trio_pilot.commands.send import send
 
+    for name in files:
+        if name.startswith("-") and name != "-":
+            raise SettingsError(f"Unknown option: {name}.")
     return send(_settings(flags), queue, files or ("-",), lines=lines)
 
 

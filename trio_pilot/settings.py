@@ -291,6 +291,13 @@ class Settings:
                 " set EWMS_PILOT_STOP_LISTENING_ON_TASK_ERROR to true as well, or leave it out"
             )
 
+    def check_complete(self) -> None:
+        """Raise SettingsError if something is missing that the pilot cannot do without."""
+        if not self.task_args:
+            raise SettingsError("EWMS_PILOT_TASK_ARGS must say what to run for each event: set it, or give --task-args")
+        self.incoming()
+        self.outgoing()
+
     @property
     def first_event_timeout(self) -> float:
         """Seconds to wait for the first event."""

@@ -311,7 +311,7 @@ def test_an_envfile_is_read_as_data_and_never_run(tmp_path: Path) -> None:
 
 def test_a_broken_envfile_is_told_without_its_content(tmp_path: Path) -> None:
     (tmp_path / "ewms_htcondor_envfile.sh").write_text("export TOKEN='hunter2")
-    with pytest.raises(SettingsError, match="cannot read .*: No closing quotation") as raised:
+    with pytest.raises(SettingsError, match=r"cannot read .*: No closing quotation") as raised:
         load({}, {}, tmp_path)
     assert "hunter2" not in str(raised.value)
 

@@ -8,8 +8,9 @@ from typing import Any
 class SignalledError(Exception):
     """A signal has ended a command before its end."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__("interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}")
+    def __init__(self, number: int, done: str = "") -> None:
+        how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+        super().__init__(f"{how}: {done}" if done else how)
         self.number = number
 
 

@@ -124,10 +124,7 @@ def _checks(settings: Settings) -> list[Check]:
 
 
 async def _settings(settings: Settings) -> str:
-    if not settings.task_args:
-        raise SettingsError("EWMS_PILOT_TASK_ARGS must say what to run for each event: set it, or give --task-args")
-    settings.incoming()
-    settings.outgoing()
+    settings.check_complete()
     default = Settings()
     given = [name for name in FIELDS if getattr(settings, name) != getattr(default, name)]
     idle = [variables_of(name)[0] for name in given if FIELDS[name].metadata["to_come"]]

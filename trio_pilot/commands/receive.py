@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import re
-import sys
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 import trio
 
 from trio_pilot.brokers import Consumer, Delivery, Settlement, open_source
-from trio_pilot.commands.signals import run_until_signalled
+from trio_pilot.commands.signals import report, run_until_signalled
 from trio_pilot.errors import DecodeError, NodeError, SettingsError, map_exceptions
 from trio_pilot.log import LOGGER
 from trio_pilot.pilot import next_delivery
@@ -39,8 +38,8 @@ def receive(settings: Settings, queue: str, to: Path | None, count: int | None, 
         with map_exceptions({OSError: NodeError}, f"cannot make the directory {to}"):
             to.mkdir(parents=True, exist_ok=True)
     receiving = Receiving(settings, queue, partial(_to_directory, to) if to else _to_stdout)
-    run_until_signalled(receiving.receive, count, idle)
-    print(f"{receiving.received} message(s) received from {queue}", file=sys.stderr)
+    with report(lambda: f"{receiving.received} message(s) received from {queue}"):
+        run_until_signalled(receiving.receive, count, idle)
     return 0
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from typing import IO, Any
 import trio
 
 from trio_pilot.brokers import Sink, open_sink
-from trio_pilot.commands.signals import run_until_signalled
+from trio_pilot.commands.signals import report, run_until_signalled
 from trio_pilot.errors import PilotError, SettingsError
 from trio_pilot.settings import Settings
 from trio_pilot.staging import parse_outfile
@@ -30,10 +29,8 @@ class BadInputError(PilotError):
 def send(settings: Settings, queue: str, files: Sequence[str], *, lines: bool) -> int:
     """Send each file, or each line, as an event; say how many. Raises BadInputError at the first that is none."""
     sending = Sending(settings, queue)
-    try:
+    with report(lambda: f"{sending.sent} event(s) sent to {queue}"):
         run_until_signalled(sending.send, _events(settings, files, lines=lines))
-    finally:
-        print(f"{sending.sent} event(s) sent to {queue}", file=sys.stderr)
     return 0
 
 

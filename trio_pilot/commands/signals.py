@@ -1,7 +1,9 @@
 """Ctrl-C and SIGTERM, for the commands that are not the pilot itself: what they do is cancelled, and tidied up."""
 
 import signal
-from collections.abc import AsyncIterable, Awaitable, Callable
+import sys
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar, TypeVarTuple
 
 import trio
@@ -15,6 +17,19 @@ Ts = TypeVarTuple("Ts")
 def run_until_signalled(function: Callable[[*Ts], Awaitable[T]], *arguments: *Ts) -> T:
     """Run an async function under Trio; SIGINT and SIGTERM cancel it, and are raised as SignalledError."""
     return trio.run(_until_signalled, function, arguments)
+
+
+@contextmanager
+def report(done: Callable[[], str]) -> Iterator[None]:
+    """Say in the end what was done, in the line of the signal if it was one that ended it."""
+    try:
+        yield
+    except SignalledError as error:
+        raise SignalledError(error.number, done()) from None
+    except BaseException:
+        print(done(), file=sys.stderr)
+        raise
+    print(done(), file=sys.stderr)
 
 
 async def _until_signalled(function: Callable[[*Ts], Awaitable[T]], arguments: tuple[*Ts]) -> T:

@@ -1,0 +1,291 @@
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TRIO_PILOT = (sys.executable, "-m", "trio_pilot")
+TIMEOUT = 60
+BINARY = bytes(range(256))
+
+Done = subprocess.CompletedProcess[bytes]
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Run:
+    def run(*arguments: str, stdin: bytes = b"", environ: Sequence[tuple[str, str]] = ()) -> Done:
+        env = {**clean_environment(), **dict(environ)}
+        return subprocess.run(
+            [*TRIO_PILOT, *arguments], input=stdin, capture_output=True, cwd=tmp_path, env=env, timeout=TIMEOUT, check=False
+        )
+
+    return run
+
+
+def clean_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if "EWMS" not in name}
+
+
+def start(directory: Path, *arguments: str, **options: Any) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen([*TRIO_PILOT, *arguments], cwd=directory, env=clean_environment(), **options)
+
+
+def lines(done: Done) -> list[Any]:
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("name", ["", "run", "send", "receive", "check", "demo"])
+def test_every_command_has_help(command: Run, name: str) -> None:
+    done = command(*name.split(), "--help")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"Usage: trio-pilot" in done.stdout
+    assert max(map(len, done.stdout.decode().splitlines())) <= 80
+
+
+def test_the_help_of_run_has_every_setting(command: Run) -> None:
+    from trio_pilot.settings import FIELDS, flag_of
+
+    said = b"".join(command("run", "--help").stdout.replace("│".encode(), b"").split()).decode()
+    assert [name for name in FIELDS if flag_of(name)[:26] not in said] == []
+
+
+def test_the_version_is_told(command: Run) -> None:
+    from trio_pilot import __version__
+
+    assert command("--version").stdout.decode().strip() == __version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--nope", "Unknown option: --nope."),
+        ("bogus", 'Unknown command "bogus". Available commands: run, send, receive, check, demo.'),
+        ("run extra", "Unused Tokens: ['extra']."),
+        ("send", 'Command "send" parameter QUEUE requires an argument.'),
+        ("--prefetch two", "--prefetch must be an integer ≥ 1, not 'two'"),
+        ("run --prefetch 0", "--prefetch must be an integer ≥ 1, not '0'"),
+        ("--runtime docker", "--runtime must be one of auto, bubblewrap, process (docker is not in this version yet), not 'docker'"),
+        ("--config missing.toml", "there is no settings file missing.toml"),
+        ("", "EWMS_PILOT_TASK_ARGS must say what to run for each event: set it, or give --task-args"),
+        ("--task-args true", "EWMS_PILOT_QUEUE_INCOMING must name a queue: set it, or give --queue-incoming"),
+        ("--task-args true --queue-incoming q", "EWMS_PILOT_QUEUE_OUTGOING must name a queue: set it, or give --queue-outgoing"),
+        ("receive q --idle 0", "--idle must be a number of seconds > 0, not 0.0"),
+        ("receive q --count 0", "--count must be an integer ≥ 1, not 0"),
+        ("receive q --count x", 'Invalid value for --count: unable to convert "x" into int.'),
+        ("demo --max-concurrent-tasks 0", "--max-concurrent-tasks must be an integer ≥ 1, not '0'"),
+        ("send --nope q", "Unknown option: --nope. Did you mean --lines?"),
+        ("send q --nope", "Unknown option: --nope."),
+        ("send q missing", "missing cannot be sent: No such file or directory"),
+        ("send q missing.jsonl", "missing.jsonl cannot be read: No such file or directory"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_line(command: Run, arguments: str, message: str) -> None:
+    done = command(*arguments.split())
+    assert done.stderr.decode().splitlines()[-1] == f"trio-pilot: {message}"
+    assert len(done.stderr.splitlines()) == 1 + arguments.startswith("send q m")
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+def test_the_pilot_imports_neither_rich_nor_pika_where_it_needs_none(command: Run) -> None:
+    program = "import sys; from trio_pilot.cli import main\ntry: main()\nfinally: print(sorted(sys.modules))"
+    arguments = ["--task-args", "true", "--queue-incoming", "a", "--queue-outgoing", "b", "--timeout-queue-incoming", "0.01"]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, check=True, timeout=TIMEOUT)
+    for name in (b"'rich'", b"'pika'", b"'asyncio'"):
+        assert name not in done.stdout
+    assert b"'trio'" in done.stdout
+
+
+def test_everything_may_be_in_the_environment(command: Run) -> None:
+    command("send", "in", stdin=b'"one"\n"two"\n')
+    settings = {
+        "TASK_IMAGE": "/",
+        "TASK_ARGS": 'sh -c "tr a-z A-Z < {{INFILE}} > {{OUTFILE}}"',
+        "QUEUE_INCOMING": "in",
+        "QUEUE_OUTGOING": "out",
+        "TIMEOUT_QUEUE_INCOMING": "0.1",
+    }
+    done = command(environ=[(f"EWMS_PILOT_{name}", text) for name, text in settings.items()])
+    assert done.returncode == 0
+    assert sorted(lines(command("receive", "out", "--idle", "0.1"))) == ["ONE", "TWO"]
+
+
+def test_lines_go_in_and_come_out(command: Run) -> None:
+    events = [{"a": [1, None]}, "text\r\n", 1.5, None, True, "", "é\ud800"]
+    sent = command("send", "q", stdin="\n\n".join(map(json.dumps, events)).encode())
+    assert (sent.returncode, sent.stderr) == (0, b"7 event(s) sent to q\n")
+    received = command("receive", "q", "--idle", "0.1")
+    assert received.stderr == b"7 message(s) received from q\n"
+    assert lines(received) == events
+    assert lines(command("receive", "q", "--idle", "0.1")) == []
+
+
+def test_nan_goes_through(command: Run) -> None:
+    command("send", "q", "-", stdin=b"[NaN, -Infinity]")
+    (found,) = lines(command("receive", "q", "--count", "1"))
+    assert math.isnan(found[0])
+    assert found[1] == -math.inf
+
+
+def test_files_go_in_whole_and_come_out_as_they_were(command: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\n")
+    (tmp_path / "b.bin").write_bytes(BINARY)
+    (tmp_path / "c.json").write_bytes(b'{"x":\n 1}')
+    (tmp_path / "d.jsonl").write_bytes(b"1\n2\n")
+    (tmp_path / "e").write_bytes(b"3\n\n4\n")
+    assert command("send", "q", "a.txt", "b.bin", "c.json", "d.jsonl").returncode == 0
+    assert command("send", "q", "--lines", "e").returncode == 0
+    assert command("receive", "q", "--to", "out/there", "--idle", "0.1").returncode == 0
+    files = list((tmp_path / "out/there").iterdir())
+    found = [(file.suffix, file.read_bytes()) for file in files]
+    assert sorted(found) == sorted(
+        [(".txt", b"one\r\ntwo\n"), (".bin", BINARY), (".json", b'{"x": 1}')] + [(".json", b"%d" % n) for n in (1, 2, 3, 4)]
+    )
+
+
+def test_binary_comes_out_in_a_line_as_base64(command: Run, tmp_path: Path) -> None:
+    (tmp_path / "b.bin").write_bytes(b"\xff\x00")
+    command("send", "q", "b.bin")
+    assert lines(command("receive", "q", "--count", "1")) == [{"encoding": "base64", "data": "/wA="}]
+
+
+def test_events_before_a_bad_line_are_sent_and_counted(command: Run) -> None:
+    done = command("send", "q", stdin=b"1\n2\n{oops\n4\n")
+    assert done.returncode == 2
+    told = done.stderr.decode().splitlines()
+    assert told[0] == "2 event(s) sent to q"
+    assert told[1].startswith("trio-pilot: stdin, line 3, must be JSON, not b'{oops\\n'")
+    assert lines(command("receive", "q", "--idle", "0.1")) == [1, 2]
+
+
+def test_a_file_too_large_to_be_received_is_not_sent(command: Run, tmp_path: Path) -> None:
+    (tmp_path / "big").write_bytes(b"x" * 101)
+    done = command("send", "q", "big", "--max-payload", "100")
+    assert (done.returncode, done.stderr.splitlines()[1:]) == (
+        2,
+        [b"trio-pilot: big cannot be sent: it has 101 bytes, more than the 100 of --max-payload"],
+    )
+
+
+def test_count_ends_the_receiving_and_the_rest_stays(command: Run) -> None:
+    command("send", "q", stdin=b"1\n2\n3\n")
+    assert lines(command("receive", "q", "--count", "2", "--idle", "inf")) == [1, 2]
+    assert lines(command("receive", "q", "--idle", "0.1")) == [3]
+
+
+def test_a_message_that_cannot_be_decoded_is_set_aside(command: Run, tmp_path: Path) -> None:
+    (tmp_path / "junk").write_bytes(b"\xffjunk")
+    command("send", "q", "junk", "--wire", "raw")
+    command("send", "q", stdin=b"1")
+    done = command("receive", "q", "--idle", "0.1")
+    assert lines(done) == [1]
+    assert b"is set aside: the message body is not zstd" in done.stderr
+    assert command("receive", "q.dead-letters", "--wire", "raw", "--to", "dead", "--idle", "0.1").returncode == 0
+    (dead,) = (tmp_path / "dead").iterdir()
+    assert dead.read_bytes() == b"\xffjunk"
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(command: Run, tmp_path: Path) -> None:
+    command("send", "q", stdin=b"1\n2\n")
+    with Path("/dev/full").open("wb") as full:
+        process = start(tmp_path, "receive", "q", stdout=full, stderr=subprocess.PIPE)
+        _, told = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 4
+    assert told.splitlines()[-1] == b"trio-pilot: cannot write to stdout: No space left on device"
+    assert lines(command("receive", "q", "--idle", "0.1")) == [1, 2]
+
+
+def test_a_directory_that_cannot_be_made_is_told(command: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = command("receive", "q", "--to", "file/x")
+    assert (done.returncode, len(done.stderr.splitlines())) == (4, 1)
+
+
+def test_a_closed_pipe_loses_no_message(command: Run, tmp_path: Path) -> None:
+    events = [str(number) * 200_000 for number in range(4)]  # more than a pipe holds
+    command("send", "q", stdin="\n".join(map(json.dumps, events)).encode())
+    process = start(tmp_path, "receive", "q", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    assert process.stderr
+    assert json.loads(process.stdout.readline()) == events[0]
+    process.stdout.close()
+    told = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(TIMEOUT) == 128 + signal.SIGPIPE
+    assert b"Traceback" not in told
+    assert sorted(lines(command("receive", "q", "--idle", "0.1"))) == events[1:]
+
+
+def test_a_killed_receive_loses_no_message_and_doubles_none(command: Run, tmp_path: Path) -> None:
+    events = list(range(300))
+    command("send", "q", stdin="\n".join(map(json.dumps, events)).encode())
+    out = tmp_path / "out"
+    process = start(tmp_path, "receive", "q", "--to", "out", stderr=subprocess.DEVNULL)
+    wait_until(lambda: out.exists() and len(list(out.glob("*.json"))) > 20)
+    process.kill()
+    process.wait(TIMEOUT)
+    assert len(list(out.glob("*.json"))) < len(events)
+    command("receive", "q", "--to", "out", "--idle", "0.5")
+    assert sorted(json.loads(file.read_text()) for file in out.glob("*.json")) == events
+
+
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, b"interrupted"), (signal.SIGTERM, b"ended by SIGTERM")])
+def test_a_signal_ends_receive_with_a_line(command: Run, tmp_path: Path, number: signal.Signals, word: bytes) -> None:
+    command("send", "q", stdin=b"1\n")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = start(tmp_path, "receive", "q", "--idle", "inf", **pipes)
+    assert process.stdout
+    assert process.stdout.readline() == b"1\n"
+    process.send_signal(number)
+    _, told = process.communicate(timeout=TIMEOUT)
+    assert re.fullmatch(rb"trio-pilot: %b: [01] message\(s\) received from q\n" % word, told)
+    assert process.returncode == 128 + number
+
+
+def test_a_signal_ends_receive_whose_reader_has_stopped_reading(command: Run, tmp_path: Path) -> None:
+    command("send", "q", stdin=json.dumps("x" * 200_000).encode())
+    process = start(tmp_path, "receive", "q", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    assert process.stdout.read(10)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(TIMEOUT) == 130
+    process.communicate()
+    assert lines(command("receive", "q", "--idle", "0.1")) == ["x" * 200_000]
+
+
+def test_a_signal_ends_send_that_waits_for_its_input(command: Run, tmp_path: Path) -> None:
+    process = start(tmp_path, "send", "q", stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdin
+    process.stdin.write(b"1\n")
+    process.stdin.flush()
+    assert lines(command("receive", "q", "--count", "1", "--idle", "30")) == [1]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(TIMEOUT) == 130
+    assert process.stderr
+    assert process.stderr.read().splitlines() == [b"trio-pilot: interrupted: 1 event(s) sent to q"]
+    process.stdin.close()
+    process.stderr.close()
+
+
+def test_no_token_is_ever_shown(command: Run) -> None:
+    secrets = [("EWMS_PILOT_BROKER_TOKEN", "hunter2"), ("EWMS_PILOT_BROKER", "amqp://user:hunter2@127.0.0.1:1")]
+    for arguments in (["send", "q"], ["receive", "q"], ["check"]):
+        done = command(*arguments, "--broker-patience", "0", environ=secrets)
+        assert b"hunter2" not in done.stdout + done.stderr
+        assert b"Traceback" not in done.stderr
+        assert done.returncode in (2, 3)
