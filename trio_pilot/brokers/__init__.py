@@ -133,6 +133,14 @@ def dead_letter_queue(queue: str) -> str:
     return f"{queue}.dead-letters"
 
 
+MOST_REASON = 4000  # characters; a header that does not fit into a frame would end the connection
+
+
+def dead_letter_reason(reason: str) -> str:
+    """Word a reason so that every broker can store it."""
+    return reason[:MOST_REASON].encode(errors="replace").decode()
+
+
 def dead_letter_headers(delivery: Delivery, reason: str) -> Mapping[str, str | int]:
     """Say of a dead letter why it is one."""
-    return {"x-trio-pilot-reason": reason, "x-trio-pilot-attempts": delivery.attempt}
+    return {"x-trio-pilot-reason": dead_letter_reason(reason), "x-trio-pilot-attempts": delivery.attempt}

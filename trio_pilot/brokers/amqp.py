@@ -5,7 +5,10 @@ reaches it through `add_callback_threadsafe`, it reaches Trio through `TrioToken
 is a `_Reply`. A channel that the server closes raises nothing in pika: here it fails every reply that is outstanding.
 """
 
+import re
 import ssl
+import weakref
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -30,6 +33,7 @@ PRECONDITION_FAILED = 406
 NOT_ALLOWED = 530
 
 PERSISTENT = 2
+MOST_MESSAGE_ID = 255  # bytes of a short string
 
 
 class ConnectError(Exception):
@@ -56,7 +60,7 @@ class Address:
     tls: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Arrival:
     """A message as the server delivers it."""
 
@@ -66,6 +70,7 @@ class Arrival:
     message_id: str | None
     redelivered: bool
     deliveries: int | None  # how often it was delivered before, where the queue counts
+    settled: bool = False
 
 
 class _Reply:
@@ -81,6 +86,11 @@ class _Reply:
         if not self._told.is_set():
             self._value, self._error = value, error
             self._told.set()
+
+    @property
+    def is_told(self) -> bool:
+        """Whether there is an answer."""
+        return self._told.is_set()
 
     async def wait(self) -> Any:
         """Wait for the answer."""
@@ -117,9 +127,10 @@ class Connection:
         self.ended = trio.Event()
         self._parameters = _parameters(address)
         self._trio = trio.lowlevel.current_trio_token()
-        self._pika: pika.SelectConnection | None = None  # while the thread drives it
+        self._pika: pika.SelectConnection | None = None
         self._hang_up = False
-        self._channels: list[Channel] = []
+        self._posted: weakref.WeakSet[_Reply] = weakref.WeakSet()
+        self._channels: set[Channel] = set()
 
     async def drive(self) -> None:
         """Run pika's I/O loop in a thread, until the connection is closed."""
@@ -127,6 +138,8 @@ class Connection:
             await trio.to_thread.run_sync(self._drive, limiter=trio.CapacityLimiter(1))
         finally:
             self.ended.set()
+            for reply in list(self._posted):  # the loop may have stopped before it came to them
+                reply.tell(error=ClosedError(0, "the connection is closed"))
 
     async def open_channel(self) -> "Channel":
         """Open a channel."""
@@ -150,38 +163,45 @@ class Connection:
 
     def post(self, work: Callable[[], object], reply: _Reply) -> None:
         """Have `work` done in the thread; with no thread any more, fail the reply."""
-        if self._pika is None:
+        if self._pika is None or self.ended.is_set():
             reply.tell(error=ClosedError(0, "the connection is closed"))
         else:
+            self._posted.add(reply)
             self._pika.ioloop.add_callback_threadsafe(work)
 
     def tell(self, work: Callable[..., object], *arguments: Any) -> None:
         """From the thread: have `work` done on Trio's side."""
         self._trio.run_sync_soon(work, *arguments)
 
+    def forget(self, channel: "Channel") -> None:
+        """From the thread: a channel has ended."""
+        self._channels.discard(channel)
+
     def _drive(self) -> None:
-        connection = self._pika = pika.SelectConnection(
-            self._parameters,
-            on_open_callback=lambda _: self.tell(self.opened.tell),
-            on_open_error_callback=lambda _, error: self._end(error),
-            on_close_callback=lambda _, error: self._end(error),
-        )
-        if self._hang_up:  # asked before there was anything to ask
-            self._close()
         try:
-            connection.ioloop.start()
+            self._pika = pika.SelectConnection(
+                self._parameters,
+                on_open_callback=lambda _: self.tell(self.opened.tell),
+                on_open_error_callback=lambda _, error: self._end(error),
+                on_close_callback=lambda _, error: self._end(error),
+            )
+            if self._hang_up:  # asked before there was anything to ask
+                self._close()
+            self._pika.ioloop.start()
         except Exception as error:  # pika's own state gone wrong must not end the pilot
             self._end(error)
         finally:
-            self._pika = None
-            connection.ioloop.close()
+            if self._pika is not None:
+                self._pika.ioloop.close()
 
     def _end(self, error: BaseException) -> None:
         """Take note that the connection is closed, or could not be opened: fail who waits for it, end the thread."""
+        heard = False
         if self._pika is not None:
+            heard = self._pika.bytes_received > 0
             self._pika.ioloop.stop()
-        self.tell(partial(self.opened.tell, error=_translate(error)))
-        for channel in self._channels:
+        self.tell(partial(self.opened.tell, error=_translate(error, heard=heard)))
+        for channel in list(self._channels):
             channel.end(ClosedError(0, _text(error)))
 
     def _close(self) -> None:
@@ -198,7 +218,7 @@ class Connection:
             self.tell(partial(reply.tell, error=ClosedError(0, "the connection is closed")))
             return
         channel = Channel(self, reply)
-        self._channels.append(channel)
+        self._channels.add(channel)
         channel.attach(connection.channel(on_open_callback=channel.opened))
 
 
@@ -214,9 +234,14 @@ class Channel:
         self._error: ClosedError | None = None
         self._published = 0
         self._unconfirmed: dict[int, tuple[str, _Reply]] = {}
-        self._returned: set[str] = set()
+        self._returned: Counter[str] = Counter()
 
     # On Trio's side:
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether its end has been heard of."""
+        return self.closed.is_told
 
     async def ask(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Call a method of the channel that the server answers, and wait for the answer."""
@@ -242,6 +267,7 @@ class Channel:
 
     async def publish(self, queue: str, body: bytes, message_id: str, headers: Any = None) -> None:
         """Publish a lasting message to a queue, and wait for the confirm. A missing queue is ClosedError(NO_ROUTE)."""
+        message_id = message_id.encode(errors="replace")[:MOST_MESSAGE_ID].decode(errors="ignore")
         properties = pika.BasicProperties(delivery_mode=PERSISTENT, message_id=message_id, headers=headers)
 
         def start(reply: _Reply) -> None:
@@ -251,8 +277,8 @@ class Channel:
 
         await self._post(start).wait()
 
-    async def consume(self, queue: str, arrived: Callable[[Arrival], object]) -> str:
-        """Have `arrived` called, on Trio's side, for each message of a queue; give the consumer's tag."""
+    async def consume(self, queue: str, consumer_tag: str, arrived: Callable[[Arrival], object]) -> None:
+        """Have `arrived` called, on Trio's side, for each message of a queue."""
 
         def deliver(_channel: object, method: Any, properties: Any, body: bytes) -> None:
             headers = properties.headers or {}
@@ -260,8 +286,7 @@ class Channel:
             arrival = Arrival(self, method.delivery_tag, body, properties.message_id, again, count)
             self.connection.tell(arrived, arrival)
 
-        frame = await self.ask("basic_consume", queue, deliver)
-        return str(frame.method.consumer_tag)
+        await self.ask("basic_consume", queue, deliver, consumer_tag=consumer_tag)
 
     def _post(self, start: Callable[[_Reply], object]) -> _Reply:
         reply = _Reply()
@@ -284,6 +309,7 @@ class Channel:
         """Fail everybody who waits: the channel is closed."""
         if self._error is None:
             self._error = error
+            self.connection.forget(self)
             for reply in self._waiting:
                 self.connection.tell(partial(reply.tell, error=error))
 
@@ -293,8 +319,10 @@ class Channel:
             if self._error is not None:
                 raise self._error
             start(reply)
-        except (ClosedError, pika.exceptions.AMQPError) as error:
-            self._answer(reply, error=error if isinstance(error, ClosedError) else ClosedError(0, _text(error)))
+        except pika.exceptions.AMQPError as error:
+            self._answer(reply, error=ClosedError(0, _text(error)))
+        except Exception as error:  # the caller's; the connection is the others' as well
+            self._answer(reply, error=error)
 
     def _answer(self, reply: _Reply, value: Any = None, error: Exception | None = None) -> None:
         self._waiting.discard(reply)
@@ -302,7 +330,7 @@ class Channel:
 
     def _came_back(self, _channel: object, _method: object, properties: Any, _body: bytes) -> None:
         """Note a message for which there was no queue. The server returns it first, and confirms it all the same."""
-        self._returned.add(properties.message_id)
+        self._returned[properties.message_id] += 1
 
     def _confirmed(self, frame: Any) -> None:
         """Take a confirm, of one message or of all up to one."""
@@ -313,8 +341,8 @@ class Channel:
             self._answer(reply, error=self._refusal(frame.method, message_id))
 
     def _refusal(self, method: Any, message_id: str) -> ClosedError | None:
-        if message_id in self._returned:
-            self._returned.discard(message_id)
+        if self._returned[message_id]:
+            self._returned -= Counter([message_id])
             return ClosedError(NO_ROUTE, "there is no such queue any more")
         return ClosedError(0, "the broker could not store the message") if method.NAME == "Basic.Nack" else None
 
@@ -334,16 +362,23 @@ def _parameters(address: Address) -> pika.ConnectionParameters:
     )
 
 
-def _translate(error: BaseException) -> Exception:
-    """Tell a refusal, which lasts, from a connection that could not be made."""
+# pika tells why a broker closed a connection that was not open yet in the text of another error only.
+_CLOSED_BY_BROKER = re.compile(r"ConnectionClosedByBroker: \((\d+)\) (.*)")
+
+
+def _translate(error: BaseException, *, heard: bool) -> Exception:
+    """Tell a refusal, which lasts, from a connection that could not be made, also for want of a word from the server."""
     for cause in _causes(error):
-        if isinstance(cause, (pika.exceptions.ProbableAuthenticationError, pika.exceptions.AuthenticationError)):
+        if isinstance(cause, pika.exceptions.AuthenticationError):
             return BrokerError("refuses our user and password, or token")
-        if isinstance(cause, pika.exceptions.IncompatibleProtocolError):
+        if isinstance(cause, pika.exceptions.IncompatibleProtocolError) and heard:
             return BrokerError("does not speak AMQP 0-9-1")
-        code = getattr(cause, "reply_code", 0)
-        if code in (ACCESS_REFUSED, NOT_ALLOWED) or isinstance(cause, pika.exceptions.ProbableAccessDeniedError):
-            return BrokerError(f"refuses us: {_text(cause)}")
+        if closed := _CLOSED_BY_BROKER.search(str(cause)):
+            code, text = int(closed[1]), closed[2]
+            if code == ACCESS_REFUSED and isinstance(cause, pika.exceptions.ProbableAuthenticationError):
+                return BrokerError("refuses our user and password, or token")
+            if code in (ACCESS_REFUSED, NOT_ALLOWED):
+                return BrokerError(f"refuses us: {text}")
     return ConnectError(_text(error))
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import inotify_simple
 import trio
 
-from trio_pilot.brokers import Delivery, QueueAddress, Settlement, dead_letter_queue
+from trio_pilot.brokers import Delivery, QueueAddress, Settlement, dead_letter_queue, dead_letter_reason
 from trio_pilot.errors import BrokerError, DeliveryLostError, map_exceptions
 
 DEFAULT_FILE = "trio-pilot-queues.sqlite"
@@ -235,9 +235,9 @@ class LocalSource:
 
     async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "") -> None:
         """Settle a delivery."""
-        statement, values = _SETTLE[settlement], {"position": delivery.tag, "consumer": self.number}
-        extra = {"dead": dead_letter_queue(self.queue), "reason": reason}
-        if not await self.file.run(partial(_change, statement, {**values, **extra})):
+        ours = {"position": delivery.tag, "consumer": self.number, "message_id": delivery.message_id}
+        extra = {"dead": dead_letter_queue(self.queue), "reason": dead_letter_reason(reason)}
+        if not await self.file.run(partial(_change, _SETTLE[settlement], {**ours, **extra})):
             raise DeliveryLostError(f"the queue {self.queue} has taken the event {delivery.message_id} back")
         if settlement is not Settlement.ACK:
             self.file.bell.ring()
@@ -254,9 +254,7 @@ class LocalSource:
             (self.queue, self.number),
         )
         dead = [row for row in claims if not self.file.bell.is_alive(row[0])]
-        connection.executemany(
-            "UPDATE message SET consumer = NULL, attempts = attempts + 1 WHERE consumer = ?", dead
-        )
+        connection.executemany("UPDATE message SET consumer = NULL, attempts = attempts + 1 WHERE consumer = ?", dead)
         return len(dead)
 
 
@@ -266,7 +264,8 @@ UPDATE message SET consumer = :consumer WHERE position = (
 ) RETURNING position, body, message_id, attempts
 """
 
-_OURS = "WHERE position = :position AND consumer = :consumer"
+# The id as well: a message that is settled leaves its position to a later one.
+_OURS = "WHERE position = :position AND consumer = :consumer AND message_id = :message_id"
 # To the end of the queue, so that an event that fails again and again does not stand in the way of the others.
 _LAST = "position = (SELECT max(position) + 1 FROM message)"
 

@@ -3,6 +3,8 @@
 import hashlib
 import math
 import random
+import re
+import uuid
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -103,7 +105,7 @@ class _Queue:
             while True:
                 try:
                     async with connect(self._address, threads) as connection:
-                        channel = await self._find(connection)
+                        channel = await self._open(connection)
                         failures = 0
                         await self._use(channel)
                 except BrokerError as error:
@@ -124,30 +126,47 @@ class _Queue:
         finally:
             self._channel.value = None
 
-    async def _find(self, connection: Connection) -> Channel:
-        """Declare the queue; where that is not for us to do, be content that it exists."""
-        channel = await connection.open_channel()
-        try:
-            await channel.ask("queue_declare", self.name, durable=True, arguments=QUORUM)
-        except ClosedError as error:
-            if error.code not in (ACCESS_REFUSED, PRECONDITION_FAILED):
-                raise
-            channel = await self._find_passively(connection)
-        return channel
+    async def _open(self, connection: Connection) -> Channel:
+        """Open a channel, once the queue was found."""
+        return await _find(connection, self.name)
 
-    async def _find_passively(self, connection: Connection) -> Channel:
-        channel = await connection.open_channel()
-        try:
-            await channel.ask("queue_declare", self.name, passive=True)
-        except ClosedError as error:
-            if error.code in (ACCESS_REFUSED, NOT_FOUND):
-                raise BrokerError(f"does not let us use the queue {self.name}: {error}") from error
+
+async def _find(connection: Connection, queue: str) -> Channel:
+    """Declare a queue; where that is not for us to do, be content that it exists."""
+    channel = await connection.open_channel()
+    try:
+        await channel.ask("queue_declare", queue, durable=True, arguments=QUORUM)
+    except ClosedError as error:
+        if error.code not in (ACCESS_REFUSED, PRECONDITION_FAILED):
             raise
-        return channel
+        channel = await _find_passively(connection, queue)
+    return channel
+
+
+async def _find_passively(connection: Connection, queue: str) -> Channel:
+    channel = await connection.open_channel()
+    try:
+        await channel.ask("queue_declare", queue, passive=True)
+    except ClosedError as error:
+        if error.code in (ACCESS_REFUSED, NOT_FOUND):
+            raise BrokerError(f"does not let us use the queue {queue}: {error}") from error
+        raise
+    return channel
+
+
+async def _find_for_sending(connection: Connection, queue: str) -> Channel:
+    channel = await _find(connection, queue)
+    await channel.confirm_publishes()
+    return channel
 
 
 class RabbitSource(_Queue):
     """An incoming queue."""
+
+    def __init__(self, address: QueueAddress, patience: Patience) -> None:
+        super().__init__(address, patience)
+        self._dead_letters: Channel | None = None
+        self._finding_dead_letters = trio.Lock()
 
     @asynccontextmanager
     async def consume(self, prefetch: int) -> AsyncIterator["RabbitConsumer"]:
@@ -176,6 +195,9 @@ class RabbitSource(_Queue):
     async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "") -> None:
         """Settle a delivery, on the channel that it came by."""
         arrival: Arrival = delivery.tag
+        if arrival.settled:  # RabbitMQ would close the channel, and deliver all that came by it again
+            raise DeliveryLostError(f"the event {delivery.message_id} was settled before")
+        arrival.settled = True
         try:
             if settlement is Settlement.DEAD_LETTER:
                 settlement = await self._set_aside(delivery, reason)
@@ -191,20 +213,24 @@ class RabbitSource(_Queue):
 
     async def _set_aside(self, delivery: Delivery, reason: str) -> Settlement:
         """Copy an event to the dead letters, confirmed; tell how the event itself is to be settled then."""
-        channel = await delivery.tag.channel.connection.open_channel()
-        queue = dead_letter_queue(self.name)
+        queue, headers = dead_letter_queue(self.name), dead_letter_headers(delivery, reason)
         try:
-            await channel.confirm_publishes()
-            await channel.ask("queue_declare", queue, durable=True, arguments=QUORUM)
-            headers = dead_letter_headers(delivery, reason)
+            channel = await self._dead_letter_channel(delivery.tag.channel.connection)
             await channel.publish(queue, delivery.body, delivery.message_id, headers)
-            await channel.call("close")
-        except ClosedError as error:
-            if error.code not in (ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED, NO_ROUTE):
-                raise
+        except (BrokerError, ClosedError) as error:
+            self._dead_letters = None
             LOGGER.warning("the event %s stays in the queue: no dead letters for us (%s)", delivery.message_id, error)
             return Settlement.REJECT
         return Settlement.ACK
+
+    async def _dead_letter_channel(self, connection: Connection) -> Channel:
+        """Give the channel by which this connection sends dead letters; the first that needs it opens it."""
+        async with self._finding_dead_letters:
+            channel = self._dead_letters
+            if channel is None or channel.is_closed or channel.connection is not connection:
+                channel = await _find_for_sending(connection, dead_letter_queue(self.name))
+                self._dead_letters = channel
+            return channel
 
 
 class RabbitConsumer:
@@ -214,7 +240,7 @@ class RabbitConsumer:
         self.listening_since = math.inf
         self._source = source
         self._channel: Channel | None = None
-        self._tag: str | None = None
+        self._tag = uuid.uuid4().hex  # ours, so that there is no moment at which it could not be cancelled
         self._arrived: deque[Delivery] = deque()
         self._changed = trio.Event()
 
@@ -232,20 +258,20 @@ class RabbitConsumer:
         """Have messages sent, `prefetch` of them ahead of their settlement."""
         await channel.ask("basic_qos", prefetch_count=prefetch)
         self._channel = channel
-        self._tag = await channel.consume(self._source.name, self._on_arrival)
+        await channel.consume(self._source.name, self._tag, self._on_arrival)
         self.listening_since = trio.current_time()
         self._notify()
 
     def lost(self) -> None:
         """Forget what has arrived: the broker has it again."""
-        self._channel, self._tag, self.listening_since = None, None, math.inf
+        self._channel, self.listening_since = None, math.inf
         self._arrived.clear()
         self._notify()
 
     async def stop(self) -> None:
         """Have no more sent, and give back what was not taken."""
         try:
-            if self._channel and self._tag:
+            if self._channel:
                 await self._channel.ask("basic_cancel", self._tag)
             while self._arrived:
                 await self._source.settle(self._arrived[0], Settlement.RELEASE)
@@ -278,8 +304,8 @@ class RabbitSink(_Queue):
             try:
                 await channel.publish(self.name, body, message_id)
             except ClosedError as error:
-                if error.code == PRECONDITION_FAILED and str(len(body)) in str(error):
-                    # "message size N is larger than ...": who else was waiting on the channel only has to try again.
+                if error.code == PRECONDITION_FAILED and _refused_size(error) == len(body):
+                    # Who else was waiting on the channel only has to try again.
                     raise PublishRefusedError(f"RabbitMQ refuses an output of {len(body)} bytes: {error}") from error
                 if error.code == NO_ROUTE:
                     await self._declare_anew(channel)
@@ -287,10 +313,8 @@ class RabbitSink(_Queue):
             else:
                 return
 
-    async def _find(self, connection: Connection) -> Channel:
-        channel = await super()._find(connection)
-        await channel.confirm_publishes()
-        return channel
+    async def _open(self, connection: Connection) -> Channel:
+        return await _find_for_sending(connection, self.name)
 
     async def _declare_anew(self, channel: Channel) -> None:
         """Close the channel: finding the queue again is part of opening the next."""
@@ -303,6 +327,12 @@ class RabbitSink(_Queue):
         """Wait for the end of a channel, or a moment: a nack leaves it open."""
         with trio.move_on_after(RETRY_DELAY):
             await self.gone(channel)
+
+
+def _refused_size(error: ClosedError) -> int | None:
+    """Tell how large the message was that is "larger than configured max size"."""
+    found = re.search(r"message size (\d+)", str(error))
+    return int(found[1]) if found else None
 
 
 def _retry_delay(failures: int) -> float:

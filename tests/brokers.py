@@ -1,0 +1,172 @@
+"""Every broker behind one face, for tests that are the same for all of them."""
+
+import sqlite3
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, closing, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import pika
+import trio
+
+from tests.servers import RabbitServer
+from trio_pilot.brokers import (
+    Consumer,
+    Delivery,
+    Patience,
+    QueueAddress,
+    Sink,
+    Source,
+    dead_letter_queue,
+    open_sink,
+    open_source,
+)
+from trio_pilot.errors import PilotError
+from trio_pilot.testing import FakeBroker
+
+LONG = 30.0  # seconds after which a test that waits has failed
+
+
+def new_name(kind: str = "queue") -> str:
+    return f"{kind}-{uuid.uuid4().hex[:12]}"
+
+
+def patient(seconds: float) -> bool:
+    return seconds < LONG
+
+
+class Broker(Protocol):
+    counts_releases: bool
+
+    def source(self, queue: str) -> AbstractAsyncContextManager[Source]: ...
+
+    def sink(self, queue: str) -> AbstractAsyncContextManager[Sink]: ...
+
+    def dead_letters(self, queue: str) -> list[tuple[bytes, str, str]]:
+        """Give body, message id and reason of each."""
+
+
+class Fake:
+    counts_releases = False
+
+    def __init__(self) -> None:
+        self._broker = FakeBroker()
+
+    def source(self, queue: str) -> AbstractAsyncContextManager[Source]:
+        return self._broker.open_source(queue)
+
+    def sink(self, queue: str) -> AbstractAsyncContextManager[Sink]:
+        return self._broker.open_sink(queue)
+
+    def dead_letters(self, queue: str) -> list[tuple[bytes, str, str]]:
+        dead = self._broker.queues.get(dead_letter_queue(queue), ())
+        return [(message.body, message.message_id, message.reason) for message in dead]
+
+
+class Local:
+    counts_releases = False
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def address(self, queue: str) -> QueueAddress:
+        return QueueAddress(queue, "local", str(self.file))
+
+    def source(self, queue: str) -> AbstractAsyncContextManager[Source]:
+        return open_source(self.address(queue), patient)
+
+    def sink(self, queue: str) -> AbstractAsyncContextManager[Sink]:
+        return open_sink(self.address(queue), patient)
+
+    def dead_letters(self, queue: str) -> list[tuple[bytes, str, str]]:
+        return self.rows("SELECT body, message_id, reason FROM message WHERE queue = ?", dead_letter_queue(queue))
+
+    def rows(self, query: str, *values: Any) -> list[Any]:
+        with closing(sqlite3.connect(self.file)) as connection:
+            return connection.execute(query, values).fetchall()
+
+
+class Rabbit:
+    counts_releases = True  # before RabbitMQ 4.3
+
+    def __init__(self, server: RabbitServer) -> None:
+        self.server = server
+
+    def address(self, queue: str, server: str = "", user: str = "", token: str = "") -> QueueAddress:
+        return QueueAddress(queue, "rabbitmq", f"{user and user + '@'}{server or self.server.address}", token)
+
+    def source(self, queue: str, patience: Patience = patient, **address: str) -> AbstractAsyncContextManager[Source]:
+        return open_source(self.address(queue, **address), patience)
+
+    def sink(self, queue: str, patience: Patience = patient, **address: str) -> AbstractAsyncContextManager[Sink]:
+        return open_sink(self.address(queue, **address), patience)
+
+    def dead_letters(self, queue: str) -> list[tuple[bytes, str, str]]:
+        self.declare(dead_letter_queue(queue))
+        found = self.get_all(dead_letter_queue(queue))
+        return [(body, facts.message_id, facts.headers["x-trio-pilot-reason"]) for facts, body in found]
+
+    def get_all(self, queue: str) -> list[tuple[Any, bytes]]:
+        """Take all that is ready in a queue: properties and body."""
+        with self.channel() as channel:
+            found = []
+            while (message := channel.basic_get(queue, auto_ack=True))[0] is not None:
+                found.append((message[1], message[2]))
+            return found
+
+    def declare(self, queue: str, kind: str = "quorum") -> None:
+        with self.channel() as channel:
+            channel.queue_declare(queue, durable=True, arguments={"x-queue-type": kind})
+
+    @contextmanager
+    def channel(self) -> Iterator[Any]:
+        """Open a channel of pika's blocking kind, beside what is tested."""
+        with closing(pika.BlockingConnection(pika.ConnectionParameters("127.0.0.1", self.server.port))) as connection:
+            yield connection.channel()
+
+
+async def take(consumer: Consumer) -> Delivery:
+    """Take the next delivery, however long it takes to come (but not for ever)."""
+    with trio.fail_after(LONG):
+        while (delivery := await consumer.take()) is None:
+            await consumer.wait()
+        return delivery
+
+
+async def nothing_comes(consumer: Consumer, seconds: float = 0.3) -> None:
+    with trio.move_on_after(seconds):
+        delivery = await take(consumer)
+        raise AssertionError(f"{delivery} came")
+
+
+async def eventually(check: Callable[[], bool], what: str = "") -> None:
+    """Look again and again at what cannot be waited for: another process, or a server."""
+    with trio.move_on_after(LONG):
+        while not check():  # noqa: ASYNC110 -- there is no event
+            await trio.sleep(0.02)
+        return
+    raise AssertionError(f"never came true: {what}")
+
+
+def leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in leaves(inner)]
+    return [error]
+
+
+async def failure_of(queue: AbstractAsyncContextManager[Source] | AbstractAsyncContextManager[Sink]) -> PilotError:
+    """Open a queue that cannot be used; give the one error that it ends with, which must be a clear line of ours."""
+    try:
+        with trio.fail_after(LONG):
+            async with queue as opened:
+                await opened.ready()
+                await trio.sleep_forever()
+    except Exception as group:
+        errors = leaves(group)
+        assert len(errors) == 1, errors
+        (error,) = errors
+        assert isinstance(error, PilotError), repr(error)
+        assert "\n" not in str(error)
+        assert str(error)
+        return error

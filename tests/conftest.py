@@ -1,0 +1,43 @@
+import os
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+import pytest
+
+from tests import servers
+
+SERVICES: list[str] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"services that ran: {', '.join(SERVICES) or 'none'}")
+
+
+def cannot(reason: str) -> NoReturn:
+    """Skip a test for want of something; where nothing may be skipped, fail."""
+    if os.environ.get("CI", "").lower() == "true" or os.environ.get("TRIO_PILOT_NO_SKIP") == "1":
+        pytest.fail(f"must not be skipped here, but: {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def rabbitmq() -> Iterator[servers.RabbitServer]:
+    try:
+        with servers.rabbitmq() as server:
+            SERVICES.append(f"RabbitMQ {server.version}")
+            yield server
+    except servers.UnavailableError as error:
+        cannot(str(error))
+
+
+@pytest.fixture(scope="session")
+def need() -> Callable[[str, str], None]:
+    """Have a program of a Debian package, or skip the test."""
+
+    def need(program: str, package: str) -> None:
+        try:
+            servers.need(program, package)
+        except servers.UnavailableError as error:
+            cannot(str(error))
+
+    return need

@@ -1,0 +1,190 @@
+"""Servers that tests need, each a private one: free ports, a directory of its own, nothing left behind."""
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+START_TIMEOUT = 90.0  # seconds; it takes 3 to 10 on an idle machine
+STOP_TIMEOUT = 15.0
+
+# The package's /usr/sbin/rabbitmq-server goes through su; this is what it calls.
+RABBITMQ_SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+MAX_MESSAGE_SIZE = 4 * 2**20
+
+
+class UnavailableError(Exception):
+    """This machine cannot run the server."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for_port(port: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline and process.poll() is None:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.05)
+    raise UnavailableError(f"it does not start: {log.read_text(errors='replace')[-2000:]}")
+
+
+def need(program: str, package: str) -> None:
+    """Have a program, installed from its Debian package where that may be done."""
+    if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin"):
+        return
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        raise UnavailableError(f"{program} is not installed, and only root on Debian can install it here")
+    # A runlevel of 1 keeps the package from starting a service.
+    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+    for command in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", package]):
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        if done.returncode:
+            raise UnavailableError(f"{' '.join(command)} failed: {done.stderr[-500:]}")
+
+
+@contextmanager
+def rabbitmq() -> Iterator["RabbitServer"]:
+    """Run a RabbitMQ server."""
+    need("rabbitmq-server", "rabbitmq-server")
+    directory = Path(tempfile.mkdtemp(prefix="trio-pilot-rabbitmq-"))
+    server = RabbitServer(directory)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(directory)
+
+
+class RabbitServer:
+    """A RabbitMQ node and its epmd."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.port = free_port()
+        self.version = ""
+        self._user = pwd.getpwnam("rabbitmq") if os.geteuid() == 0 else None
+        self._node = f"pilot-test-{uuid.uuid4().hex[:8]}@localhost"
+        self._cookie = uuid.uuid4().hex
+        self._env = self._environment(free_port(), free_port())
+        self._log = directory / "output.log"
+        self._epmd: subprocess.Popen[bytes] | None = None
+        self._server: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        if self._epmd is None:
+            self._lay_out()
+            self._epmd = self._spawn("epmd", "-address", "127.0.0.1", "-port", self._env["ERL_EPMD_PORT"])
+        self._server = self._spawn(str(RABBITMQ_SERVER))
+        wait_for_port(self.port, self._server, self._log)
+        self.version = self.version or self._ask_version()
+
+    def kill(self) -> None:
+        """End the node at once; what it has confirmed, and the queues it has declared, are on its disk."""
+        assert self._server
+        self.evaluate("mnesia:sync_log(), [dets:sync(T) || T <- dets:all()].")  # it is lazy about new queues
+        os.killpg(self._server.pid, 9)
+        self._server.wait(STOP_TIMEOUT)
+
+    def stop(self) -> None:
+        for process in (self._server, self._epmd):
+            if process is not None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, 9)
+                process.wait(STOP_TIMEOUT)
+        self._server = self._epmd = None
+
+    def evaluate(self, erlang: str) -> str:
+        """Evaluate Erlang in the node, which takes some milliseconds."""
+        command = ["erl_call", "-sname", self._node, "-c", self._cookie, "-e"]
+        source = " ".join(erlang.split()) + "\n"
+        done = subprocess.run(command, env=self._env, input=source, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{erlang}: {done.stdout}{done.stderr}"
+        assert done.stdout.startswith("{ok, "), f"{erlang}: {done.stdout}"
+        return done.stdout[len("{ok, ") : -1]
+
+    def add_user(self, name: str, password: str, configure: str, write: str, read: str) -> None:
+        self.evaluate(f"""
+            ok = rabbit_auth_backend_internal:add_user(<<"{name}">>, <<"{password}">>, <<"test">>),
+            ok = rabbit_auth_backend_internal:set_permissions(
+                <<"{name}">>, <<"/">>, <<"{configure}">>, <<"{write}">>, <<"{read}">>, <<"test">>).
+        """)
+
+    def counts(self, queue: str) -> tuple[int, int]:
+        """Tell how many messages are ready, and how many delivered and unsettled, in a quorum queue."""
+        said = self.evaluate(f"""
+            Name = list_to_atom("%2F_{queue}"),
+            {{ok, {{_, Facts}}, _}} = ra:leader_query({{Name, node()}}, fun rabbit_fifo:overview/1),
+            {{maps:get(num_ready_messages, Facts), maps:get(num_checked_out, Facts)}}.
+        """)
+        ready, unsettled = map(int, said.strip("{}").split(","))
+        return ready, unsettled
+
+    def _environment(self, epmd_port: int, distribution_port: int) -> dict[str, str]:
+        here = str(self.directory)
+        return {
+            "PATH": os.environ["PATH"],
+            "HOME": here,
+            "LANG": "C.UTF-8",
+            "ERL_EPMD_PORT": str(epmd_port),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RUNNING_UNDER_SYSTEMD": "yes",  # the script becomes the server, so that its pid is the server's
+            "RABBITMQ_NODENAME": self._node,
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_DIST_PORT": str(distribution_port),
+            "RABBITMQ_MNESIA_BASE": f"{here}/mnesia",
+            "RABBITMQ_LOG_BASE": f"{here}/log",
+            "RABBITMQ_PID_FILE": f"{here}/pid",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{here}/enabled_plugins",
+            "RABBITMQ_GENERATED_CONFIG_DIR": f"{here}/config",
+            "RABBITMQ_CONFIG_FILE": f"{here}/rabbitmq.conf",
+            "RABBITMQ_CONF_ENV_FILE": f"{here}/none",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+        }
+
+    def _lay_out(self) -> None:
+        files = {
+            ".erlang.cookie": self._cookie,
+            "enabled_plugins": "[].",
+            "rabbitmq.conf": f"max_message_size = {MAX_MESSAGE_SIZE}\ndisk_free_limit.absolute = 20MB\n",
+        }
+        for name, content in files.items():
+            path = self.directory / name
+            path.write_text(content)
+            path.chmod(0o400)
+        if self._user:
+            for path in (self.directory, *self.directory.iterdir()):
+                os.chown(path, self._user.pw_uid, self._user.pw_gid)
+
+    def _spawn(self, *command: str) -> "subprocess.Popen[bytes]":
+        user = {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": []} if self._user else {}
+        with self._log.open("ab") as log:
+            return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
+                command,
+                env=self._env,
+                cwd=self.directory,
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                **user,
+            )
+
+    def _ask_version(self) -> str:
+        return self.evaluate("{ok, V} = application:get_key(rabbit, vsn), V.").strip('"')
