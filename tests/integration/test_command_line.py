@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from tests.servers import RabbitServer
+from tests.unit.test_readme import shell_blocks
+
 TRIO_PILOT = (sys.executable, "-m", "trio_pilot")
 TIMEOUT = 60
 BINARY = bytes(range(256))
@@ -280,6 +283,38 @@ def test_a_signal_ends_send_that_waits_for_its_input(command: Run, tmp_path: Pat
     assert process.stderr.read().splitlines() == [b"trio-pilot: interrupted: 1 event(s) sent to q"]
     process.stdin.close()
     process.stderr.close()
+
+
+@pytest.fixture
+def readme(tmp_path: Path) -> Run:
+    def run(script: str) -> Done:
+        env = {**clean_environment(), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        return subprocess.run(
+            ["sh", "-ec", script], capture_output=True, cwd=tmp_path, env=env, timeout=TIMEOUT, check=True
+        )
+
+    return run
+
+
+def test_the_readme_s_laptop_and_check_work(readme: Run, tmp_path: Path) -> None:
+    _, _, laptop, check, *_ = shell_blocks()
+    readme(laptop)
+    found = sorted(file.read_text() for file in (tmp_path / "results").iterdir())
+    assert found == ["apple\npear\n", "date\nfig\n"]
+    assert b"FAIL" not in readme(check).stdout
+
+
+def test_the_readme_s_rabbitmq_works(readme: Run, rabbitmq: RabbitServer) -> None:
+    block = shell_blocks()[4]
+    assert "@localhost" in block
+    done = readme(block.replace("@localhost", f"@{rabbitmq.address}"))
+    assert lines(done) == [{"x": 3}]
+
+
+def test_the_readme_s_variables_of_ewms_work(readme: Run, command: Run) -> None:
+    command("send", "to-do", stdin=b'"event"')
+    readme(shell_blocks()[5])
+    assert lines(command("receive", "done", "--idle", "0.1")) == ["event"]
 
 
 def test_no_token_is_ever_shown(command: Run) -> None:
