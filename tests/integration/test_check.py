@@ -151,7 +151,11 @@ def test_a_data_directory_that_cannot_be_written_is_told(check: Check) -> None:
 
 @pytest.mark.parametrize(
     ("exp", "verdict"),
-    [(3600 * 24, "ok in: good for 24.0 h"), (600, "ok in: good for 10 min: soon"), (-7200, "FAIL the token of in has expired")],
+    [
+        (3600 * 24, "ok in: good for 24.0 h"),
+        (600, "ok in: good for 10 min: soon"),
+        (-7200, "FAIL the token of in has expired"),
+    ],
 )
 def test_the_time_that_a_token_has_is_told(check: Check, exp: int, verdict: str) -> None:
     token = jwt(exp=time.time() + exp + 1)

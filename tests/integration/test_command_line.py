@@ -83,11 +83,17 @@ def test_the_version_is_told(command: Run) -> None:
         ("send", 'Command "send" parameter QUEUE requires an argument.'),
         ("--prefetch two", "--prefetch must be an integer ≥ 1, not 'two'"),
         ("run --prefetch 0", "--prefetch must be an integer ≥ 1, not '0'"),
-        ("--runtime docker", "--runtime must be one of auto, bubblewrap, process (docker is not in this version yet), not 'docker'"),
+        (
+            "--runtime docker",
+            "--runtime must be one of auto, bubblewrap, process (docker is not in this version yet), not 'docker'",
+        ),
         ("--config missing.toml", "there is no settings file missing.toml"),
         ("", "EWMS_PILOT_TASK_ARGS must say what to run for each event: set it, or give --task-args"),
         ("--task-args true", "EWMS_PILOT_QUEUE_INCOMING must name a queue: set it, or give --queue-incoming"),
-        ("--task-args true --queue-incoming q", "EWMS_PILOT_QUEUE_OUTGOING must name a queue: set it, or give --queue-outgoing"),
+        (
+            "--task-args true --queue-incoming q",
+            "EWMS_PILOT_QUEUE_OUTGOING must name a queue: set it, or give --queue-outgoing",
+        ),
         ("receive q --idle 0", "--idle must be a number of seconds > 0, not 0.0"),
         ("receive q --count 0", "--count must be an integer ≥ 1, not 0"),
         ("receive q --count x", 'Invalid value for --count: unable to convert "x" into int.'),
@@ -105,10 +111,11 @@ def test_what_is_wrong_is_told_in_a_line(command: Run, arguments: str, message: 
     assert (done.returncode, done.stdout) == (2, b"")
 
 
-def test_the_pilot_imports_neither_rich_nor_pika_where_it_needs_none(command: Run) -> None:
+def test_the_pilot_imports_neither_rich_nor_pika_where_it_needs_none(tmp_path: Path) -> None:
     program = "import sys; from trio_pilot.cli import main\ntry: main()\nfinally: print(sorted(sys.modules))"
     arguments = ["--task-args", "true", "--queue-incoming", "a", "--queue-outgoing", "b", "--timeout-queue-incoming", "0.01"]
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, check=True, timeout=TIMEOUT)
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=clean_environment(), check=True, timeout=TIMEOUT)
     for name in (b"'rich'", b"'pika'", b"'asyncio'"):
         assert name not in done.stdout
     assert b"'trio'" in done.stdout
@@ -289,9 +296,7 @@ def test_a_signal_ends_send_that_waits_for_its_input(command: Run, tmp_path: Pat
 def readme(tmp_path: Path) -> Run:
     def run(script: str) -> Done:
         env = {**clean_environment(), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        return subprocess.run(
-            ["sh", "-ec", script], capture_output=True, cwd=tmp_path, env=env, timeout=TIMEOUT, check=True
-        )
+        return subprocess.run(["sh", "-ec", script], capture_output=True, cwd=tmp_path, env=env, timeout=TIMEOUT, check=True)
 
     return run
 
