@@ -67,9 +67,7 @@ def names(error: BaseException) -> set[str]:
 
 
 @contextmanager
-def map_exceptions(
-    mapping: Mapping[type[Exception], type[PilotError]], what: str
-) -> Iterator[None]:
+def map_exceptions(mapping: Mapping[type[Exception], type[PilotError]], what: str) -> Iterator[None]:
     """Translate foreign errors at a seam: the first match is raised as ours, `WHAT: the foreign text`."""
     try:
         yield

@@ -1,16 +1,16 @@
 """The pilot: the nursery tree, and what flows through it.
 
-    serve
-     ├ signals          drain: take no more events, give the running tasks a deadline; at the second one, now
-     └ workspace, runtime, brokers     outlive every task, so that a task being killed can still settle
-       └ tasks          one child per event
-         ├ init         broker, image and init container; no event is taken before all three are good
-         └ consumers    take an event only when a slot is free for it
+serve
+ ├ signals          drain: take no more events, give the running tasks a deadline; at the second one, now
+ └ workspace, runtime, brokers     outlive every task, so that a task being killed can still settle
+   └ tasks          one child per event
+     ├ init         broker, image and init container; no event is taken before all three are good
+     └ consumers    take an event only when a slot is free for it
 """
 
 from collections import deque
 from collections.abc import AsyncIterable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, closing
 
 import trio
 from trio_util import wait_any
@@ -116,7 +116,7 @@ class Pilot:
 
     async def work(self) -> None:
         """Initialise, take events until there is an end, and wait for the last task."""
-        with self._drain.tasks:
+        with closing(self._worker), self._drain.tasks:
             async with trio.open_nursery() as tasks:
                 tasks.start_soon(self._shelter.watch)
                 with self._drain.listening:

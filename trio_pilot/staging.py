@@ -104,10 +104,14 @@ def open_workspace(parent: Path, external: Sequence[Path]) -> Iterator[Workspace
                 _leave(root, lock)
 
 
-def make(files: TaskFiles, *, with_io: bool = True) -> None:
-    """Make the directories of a task. Raises NodeError if the disk does not take them."""
+def make(files: TaskFiles) -> None:
+    """Make the directories of a task; the init container has no input file, and no place for one.
+
+    Raises:
+        NodeError: the disk does not take them.
+    """
     with map_exceptions({OSError: NodeError}, f"cannot make the task directory {files.root}"):
-        for directory in (files.root, files.scratch, files.stdout.parent, *([files.io] if with_io else [])):
+        for directory in (files.root, files.scratch, files.stdout.parent, *([files.io] if files.infile else [])):
             directory.mkdir()
 
 
@@ -177,18 +181,6 @@ def outfile_size(files: TaskFiles) -> int:
         return (files.io / files.outfile).lstat().st_size
     except OSError:
         return 0
-
-
-def remove_expected(files: TaskFiles) -> bool:
-    """Remove the directory of a task that has left nothing but what it should; tell whether that was all."""
-    try:
-        for path in (files.io / files.infile, files.io / files.outfile, files.stdout, files.stderr):
-            path.unlink(missing_ok=True)
-        for path in (files.io, files.stdout.parent, files.scratch, files.root):
-            path.rmdir()
-    except OSError:
-        return False
-    return True
 
 
 def remove(files: TaskFiles) -> None:

@@ -1,16 +1,16 @@
 """One event's life: stage, run, publish, settle."""
 
+import math
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import trio
 
 from trio_pilot import staging
 from trio_pilot.brokers import Delivery, Settlement, Sink
+from trio_pilot.disk import Disk
 from trio_pilot.errors import (
     BrokerError,
     ContainerRunError,
@@ -25,11 +25,10 @@ from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import DATA_DIRECTORY, Container, Runtime
 from trio_pilot.scopes import Shelter
 from trio_pilot.settings import Settings
+from trio_pilot.spares import Spares
 from trio_pilot.staging import TaskFiles, Workspace
 from trio_pilot.status import Status
 from trio_pilot.wire import WIRES, Message
-
-T = TypeVar("T")
 
 TIDY_TIMEOUT = 30.0  # seconds that removing a task's directory may take; on a healthy disk it takes none
 
@@ -76,6 +75,8 @@ class Worker:
         self._shelter = shelter
         self._order = Order.task(settings)
         self._wire = WIRES[settings.wire]
+        self._disk = Disk()
+        self._spares = Spares()
 
     async def live(self, delivery: Delivery) -> PilotError | None:
         """Live one event's life, and settle it; give the error that it, or the node, ended with.
@@ -92,7 +93,11 @@ class Worker:
             return await self._settled(delivery, files)
         finally:
             if not self._settings.keep_all_task_files:
-                await _tidy(files)
+                await self._tidy(files)
+
+    def close(self) -> None:
+        """Remove the directories that no task will need any more."""
+        self._spares.close()
 
     async def _settled(self, delivery: Delivery, files: TaskFiles) -> PilotError | None:
         try:
@@ -108,14 +113,14 @@ class Worker:
         return None
 
     async def _work(self, delivery: Delivery, files: TaskFiles) -> None:
-        event = await in_thread(self._stage, delivery, files)
+        event = await self._disk.call(self._wire.size(delivery.body), self._stage, delivery, files)
         started = trio.current_time()
-        await run(self._runtime, self._order, self._workspace, files)
+        await run(self._runtime, self._disk, self._order, self._workspace, files)
         self._status.run_times.add(trio.current_time() - started)
         with self._shelter.linger() as scope:
             if self._settings.dump_task_output:
-                await in_thread(staging.dump, files)
-            body = await in_thread(self._collect, event, files)
+                await self._disk.call(math.inf, staging.dump, files)
+            body = await self._disk.call(staging.outfile_size(files), self._collect, event, files)
             if body is not None:
                 for sink in self._sinks:
                     await sink.send(body, delivery.message_id)
@@ -124,7 +129,7 @@ class Worker:
 
     def _stage(self, delivery: Delivery, files: TaskFiles) -> Message:
         event = self._wire.decode(delivery.body, self._settings.max_payload)
-        staging.make(files)
+        self._spares.make(files)
         staging.write_infile(files, event.data)
         return event
 
@@ -139,6 +144,11 @@ class Worker:
         if isinstance(error, NodeError):
             return Settlement.RELEASE
         return Settlement.DEAD_LETTER if delivery.attempt >= self._settings.max_attempts else Settlement.REJECT
+
+    async def _tidy(self, files: TaskFiles) -> None:
+        with trio.move_on_after(TIDY_TIMEOUT, shield=True):
+            if not await self._disk.call(staging.outfile_size(files), self._spares.take_back, files):
+                await self._disk.call(math.inf, staging.remove, files)
 
     async def _settle(self, delivery: Delivery, settlement: Settlement, reason: str = "") -> None:
         with trio.move_on_after(self._settings.settle_grace, shield=True) as patience:
@@ -157,32 +167,33 @@ class Worker:
             LOGGER.warning("event %s not returned: %s", delivery.message_id, error)
 
 
-async def run(runtime: Runtime, order: Order, workspace: Workspace, files: TaskFiles) -> None:
+async def run(runtime: Runtime, disk: Disk, order: Order, workspace: Workspace, files: TaskFiles) -> None:
     """Run a container as ordered, to its end.
 
     Raises:
         ContainerRunError: it ended with an error, or (ContainerTimeoutError) not in time.
         NodeError: it could not be started.
     """
-    timeout = order.timeout or float("inf")
+    timeout = order.timeout or math.inf
     with trio.move_on_after(timeout) as deadline:
         code = await runtime.run(_container(runtime, order, workspace, files))
     if deadline.cancelled_caught:
         raise ContainerTimeoutError(f"{order.alias} failed: [Timeout-Error] timed out after {timeout:g}s")
     if code:
-        reason = await in_thread(last_words, files.stderr)
+        reason = await disk.call(0, last_words, files.stderr)
         raise ContainerRunError(f"{order.alias} failed (exit code {code}): {reason}")
 
 
 async def run_init(runtime: Runtime, settings: Settings, workspace: Workspace) -> None:
     """Run the init container; raises what `run` raises."""
-    files = TaskFiles(workspace.root / f"init-{uuid.uuid4().hex}", infile="", outfile="")
+    files, disk = TaskFiles(workspace.root / f"init-{uuid.uuid4().hex}", infile="", outfile=""), Disk()
     try:
-        await in_thread(partial(staging.make, files, with_io=False))
-        await run(runtime, Order.init(settings), workspace, files)
+        await disk.call(0, staging.make, files)
+        await run(runtime, disk, Order.init(settings), workspace, files)
     finally:
         if not settings.keep_all_task_files:
-            await _tidy(files)
+            with trio.move_on_after(TIDY_TIMEOUT, shield=True):
+                await disk.call(math.inf, staging.remove, files)
 
 
 def _container(runtime: Runtime, order: Order, workspace: Workspace, files: TaskFiles) -> Container:
@@ -221,13 +232,3 @@ def _filled_in(arg: str, names: Mapping[str, str]) -> str:
         if name in names:
             arg = arg.replace(placeholder, names[name])
     return arg
-
-
-async def _tidy(files: TaskFiles) -> None:
-    with trio.move_on_after(TIDY_TIMEOUT, shield=True):
-        await in_thread(staging.remove, files)
-
-
-async def in_thread(function: Callable[..., T], *arguments: object) -> T:
-    """Call something that blocks for a moment. A cancelled caller waits for it: what it makes, it must not leave behind."""
-    return await trio.to_thread.run_sync(function, *arguments)

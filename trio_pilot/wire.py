@@ -6,6 +6,7 @@ no bytes: bytes travel as base64 text, announced by `"encoding": "base64"` in th
 
 import base64
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -34,6 +35,9 @@ class Message:
 class Wire(Protocol):
     """A body format. Both ways may take long for a large body: call them in a thread then."""
 
+    def size(self, body: bytes) -> float:
+        """Tell how many bytes a body unpacks to; infinite if it does not say."""
+
     def encode(self, message: Message) -> bytes:
         """Write a body."""
 
@@ -43,6 +47,14 @@ class Wire(Protocol):
 
 class EwmsWire:
     """The body format of EWMS."""
+
+    def size(self, body: bytes) -> float:
+        """Read the content size of the zstd frame."""
+        try:
+            size = zstandard.frame_content_size(body)
+        except zstandard.ZstdError:
+            return 0
+        return size if size >= 0 else math.inf
 
     def encode(self, message: Message) -> bytes:
         """Write a body, zstd content size included, byte for byte as oms-mqclient does."""
@@ -67,6 +79,10 @@ class EwmsWire:
 
 class RawWire:
     """Bodies as they are, for producers and consumers that have never heard of EWMS."""
+
+    def size(self, body: bytes) -> float:
+        """Give the size of the body itself."""
+        return len(body)
 
     def encode(self, message: Message) -> bytes:
         """Give bytes as they are, text as UTF-8, anything else as JSON."""

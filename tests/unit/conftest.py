@@ -1,22 +1,22 @@
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-import trio_pilot.task
+from trio_pilot.disk import Disk
 
 
 @pytest.fixture(autouse=True)
-def blocking_calls_stay_on_the_trio_thread(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Awaitable[Any]]:
-    # An autojump_clock jumps while a thread is at work.
-    async def inline(function: Callable[..., Any], *arguments: object) -> Any:
+def no_call_goes_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A MockClock jumps while a thread is at work.
+    async def call(disk: Disk, size: float, function: Callable[..., Any], *arguments: object) -> Any:
+        del disk, size
         await trio.lowlevel.checkpoint()
         return function(*arguments)
 
-    monkeypatch.setattr(trio_pilot.task, "in_thread", inline)
-    return inline
+    monkeypatch.setattr(Disk, "call", call)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

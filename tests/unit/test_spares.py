@@ -1,0 +1,106 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from trio_pilot import staging
+from trio_pilot.spares import Spares
+from trio_pilot.staging import TaskFiles
+
+
+@pytest.fixture
+def spares() -> Spares:
+    return Spares()
+
+
+def files_of(directory: Path, name: str) -> TaskFiles:
+    return TaskFiles(directory / name, infile=f"infile-{name}.in", outfile=f"outfile-{name}.out")
+
+
+def used(spares: Spares, files: TaskFiles) -> TaskFiles:
+    spares.make(files)
+    staging.write_infile(files, "event")
+    for path in (files.io / files.outfile, files.stdout, files.stderr):
+        path.write_text("said")
+    return files
+
+
+def test_a_clean_directory_is_the_next_tasks(tmp_path: Path, spares: Spares) -> None:
+    first, second = files_of(tmp_path, "a"), files_of(tmp_path, "b")
+    used(spares, first)
+    inode = first.root.stat().st_ino
+    assert spares.take_back(first)
+    spares.make(second)
+    assert second.root.stat().st_ino == inode
+    assert not first.root.exists()
+    assert not any(second.io.iterdir())
+
+
+def test_nothing_is_left_in_the_end(tmp_path: Path, spares: Spares) -> None:
+    for name in "abc":
+        assert spares.take_back(used(spares, files_of(tmp_path, name)))
+    spares.close()
+    assert not any(tmp_path.iterdir())
+
+
+def more_in_task_io(files: TaskFiles) -> None:
+    (files.io / "more").touch()
+
+
+def something_in_scratch(files: TaskFiles) -> None:
+    (files.scratch / "cache").mkdir()
+
+
+def a_locked_directory(files: TaskFiles) -> None:
+    files.scratch.chmod(0o500)
+
+
+def an_outfile_that_is_a_directory(files: TaskFiles) -> None:
+    (files.io / files.outfile).unlink()
+    (files.io / files.outfile).mkdir()
+
+
+def a_fifo_for_stderr(files: TaskFiles) -> None:
+    files.stderr.unlink()
+    os.mkfifo(files.stderr)
+
+
+def a_link_for_a_directory(files: TaskFiles) -> None:
+    files.scratch.rmdir()
+    files.scratch.symlink_to("/tmp")
+
+
+def no_directory_at_all(files: TaskFiles) -> None:
+    staging.remove(files)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        more_in_task_io,
+        something_in_scratch,
+        a_locked_directory,
+        an_outfile_that_is_a_directory,
+        a_fifo_for_stderr,
+        a_link_for_a_directory,
+        no_directory_at_all,
+    ],
+)
+def test_a_spoilt_directory_is_not_used_again(tmp_path: Path, spares: Spares, spoil: Callable[[TaskFiles], None]) -> None:
+    files = used(spares, files_of(tmp_path, "a"))
+    spoil(files)
+    assert not spares.take_back(files)
+    next_one = files_of(tmp_path, "b")
+    spares.make(next_one)
+    assert next_one.scratch.is_dir()
+    assert not next_one.stderr.exists()
+
+
+def test_a_spare_that_has_vanished_is_made_anew(tmp_path: Path, spares: Spares) -> None:
+    files = used(spares, files_of(tmp_path, "a"))
+    assert spares.take_back(files)
+    staging.remove(files)
+    next_one = files_of(tmp_path, "b")
+    spares.make(next_one)
+    assert next_one.io.is_dir()

@@ -1,0 +1,67 @@
+"""Task directories that are used again.
+
+To make and remove the four directories and two output files of a task costs 1.5 ms of CPU on ext4 (measured), as much as a
+short task itself. A task that leaves nothing behind leaves a directory as good as new: the next task gets it, under its own
+name.
+
+Everything here blocks.
+"""
+
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from trio_pilot import staging
+from trio_pilot.staging import TaskFiles
+
+
+class Spares:
+    """The directories that wait for a next task; never more than there were tasks at once."""
+
+    def __init__(self) -> None:
+        self._clean: list[TaskFiles] = []
+
+    def make(self, files: TaskFiles) -> None:
+        """Make the directory of a task. Raises NodeError if the disk does not take it."""
+        while self._clean:
+            with suppress(OSError):  # somebody has tidied up
+                self._clean.pop().root.rename(files.root)
+                return
+        staging.make(files)
+
+    def take_back(self, files: TaskFiles) -> bool:
+        """Keep the directory of a task for the next one, if nothing is in it that should not be; tell whether it is kept."""
+        try:
+            for path in (files.io / files.infile, files.io / files.outfile):
+                path.unlink(missing_ok=True)
+            is_clean = _is_as_new(files)
+        except OSError:
+            return False
+        if is_clean:
+            self._clean.append(files)
+        return is_clean
+
+    def close(self) -> None:
+        """Remove the directories."""
+        while self._clean:
+            staging.remove(self._clean.pop())
+
+
+def _is_as_new(files: TaskFiles) -> bool:
+    """Tell whether the directories hold what they should, and can be written and entered as when they were made."""
+    outputs = files.stdout.parent
+    mode = stat.S_IMODE(files.root.stat().st_mode)
+    return (
+        not any(files.io.iterdir())
+        and not any(files.scratch.iterdir())
+        and set(outputs.iterdir()) == {files.stdout, files.stderr}
+        and all(stat.S_ISREG(path.lstat().st_mode) for path in (files.stdout, files.stderr))
+        and all(_is_plain(path, mode) for path in (files.io, files.scratch, outputs))
+        and mode & stat.S_IRWXU == stat.S_IRWXU
+    )
+
+
+def _is_plain(path: Path, mode: int) -> bool:
+    facts = path.lstat()
+    return stat.S_ISDIR(facts.st_mode) and stat.S_IMODE(facts.st_mode) == mode and facts.st_uid == os.geteuid()
