@@ -6,6 +6,7 @@ is a `_Reply`. A channel that the server closes raises nothing in pika: here it 
 """
 
 import re
+import socket
 import ssl
 import weakref
 from collections import Counter
@@ -207,6 +208,10 @@ class Connection:
     def _close(self) -> None:
         connection = self._pika
         if connection is None or connection.is_closed or connection.is_closing:
+            return
+        if connection._transport and not connection.is_open:
+            # During the handshake pika 1.4's close() trips over itself; the end of the stream it can take.
+            connection._transport._sock.shutdown(socket.SHUT_RDWR)
             return
         # pika has no deadline for a close, and no public way to hang up on a server that does not answer.
         connection.ioloop.call_later(CLOSE_TIMEOUT, lambda: connection._adapter_disconnect_stream())

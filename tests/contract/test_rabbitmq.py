@@ -1,0 +1,308 @@
+# What RabbitMQ does beyond the contract: kinds of queues, rights, refusals.
+
+import gc
+import sys
+import threading
+import traceback
+import warnings
+from pathlib import Path
+
+import pika
+import pytest
+import trio
+
+from tests.brokers import LONG, Rabbit, eventually, failure_of, leaves, new_name, nothing_comes, take
+from tests.servers import MAX_MESSAGE_SIZE, RabbitServer
+from trio_pilot.brokers import Settlement, dead_letter_queue
+from trio_pilot.errors import BrokerError, DeliveryLostError, PublishRefusedError
+
+
+@pytest.fixture
+def broker(rabbitmq: RabbitServer) -> Rabbit:
+    return Rabbit(rabbitmq)
+
+
+@pytest.fixture
+def queue() -> str:
+    return new_name()
+
+
+@pytest.fixture
+def pilot_user(broker: Rabbit) -> str:
+    """Make a user as a token of EWMS's queue service has it: no right to configure."""
+    name = new_name("user")
+    broker.server.add_user(name, "secret", configure="^$", write=".*", read=".*")
+    return name
+
+
+async def send(broker: Rabbit, queue: str, *bodies: bytes) -> None:
+    async with broker.sink(queue) as sink:
+        for number, body in enumerate(bodies):
+            await sink.send(body, f"id-{number}")
+
+
+async def test_a_queue_that_is_not_there_is_declared_as_a_durable_quorum_queue(broker: Rabbit, queue: str) -> None:
+    await send(broker, queue, b"a")
+    with broker.channel() as channel:
+        channel.queue_declare(queue, durable=True, arguments={"x-queue-type": "quorum"})  # 406 if it is any other
+    ((properties, _),) = broker.get_all(queue)
+    assert properties.delivery_mode == 2
+
+
+async def test_a_classic_queue_that_is_there_is_used_as_it_is(broker: Rabbit, queue: str) -> None:
+    broker.declare(queue, "classic")
+    async with broker.sink(queue) as sink, broker.source(queue) as source, source.consume(1) as consumer:
+        await sink.send(b"a", "a")
+        delivery = await take(consumer)
+        assert delivery.attempt == 1
+        await source.settle(delivery, Settlement.REJECT)
+        delivery = await take(consumer)
+        assert delivery.attempt == 2
+        await source.settle(delivery, Settlement.ACK)
+
+
+async def test_who_may_not_declare_can_still_use_a_queue_that_is_there(broker: Rabbit, queue: str, pilot_user: str) -> None:
+    broker.declare(queue)
+    async with (
+        broker.sink(queue, user=pilot_user, token="secret") as sink,
+        broker.source(queue, user=pilot_user, token="secret") as source,
+        source.consume(1) as consumer,
+    ):
+        await sink.send(b"a", "a")
+        await source.settle(await take(consumer), Settlement.ACK)
+    assert broker.server.counts(queue) == (0, 0)
+
+
+async def test_who_may_not_declare_is_told_that_the_queue_is_not_there(broker: Rabbit, queue: str, pilot_user: str) -> None:
+    error = await failure_of(broker.source(queue, user=pilot_user, token="secret"))
+    assert isinstance(error, BrokerError)
+    assert queue in str(error)
+
+
+async def test_who_may_not_read_is_told_so(broker: Rabbit, queue: str) -> None:
+    broker.declare(queue)
+    user = new_name("user")
+    broker.server.add_user(user, "secret", configure="^$", write=".*", read="^$")
+    with pytest.raises(ExceptionGroup) as caught:
+        async with broker.source(queue, user=user, token="secret") as source, source.consume(1) as consumer:
+            await take(consumer)
+    (error,) = leaves(caught.value)
+    assert isinstance(error, BrokerError)
+    assert queue in str(error)
+
+
+async def test_without_the_right_to_a_dead_letter_queue_the_event_goes_back_counted_and_a_warning_says_so(
+    broker: Rabbit, queue: str, pilot_user: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    await send(broker, queue, b"bad")
+    async with broker.source(queue, user=pilot_user, token="secret") as source, source.consume(1) as consumer:
+        for attempt in range(1, 4):
+            delivery = await take(consumer)
+            assert delivery.attempt == attempt
+            await source.settle(delivery, Settlement.DEAD_LETTER, "no good")
+        await source.settle(await take(consumer), Settlement.ACK)
+    warnings = [record.message for record in caplog.records if record.name == "trio_pilot"]
+    assert len(warnings) == 3
+    assert all("no dead letters for us" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+async def test_a_dead_letter_queue_that_is_there_is_used_without_the_right_to_declare_it(
+    broker: Rabbit, queue: str, pilot_user: str, kind: str
+) -> None:
+    broker.declare(dead_letter_queue(queue), kind)
+    await send(broker, queue, b"bad")
+    async with broker.source(queue, user=pilot_user, token="secret") as source, source.consume(1) as consumer:
+        await source.settle(await take(consumer), Settlement.DEAD_LETTER, "no good")
+    ((properties, body),) = broker.get_all(dead_letter_queue(queue))
+    assert body == b"bad"
+    assert properties.headers.items() >= {"x-trio-pilot-reason": "no good", "x-trio-pilot-attempts": 1}.items()
+    assert broker.server.counts(queue) == (0, 0)
+
+
+async def test_a_dead_letter_queue_deleted_meanwhile_is_made_anew(broker: Rabbit, queue: str) -> None:
+    await send(broker, queue, b"a", b"b")
+    async with broker.source(queue) as source, source.consume(1) as consumer:
+        await source.settle(await take(consumer), Settlement.DEAD_LETTER, "one")
+        with broker.channel() as channel:
+            channel.queue_delete(dead_letter_queue(queue))
+        for _ in range(2):  # the first goes back
+            await source.settle(await take(consumer), Settlement.DEAD_LETTER, "two")
+        await nothing_comes(consumer)
+    assert [(body, reason) for body, _, reason in broker.dead_letters(queue)] == [(b"b", "two")]
+
+
+async def test_dead_letters_need_one_channel_however_many_there_are(broker: Rabbit, queue: str) -> None:
+    await send(broker, queue, *[b"bad"] * 20)
+    async with broker.source(queue) as source, source.consume(20) as consumer:
+        for _ in range(20):
+            await source.settle(await take(consumer), Settlement.DEAD_LETTER, "why")
+        channels = broker.server.evaluate("length(rabbit_channel:list()).")
+    assert int(channels) <= 2
+
+
+@pytest.mark.parametrize(
+    ("user", "token", "vhost", "says"),
+    [
+        ("guest", "wrong", "", "refuses our user and password"),
+        ("nobody", "wrong", "", "refuses our user and password"),
+        ("", "a.jwt.token", "", "refuses our user and password"),
+        ("", "", "/no-such-vhost", "no-such-vhost"),
+    ],
+)
+async def test_a_refusal_is_one_clear_line_at_once_and_names_no_secret(
+    broker: Rabbit, user: str, token: str, vhost: str, says: str
+) -> None:
+    for queue in (
+        broker.source("q", user=user, token=token, server=broker.server.address + vhost),
+        broker.sink("q", user=user, token=token, server=broker.server.address + vhost),
+    ):
+        with trio.fail_after(5):
+            error = await failure_of(queue)
+        assert isinstance(error, BrokerError)
+        assert says in str(error)
+        assert not token or token not in str(error)
+        assert "ConnectionClosedByBroker" not in str(error)
+
+
+@pytest.mark.parametrize("size", [MAX_MESSAGE_SIZE + 1, MAX_MESSAGE_SIZE + 1_000_000])
+async def test_a_message_too_large_is_refused_and_those_in_flight_with_it_arrive(
+    broker: Rabbit, queue: str, size: int
+) -> None:
+    outcomes: dict[int, str] = {}
+
+    async with broker.sink(queue) as sink:
+        await sink.ready()
+
+        async def send(number: int, body: bytes) -> None:
+            try:
+                await sink.send(body, f"id-{number}")
+                outcomes[number] = "sent"
+            except PublishRefusedError:
+                outcomes[number] = "refused"
+
+        with trio.fail_after(LONG):
+            async with trio.open_nursery() as nursery:
+                for number in range(40):
+                    nursery.start_soon(send, number, b"x" * (size if number == 20 else number))
+    assert outcomes == {number: "refused" if number == 20 else "sent" for number in range(40)}
+    # Those in flight may have been sent again: at least once it is.
+    assert {len(body) for _, body in broker.get_all(queue)} == set(range(40)) - {20}
+
+
+async def test_an_output_for_a_queue_deleted_meanwhile_is_not_lost(broker: Rabbit, queue: str) -> None:
+    async with broker.sink(queue) as sink:
+        await sink.send(b"a", "a")
+        with broker.channel() as channel:
+            channel.queue_delete(queue)
+        with trio.fail_after(LONG):
+            async with trio.open_nursery() as nursery:
+                for number in range(10):
+                    nursery.start_soon(sink.send, b"%d" % number, "the same id")
+    assert {int(body) for _, body in broker.get_all(queue)} == set(range(10))
+
+
+async def test_a_source_whose_queue_is_deleted_declares_it_anew_and_listens_again(broker: Rabbit, queue: str) -> None:
+    await send(broker, queue, b"a")
+    async with broker.source(queue) as source, source.consume(1) as consumer:
+        stale = await take(consumer)
+        with broker.channel() as channel:
+            channel.queue_delete(queue)
+        await eventually(lambda: source._channel.value is not stale.tag.channel)  # type: ignore[attr-defined]
+        with pytest.raises(DeliveryLostError):
+            await source.settle(stale, Settlement.ACK)
+        await send(broker, queue, b"b")
+        delivery = await take(consumer)
+        assert delivery.body == b"b"
+        await source.settle(delivery, Settlement.ACK)
+
+
+async def test_a_channel_that_the_server_closes_is_opened_again_and_the_event_comes_again(
+    broker: Rabbit, queue: str
+) -> None:
+    await send(broker, queue, b"a", b"b")
+    async with broker.source(queue) as source, source.consume(2) as consumer:
+        first, second = await take(consumer), await take(consumer)
+        # As after consumer_timeout: the connection stays up, the channel is gone, and pika raises nothing.
+        await first.tag.channel.call("basic_ack", 4711)
+        deliveries = [await take(consumer), await take(consumer)]
+        assert {delivery.body for delivery in deliveries} == {b"a", b"b"}
+        assert {delivery.attempt for delivery in deliveries} == {2}
+        for stale in (first, second):
+            with pytest.raises(DeliveryLostError):
+                await source.settle(stale, Settlement.ACK)
+        for delivery in deliveries:
+            await source.settle(delivery, Settlement.ACK)
+    assert broker.server.counts(queue) == (0, 0)
+
+
+async def test_a_message_without_an_id_is_known_by_its_body(broker: Rabbit, queue: str) -> None:
+    broker.declare(queue)
+    with broker.channel() as channel:
+        for body in (b"a", b"a", b"b"):
+            channel.basic_publish("", queue, body)
+    async with broker.source(queue) as source, source.consume(3) as consumer:
+        one, same, other = [await take(consumer) for _ in range(3)]
+        assert one.message_id == same.message_id != other.message_id
+
+
+async def test_any_message_id_can_be_sent(broker: Rabbit, queue: str) -> None:
+    async with broker.sink(queue) as sink:
+        with trio.fail_after(LONG):
+            for message_id in ("x" * 1000, "é" * 200, "\udcff", ""):
+                await sink.send(b"a", message_id)
+    assert len(broker.get_all(queue)) == 4
+
+
+async def test_a_heartbeat_is_kept_while_trio_is_busy(broker: Rabbit, queue: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trio_pilot.brokers import amqp
+
+    given = amqp._parameters
+
+    def impatient(address: amqp.Address) -> pika.ConnectionParameters:
+        parameters = given(address)
+        parameters.heartbeat = 1  # seconds; the server hangs up after two of silence
+        return parameters
+
+    monkeypatch.setattr(amqp, "_parameters", impatient)
+    await send(broker, queue, b"a")
+    async with broker.source(queue) as source, source.consume(1) as consumer:
+        delivery = await take(consumer)
+        threading.Event().wait(4)  # the Trio thread is stuck
+        await source.settle(delivery, Settlement.ACK)
+    assert broker.server.counts(queue) == (0, 0)
+
+
+async def test_no_thread_no_file_and_no_warning_is_left_after_close(broker: Rabbit, queue: str) -> None:
+    def open_files() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    def threads() -> int:
+        # Trio keeps idle worker threads for a while; ours run pika.
+        return sum(any("/pika/" in file for file in files) for files in _stacks())
+
+    await send(broker, queue, b"warm-up")
+    files = open_files()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for delay in (0, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.1):
+            with trio.move_on_after(delay):
+                async with broker.sink(queue) as sink, broker.source(queue) as source, source.consume(1):
+                    await sink.ready()
+                    await trio.sleep_forever()
+        gc.collect()
+    assert threads() == 0
+    assert open_files() <= files
+
+
+def _stacks() -> list[list[str]]:
+    return [[line.filename for line in traceback.extract_stack(frame)] for frame in sys._current_frames().values()]
+
+
+async def test_a_connection_is_closed_politely(broker: Rabbit, queue: str) -> None:
+    await send(broker, queue, b"a")
+    async with broker.source(queue) as source, source.consume(1) as consumer:
+        await take(consumer)
+    await eventually(lambda: broker.server.counts(queue) == (1, 0))
+    logs = [path.read_text() for path in (broker.server.directory / "log").iterdir()]
+    assert not any("closed TCP connection" in line for log in logs for line in log.splitlines()[-10:])

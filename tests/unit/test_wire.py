@@ -1,0 +1,245 @@
+import base64
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+from mqclient.broker_client_interface import Message as TheirMessage
+
+from trio_pilot.errors import DecodeError
+from trio_pilot.wire import EwmsWire, Message, RawWire
+
+SAMPLES = Path(__file__).parent.parent / "wire"
+GOOD = sorted(path.stem for path in SAMPLES.glob("*.json"))
+BAD = sorted(path.name for path in SAMPLES.glob("bad-*.bin"))
+LIMIT = 2**27
+WIRE = EwmsWire()
+
+
+def sample(name: str) -> tuple[bytes, Any, Any]:
+    """Give the body, the data that the real client was given, and the headers that it added."""
+    body = (SAMPLES / f"{name}.bin").read_bytes()
+    headers = json.loads(zstandard.decompress(body))["headers"]
+    return body, json.loads((SAMPLES / f"{name}.json").read_text()), headers
+
+
+def packed(document: Any, *, with_size: bool = True) -> bytes:
+    text = document if isinstance(document, bytes) else json.dumps(document).encode()
+    return zstandard.ZstdCompressor(level=3, write_content_size=with_size).compress(text)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Compare with NaN equal to itself."""
+    return json.dumps(one) == json.dumps(other)
+
+
+def test_there_are_samples() -> None:
+    assert len(GOOD) >= 10
+    assert len(BAD) >= 4
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_sample_of_the_real_client_is_read(name: str) -> None:
+    body, data, headers = sample(name)
+    message = WIRE.decode(body, LIMIT)
+    assert same(message.data, data)
+    assert message.headers == headers
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_sample_of_the_real_client_is_written_byte_for_byte(name: str) -> None:
+    body, data, headers = sample(name)
+    assert WIRE.encode(Message(data, headers)) == body
+    assert WIRE.encode(WIRE.decode(body, LIMIT)) == body
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_the_real_client_of_today_writes_and_reads_the_same(name: str) -> None:
+    body, data, headers = sample(name)
+    assert TheirMessage.serialize(data, headers=headers) == body
+    assert same(TheirMessage("id", WIRE.encode(Message(data))).data, data)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_sample_is_an_error_of_one_line(name: str) -> None:
+    with pytest.raises(DecodeError) as caught:
+        WIRE.decode((SAMPLES / name).read_bytes(), LIMIT)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\0" * 100,
+        b"{}",
+        packed(b""),
+        packed(b"\xff\xfe\x00"),
+        packed(b'"only a string"'),
+        packed(b"[1, 2]"),
+        packed(b'{"data": 1'),
+        packed(b"[" * 1_000_000),
+        packed(b'{"data":' * 100_000),
+        packed({"headers": [], "data": 1})[:-4],
+        packed({"headers": "text", "data": 1}),
+        packed({"headers": [1], "data": 1}),
+        packed({"headers": {"encoding": "base64"}, "data": "not base64!"}),
+        packed({"headers": {"encoding": "base64"}, "data": "YQ"}),
+        packed({"headers": {"encoding": "base64"}, "data": "é"}),
+        packed({"headers": {"encoding": "base64"}, "data": 5}),
+        packed({"headers": {"encoding": "base64"}, "data": None}),
+        packed({"headers": {"encoding": "base64"}, "data": ["YQ=="]}),
+    ],
+)
+def test_any_other_body_is_an_error_of_one_line(body: bytes) -> None:
+    with pytest.raises(DecodeError) as caught:
+        WIRE.decode(body, LIMIT)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_no_cut_or_bit_of_a_body_raises_anything_else() -> None:
+    body, _, _ = sample("nested-pixel")
+    for place in range(len(body)):
+        for broken in (body[:place], body[:place] + bytes([body[place] ^ 0x41]) + body[place + 1 :]):
+            try:
+                WIRE.decode(broken, 2**20)
+            except DecodeError:
+                continue
+
+
+def test_extra_keys_and_missing_headers_are_tolerated() -> None:
+    assert WIRE.decode(packed({"data": 1, "more": 2}), LIMIT) == Message(1, {})
+    assert WIRE.decode(packed({"data": 1, "headers": None}), LIMIT) == Message(1, {})
+
+
+def test_headers_are_carried_over_and_the_encoding_says_what_the_output_is() -> None:
+    headers = {"traceparent": "00-1-2-01", "encoding": "base64"}
+    event = WIRE.decode(packed({"headers": headers, "data": "YQ=="}), LIMIT)
+    assert event.data == b"a"
+    answer = json.loads(zstandard.decompress(WIRE.encode(Message("text", event.headers))))
+    assert answer == {"headers": {"traceparent": "00-1-2-01"}, "data": "text"}
+
+
+def test_bytes_travel_as_base64_that_any_other_client_can_read() -> None:
+    data = bytes(range(256))
+    body = WIRE.encode(Message(data, {"trace": "x"}))
+    assert TheirMessage("id", body).data == base64.b64encode(data).decode()
+    assert WIRE.decode(body, LIMIT) == Message(data, {"trace": "x", "encoding": "base64"})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nan_and_the_infinities_come_and_go(value: float) -> None:
+    body = WIRE.encode(Message({"llh": value}))
+    assert same(WIRE.decode(body, LIMIT).data, {"llh": value})
+    assert same(TheirMessage("id", body).data, {"llh": value})
+
+
+def test_a_lone_surrogate_comes_and_goes() -> None:
+    body = packed(b'{"headers": {}, "data": "\\udcff"}')
+    message = WIRE.decode(body, LIMIT)
+    assert message.data == "\udcff"
+    assert WIRE.encode(message) == body
+
+
+@pytest.mark.parametrize("with_size", [True, False])
+def test_the_limit_is_what_a_body_unpacks_to(with_size: bool) -> None:
+    body = packed({"headers": {}, "data": "x" * 1000}, with_size=with_size)
+    size = len(zstandard.ZstdDecompressor().decompressobj().decompress(body))
+    assert WIRE.decode(body, size).data == "x" * 1000
+    with pytest.raises(DecodeError, match="max-payload"):
+        WIRE.decode(body, size - 1)
+
+
+def test_several_frames_in_one_body_do_not_get_round_the_limit() -> None:
+    body = packed({"data": 1}) + packed(b" " * 100_000)
+    try:
+        assert WIRE.decode(body, 1000) == Message(1)
+    except DecodeError:
+        return
+
+
+def test_a_body_knows_its_size_before_it_is_unpacked() -> None:
+    assert WIRE.size(packed(b"x" * 1000)) == 1000
+    assert WIRE.size(packed(b"x" * 1000, with_size=False)) == math.inf
+    assert WIRE.size(b"no zstd") >= 0
+    assert RawWire().size(b"12345") == 5
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+from trio_pilot.errors import DecodeError
+from trio_pilot.wire import EwmsWire
+
+def peak():
+    # Not ru_maxrss: a child begins with its parent's.
+    return int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+with open(sys.argv[1], "rb") as file:
+    body = file.read()
+before = peak()
+try:
+    EwmsWire().decode(body, int(sys.argv[2]))
+    print("decoded", peak() - before)
+except DecodeError as error:
+    print("refused", peak() - before)
+"""
+
+
+def measured(path: Path, limit: int) -> tuple[str, float]:
+    command = [sys.executable, "-c", MEASURE, str(path), str(limit)]
+    verdict, megabytes = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return verdict, float(megabytes)
+
+
+def bomb(path: Path, *, with_size: bool, window_log: int = 0) -> Path:
+    parameters = zstandard.ZstdCompressionParameters(
+        compression_level=3, write_content_size=with_size, **({"window_log": window_log} if window_log else {})
+    )
+    compressor = zstandard.ZstdCompressor(compression_params=parameters)
+    size = 512 * 2**20
+    stream = compressor.compressobj(size=size) if with_size else compressor.compressobj()
+    with path.open("wb") as file:
+        for _ in range(size // 2**20):
+            file.write(stream.compress(bytes(2**20)))
+        file.write(stream.flush())
+    return path
+
+
+@pytest.mark.parametrize("kind", ["sample", "with size", "without size", "wide window"])
+def test_a_decompression_bomb_is_refused_and_costs_little_memory(tmp_path: Path, kind: str) -> None:
+    match kind:
+        case "sample":
+            path = SAMPLES / "bomb.bin"
+        case "wide window":
+            path = bomb(tmp_path / "bomb", with_size=False, window_log=27)
+        case _:
+            path = bomb(tmp_path / "bomb", with_size=kind == "with size")
+    verdict, megabytes = measured(path, LIMIT)
+    assert verdict == "refused"
+    assert megabytes < 100
+
+
+def test_the_memory_of_an_unpacked_body_is_what_is_measured(tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    path.write_bytes(packed(b'{"data": 1}' + b" " * 120_000_000))
+    verdict, megabytes = measured(path, LIMIT)
+    assert verdict == "decoded"
+    assert megabytes > 100
+
+
+def test_raw_bodies_pass_through_untouched() -> None:
+    wire = RawWire()
+    for body in (b"", b"\xff\0", packed({"data": 1})):
+        assert wire.decode(body, 100) == Message(body)
+        assert wire.encode(Message(body)) == body
+    assert wire.encode(Message("é\r\n")) == "é\r\n".encode()
+    assert wire.encode(Message({"a": 1})) == b'{"a": 1}'
+    with pytest.raises(DecodeError, match="max-payload"):
+        wire.decode(b"12345", 4)
