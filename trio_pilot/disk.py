@@ -29,7 +29,7 @@ class Disk:
         """Call a function that handles `size` bytes. A cancelled caller waits for it: what it makes must not be left."""
         if size > SMALL or time.monotonic() < self._slow_until:
             return await trio.to_thread.run_sync(function, *arguments)
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         started = time.monotonic()
         try:
             return function(*arguments)

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,7 +53,7 @@ class Workspace:
         return (hub, *io, *self.external)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TaskFiles:
     """The directory of one run of a container, and the names in it."""
 
@@ -60,22 +61,22 @@ class TaskFiles:
     infile: str
     outfile: str
 
-    @property
+    @cached_property
     def io(self) -> Path:
         """Where the input file and the output file are."""
         return self.root / "task-io"
 
-    @property
+    @cached_property
     def scratch(self) -> Path:
         """The container's own."""
         return self.root / "scratch"
 
-    @property
+    @cached_property
     def stdout(self) -> Path:
         """What the container writes to its stdout."""
         return self.root / "outputs" / "stdoutfile"
 
-    @property
+    @cached_property
     def stderr(self) -> Path:
         """What the container writes to its stderr."""
         return self.root / "outputs" / "stderrfile"
