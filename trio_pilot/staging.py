@@ -93,11 +93,11 @@ def open_workspace(parent: Path, external: Sequence[Path]) -> Iterator[Workspace
     mounts = _checked(external)
     root = parent.resolve() / DATA_DIRECTORY
     _refuse(root.resolve(), NEVER_WRITABLE + FORBIDDEN, "task directories cannot be made below")
-    try:
+    with _writing(root):
         lock = _enter(root)
-    except OSError as error:
-        raise NodeError(f"cannot write the data directory {root}: {error.strerror}") from error
     try:
+        with _writing(root):
+            _try_to_write(root)
         yield Workspace(root, mounts)
     finally:
         if lock:
@@ -239,7 +239,6 @@ def _enter(root: Path) -> IO[bytes] | None:
             if lock:
                 stack.enter_context(lock)
             if os.path.samestat(root.stat(), os.fstat(directory)):
-                _try_to_write(root)
                 stack.pop_all()
                 return lock
 
@@ -274,6 +273,14 @@ def _lock(directory: int) -> IO[bytes] | None:
     with suppress(OSError):  # a file system without locks: nobody cleans up then
         fcntl.flock(file, fcntl.LOCK_SH)
     return file
+
+
+@contextmanager
+def _writing(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # its file name would be one that nobody knows
+        raise NodeError(f"cannot write the data directory {root}: {error.strerror}") from error
 
 
 def _try_to_write(root: Path) -> None:
