@@ -21,9 +21,9 @@ from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import Runtime
 from trio_pilot.scopes import Shelter
 from trio_pilot.settings import Settings
-from trio_pilot.staging import Workspace, open_workspace
+from trio_pilot.staging import open_workspace
 from trio_pilot.status import State, Status
-from trio_pilot.task import Worker, run_init
+from trio_pilot.task import Tools, Worker, run_init
 
 
 class Drain:
@@ -79,8 +79,8 @@ async def serve(
         nursery.start_soon(drain.heed, signals)
         with open_workspace(settings.data_dir_parent_path_on_host, settings.external_directories) as workspace:
             async with runtime as containers, sources as incoming, sinks as outgoing:
-                pilot = Pilot(settings, workspace, containers, incoming, outgoing, status, drain)
-                await pilot.work()
+                tools = Tools(workspace, containers, outgoing)
+                await Pilot(settings, tools, incoming, status, drain).work()
         await _quarantine(settings, status, drain)
         nursery.cancel_scope.cancel()
     status.state.value = State.DONE
@@ -95,23 +95,19 @@ class Pilot:
     def __init__(
         self,
         settings: Settings,
-        workspace: Workspace,
-        runtime: Runtime,
+        tools: Tools,
         sources: Sequence[Source],
-        sinks: Sequence[Sink],
         status: Status,
         drain: Drain,
     ) -> None:
         self._settings = settings
-        self._workspace = workspace
-        self._runtime = runtime
+        self._tools = tools
         self._sources = sources
-        self._sinks = sinks
         self._status = status
         self._drain = drain
         self._slots = trio.CapacityLimiter(settings.max_concurrent_tasks)
         self._shelter = Shelter(settings.settle_grace)
-        self._worker = Worker(settings, workspace, runtime, sinks, status, self._shelter)
+        self._worker = Worker(settings, tools, status, self._shelter)
         self._node_error: NodeError | None = None
 
     async def work(self) -> None:
@@ -132,11 +128,11 @@ class Pilot:
         """Run the init container, and look at brokers and image meanwhile: the first that fails ends the others."""
         self._status.state.value = State.INIT
         async with trio.open_nursery() as init:
-            for ready in [queue.ready for queue in self._sources] + [queue.ready for queue in self._sinks]:
+            for ready in [queue.ready for queue in self._sources] + [queue.ready for queue in self._tools.sinks]:
                 init.start_soon(ready)
-            init.start_soon(self._runtime.prepare, self._settings.task_image)
+            init.start_soon(self._tools.runtime.prepare, self._settings.task_image)
             if self._settings.init_image or self._settings.init_args:
-                init.start_soon(run_init, self._runtime, self._settings, self._workspace)
+                init.start_soon(run_init, self._tools, self._settings)
 
     async def _take_events(self, tasks: trio.Nursery) -> None:
         """Start a task for each event, until a free slot has waited in vain for as long as it should."""

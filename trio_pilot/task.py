@@ -55,22 +55,21 @@ class Order:
         return cls("init-container", settings.init_image, args, env, settings.init_timeout)
 
 
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What tasks work with."""
+
+    workspace: Workspace
+    runtime: Runtime
+    sinks: Sequence[Sink]
+
+
 class Worker:
     """What all tasks of a pilot have in common."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        workspace: Workspace,
-        runtime: Runtime,
-        sinks: Sequence[Sink],
-        status: Status,
-        shelter: Shelter,
-    ) -> None:
+    def __init__(self, settings: Settings, tools: Tools, status: Status, shelter: Shelter) -> None:
         self._settings = settings
-        self._workspace = workspace
-        self._runtime = runtime
-        self._sinks = sinks
+        self._tools = tools
         self._status = status
         self._shelter = shelter
         self._order = Order.task(settings)
@@ -85,7 +84,7 @@ class Worker:
         """
         name = str(uuid.uuid4())
         files = TaskFiles(
-            self._workspace.root / name,
+            self._tools.workspace.root / name,
             infile=f"infile-{name}{self._settings.infile_ext}",
             outfile=f"outfile-{name}{self._settings.outfile_ext}",
         )
@@ -115,14 +114,14 @@ class Worker:
     async def _work(self, delivery: Delivery, files: TaskFiles) -> None:
         event = await self._disk.call(self._wire.size(delivery.body), self._stage, delivery, files)
         started = trio.current_time()
-        await run(self._runtime, self._disk, self._order, self._workspace, files)
+        await run(self._tools, self._disk, self._order, files)
         self._status.run_times.add(trio.current_time() - started)
         with self._shelter.linger() as scope:
             if self._settings.dump_task_output:
                 await self._disk.call(math.inf, staging.dump, files)
             body = await self._disk.call(staging.outfile_size(files), self._collect, event, files)
             if body is not None:
-                for sink in self._sinks:
+                for sink in self._tools.sinks:
                     await sink.send(body, delivery.message_id)
         if scope.cancelled_caught:
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -167,7 +166,7 @@ class Worker:
             LOGGER.warning("event %s not returned: %s", delivery.message_id, error)
 
 
-async def run(runtime: Runtime, disk: Disk, order: Order, workspace: Workspace, files: TaskFiles) -> None:
+async def run(tools: Tools, disk: Disk, order: Order, files: TaskFiles) -> None:
     """Run a container as ordered, to its end.
 
     Raises:
@@ -176,7 +175,7 @@ async def run(runtime: Runtime, disk: Disk, order: Order, workspace: Workspace, 
     """
     timeout = order.timeout or math.inf
     with trio.move_on_after(timeout) as deadline:
-        code = await runtime.run(_container(runtime, order, workspace, files))
+        code = await tools.runtime.run(_container(tools, order, files))
     if deadline.cancelled_caught:
         raise ContainerTimeoutError(f"{order.alias} failed: [Timeout-Error] timed out after {timeout:g}s")
     if code:
@@ -184,23 +183,24 @@ async def run(runtime: Runtime, disk: Disk, order: Order, workspace: Workspace, 
         raise ContainerRunError(f"{order.alias} failed (exit code {code}): {reason}")
 
 
-async def run_init(runtime: Runtime, settings: Settings, workspace: Workspace) -> None:
+async def run_init(tools: Tools, settings: Settings) -> None:
     """Run the init container; raises what `run` raises."""
-    files, disk = TaskFiles(workspace.root / f"init-{uuid.uuid4().hex}", infile="", outfile=""), Disk()
+    files, disk = TaskFiles(tools.workspace.root / f"init-{uuid.uuid4().hex}", infile="", outfile=""), Disk()
     try:
         await disk.call(0, staging.make, files)
-        await run(runtime, disk, Order.init(settings), workspace, files)
+        await tools.runtime.prepare(settings.init_image)
+        await run(tools, disk, Order.init(settings), files)
     finally:
         if not settings.keep_all_task_files:
             with trio.move_on_after(TIDY_TIMEOUT, shield=True):
                 await disk.call(math.inf, staging.remove, files)
 
 
-def _container(runtime: Runtime, order: Order, workspace: Workspace, files: TaskFiles) -> Container:
+def _container(tools: Tools, order: Order, files: TaskFiles) -> Container:
     io, hub = (
         (Path(f"/{DATA_DIRECTORY}/task-io"), Path(f"/{DATA_DIRECTORY}/data-hub"))
-        if runtime.mounts
-        else (files.io, workspace.data_hub)
+        if tools.runtime.mounts
+        else (files.io, tools.workspace.data_hub)
     )
     names = {"EWMS_TASK_DATA_HUB_DIR": str(hub)}
     if files.infile:
@@ -210,7 +210,7 @@ def _container(runtime: Runtime, order: Order, workspace: Workspace, files: Task
         image=order.image,
         args=tuple(_filled_in(arg, names) for arg in order.args),
         env={**order.env, **names},
-        mounts=workspace.mounts(files if files.infile else None),
+        mounts=tools.workspace.mounts(files if files.infile else None),
         scratch=files.scratch,
         stdout=files.stdout,
         stderr=files.stderr,
