@@ -16,13 +16,14 @@ import trio
 
 from trio_pilot.brokers import Consumer, Delivery, Settlement, open_source
 from trio_pilot.commands.signals import report, run_until_signalled
-from trio_pilot.errors import DecodeError, NodeError, SettingsError, map_exceptions
+from trio_pilot.errors import BrokerError, DecodeError, DeliveryLostError, NodeError, SettingsError, map_exceptions
 from trio_pilot.log import LOGGER
 from trio_pilot.pilot import next_delivery
 from trio_pilot.settings import Settings
 from trio_pilot.wire import WIRES
 
 AHEAD = 64  # messages to have at hand while one is written
+GIVE_BACK_TIMEOUT = 1.0
 STDOUT = 1
 
 Write = Callable[[str, Any], None]  # takes the id of a message, and its data; may block
@@ -64,9 +65,10 @@ class Receiving:
             while self.received != count and (delivery := await next_delivery(consumers, idle)):
                 try:
                     await self._take(delivery)
+                except DeliveryLostError as error:
+                    LOGGER.warning("message %s was received, and may come again: %s", delivery.message_id, error)
                 except BaseException:
-                    with trio.move_on_after(1, shield=True):  # it is given back in any case when we are gone
-                        await source.settle(delivery, Settlement.RELEASE)
+                    await _give_back(delivery)
                     raise
 
     async def _take(self, delivery: Delivery) -> None:
@@ -81,6 +83,12 @@ class Receiving:
         await trio.to_thread.run_sync(write, abandon_on_cancel=True)
         await delivery.source.settle(delivery, Settlement.ACK)
         self.received += 1
+
+
+async def _give_back(delivery: Delivery) -> None:
+    """Give a message back at once; the broker would take it back in any case when we are gone."""
+    with trio.move_on_after(GIVE_BACK_TIMEOUT, shield=True), suppress(BrokerError):
+        await delivery.source.settle(delivery, Settlement.RELEASE)
 
 
 def _to_stdout(_message_id: str, data: Any) -> None:
