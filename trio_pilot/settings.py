@@ -118,12 +118,13 @@ def extension(raw: Any) -> str:
 
 def arguments(raw: Any) -> tuple[str, ...]:
     """Take arguments: a list (TOML), or a text that is split as a shell would, and never given to one."""
-    if isinstance(raw, list):
-        return tuple(text(one) for one in raw)
     try:
-        return tuple(shlex.split(text(raw)))
+        given = [text(one) for one in raw] if isinstance(raw, list) else shlex.split(text(raw))
     except ValueError as error:
         raise ValueError(f"must be arguments that can be split as a shell would ({error})") from error
+    if any("\0" in one for one in given):
+        raise ValueError("must be arguments without NUL characters")
+    return tuple(given)
 
 
 def variables(raw: Any) -> Mapping[str, str]:
@@ -295,6 +296,8 @@ class Settings:
         """Raise SettingsError if something is missing that the pilot cannot do without."""
         if not self.task_args:
             raise SettingsError("EWMS_PILOT_TASK_ARGS must say what to run for each event: set it, or give --task-args")
+        if self.init_image and not self.init_args:
+            raise SettingsError("EWMS_PILOT_INIT_ARGS must say what to run in EWMS_PILOT_INIT_IMAGE: set it, or neither")
         self.incoming()
         self.outgoing()
 

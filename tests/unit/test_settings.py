@@ -394,3 +394,20 @@ def test_settings_cannot_be_changed() -> None:
 @pytest.mark.parametrize("name", FIELDS)
 def test_flags_are_named_as_settings(name: str) -> None:
     assert flag_of(name) == f"--{name.replace('_', '-')}"
+
+
+def test_an_init_container_must_have_something_to_run(tmp_path: Path) -> None:
+    environ = {
+        "EWMS_PILOT_TASK_ARGS": "true",
+        "EWMS_PILOT_QUEUE_INCOMING": "a",
+        "EWMS_PILOT_QUEUE_OUTGOING": "b",
+        "EWMS_PILOT_INIT_IMAGE": "/",
+    }
+    with pytest.raises(SettingsError, match=r"^EWMS_PILOT_INIT_ARGS must say what to run in EWMS_PILOT_INIT_IMAGE"):
+        load({}, environ, tmp_path).check_complete()
+
+
+def test_arguments_have_no_nul(tmp_path: Path) -> None:
+    (tmp_path / "trio-pilot.toml").write_text('task-args = ["a\\u0000b"]\n')
+    with pytest.raises(SettingsError, match="must be arguments without NUL characters"):
+        load({}, {}, tmp_path)

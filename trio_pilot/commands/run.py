@@ -6,7 +6,6 @@ import trio
 
 from trio_pilot.brokers import Patience, open_sinks, open_sources
 from trio_pilot.children import end_strays
-from trio_pilot.errors import SettingsError
 from trio_pilot.log import LOGGER
 from trio_pilot.pilot import serve
 from trio_pilot.runtimes import open_runtime
@@ -18,8 +17,7 @@ SIGNALLED = 128  # and the signal's number, as shells say it
 
 def run(settings: Settings) -> int:
     """Run the pilot to its end, and give the exit code; see `trio_pilot.pilot.serve` for what it raises."""
-    if not settings.task_args:
-        raise SettingsError("EWMS_PILOT_TASK_ARGS must say what to run for each event: set it, or give --task-args")
+    settings.check_complete()
     if settings.htchirp:
         LOGGER.warning("EWMS_PILOT_HTCHIRP: this version does not report to HTCondor yet")
     try:
