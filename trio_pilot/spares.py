@@ -1,7 +1,7 @@
 """Task directories that are used again.
 
-To make and remove the four directories of a task costs 1 ms of CPU on ext4 (measured), as much as a short task itself. A task that leaves nothing behind leaves a directory as good as new: the next task gets it, under its own
-name.
+To make and remove the four directories of a task costs 1 ms of CPU on ext4 (measured), as much as a short task itself. A
+task that leaves nothing behind leaves a directory as good as new: the next task gets it, under its own name.
 
 Everything here blocks.
 """
