@@ -167,21 +167,23 @@ def _bell_path(path: Path) -> Path:
 @asynccontextmanager
 async def _open_file(address: QueueAddress) -> AsyncIterator[_QueueFile]:
     path = Path(address.address or DEFAULT_FILE).expanduser().absolute()  # noqa: ASYNC240 -- a name, not a file
-    connection = await trio.to_thread.run_sync(_connect, path)
+    with map_exceptions({OSError: BrokerError}, f"cannot open {_bell_path(path)}"):
+        bell = os.open(_bell_path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        with map_exceptions({OSError: BrokerError}, f"cannot open {_bell_path(path)}"):
-            bell = os.open(_bell_path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        connection = await trio.to_thread.run_sync(_connect, path, bell)
         try:
             yield _QueueFile(connection, _Bell(path, bell))
         finally:
-            os.close(bell)
+            with trio.CancelScope(shield=True):  # BUSY_TIMEOUT at the most, as any other use of the file
+                await trio.to_thread.run_sync(connection.close)
     finally:
-        with trio.CancelScope(shield=True):  # BUSY_TIMEOUT at the most, as any other use of the file
-            await trio.to_thread.run_sync(connection.close)
+        os.close(bell)
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def _connect(path: Path, bell: int) -> sqlite3.Connection:
     with map_exceptions({sqlite3.Error: BrokerError}, f"cannot open the queue file {path}"):
+        # One after the other: a first switch to WAL meets another with "database is locked", timeout or not.
+        fcntl.flock(bell, fcntl.LOCK_EX)
         connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
         try:
             connection.execute("PRAGMA journal_mode = WAL")
@@ -189,6 +191,8 @@ def _connect(path: Path) -> sqlite3.Connection:
         except BaseException:
             connection.close()
             raise
+        finally:
+            fcntl.flock(bell, fcntl.LOCK_UN)
         return connection
 
 
