@@ -33,6 +33,7 @@ NOT_FOUND = 404
 PRECONDITION_FAILED = 406
 NOT_ALLOWED = 530
 
+METHOD_ON_CHANNEL_0 = b"\x01\x00\x00"  # how the first frame of a server begins
 PERSISTENT = 2
 MOST_MESSAGE_ID = 255  # bytes of a short string
 
@@ -197,11 +198,12 @@ class Connection:
 
     def _end(self, error: BaseException) -> None:
         """Take note that the connection is closed, or could not be opened: fail who waits for it, end the thread."""
-        heard = False
+        foreign = False
         if self._pika is not None:
-            heard = self._pika.bytes_received > 0
+            foreign = _is_foreign(self._pika, error)
             self._pika.ioloop.stop()
-        self.tell(partial(self.opened.tell, error=_translate(error, heard=heard)))
+        refusal = BrokerError("does not speak AMQP 0-9-1") if foreign else _translate(error)
+        self.tell(partial(self.opened.tell, error=refusal))
         for channel in list(self._channels):
             channel.end(ClosedError(0, _text(error)))
 
@@ -371,13 +373,19 @@ def _parameters(address: Address) -> pika.ConnectionParameters:
 _CLOSED_BY_BROKER = re.compile(r"ConnectionClosedByBroker: \((\d+)\) (.*)")
 
 
-def _translate(error: BaseException, *, heard: bool) -> Exception:
-    """Tell a refusal, which lasts, from a connection that could not be made, also for want of a word from the server."""
+def _is_foreign(connection: pika.SelectConnection, error: BaseException) -> bool:
+    """Tell whether a server's first words were not those of AMQP 0-9-1. One that says nothing may only not be up yet."""
+    if unread := connection._frame_buffer:
+        return not connection.bytes_received and not METHOD_ON_CHANNEL_0.startswith(unread[:3])
+    incompatible = any(isinstance(cause, pika.exceptions.IncompatibleProtocolError) for cause in _causes(error))
+    return incompatible and connection.bytes_received > 0
+
+
+def _translate(error: BaseException) -> Exception:
+    """Tell a refusal, which lasts, from a connection that could not be made, or was lost on the way."""
     for cause in _causes(error):
         if isinstance(cause, pika.exceptions.AuthenticationError):
             return BrokerError("refuses our user and password, or token")
-        if isinstance(cause, pika.exceptions.IncompatibleProtocolError) and heard:
-            return BrokerError("does not speak AMQP 0-9-1")
         if closed := _CLOSED_BY_BROKER.search(str(cause)):
             code, text = int(closed[1]), closed[2]
             if code == ACCESS_REFUSED and isinstance(cause, pika.exceptions.ProbableAuthenticationError):

@@ -78,6 +78,7 @@ class _Queue:
         self._address = parse_address(address)
         self._patience = patience
         self._channel: AsyncValue[Channel | None] = AsyncValue(None)
+        self._away_since = trio.current_time()
 
     async def ready(self) -> None:
         """Wait until the queue was found. A refusal is raised by `keep_connected`."""
@@ -100,7 +101,7 @@ class _Queue:
             BrokerError: the broker refuses us, or was away for longer than there is patience.
         """
         here = f"RabbitMQ at {self._address.host}"
-        failures, lost_at = 0, trio.current_time()
+        failures = 0
         async with trio.open_nursery() as threads:
             while True:
                 try:
@@ -111,8 +112,7 @@ class _Queue:
                 except BrokerError as error:
                     raise BrokerError(f"{here} {error}") from error
                 except (ConnectError, ClosedError) as error:
-                    lost_at = trio.current_time() if failures == 0 else lost_at
-                    if not self._patience(trio.current_time() - lost_at):
+                    if not self._patience(trio.current_time() - self._away_since):
                         raise BrokerError(f"{here} cannot be reached: {error}") from error
                     if failures == 0:
                         LOGGER.warning("%s, queue %s: %s; connecting again", here, self.name, error)
@@ -125,6 +125,7 @@ class _Queue:
             await channel.closed.wait()
         finally:
             self._channel.value = None
+            self._away_since = trio.current_time()
 
     async def _open(self, connection: Connection) -> Channel:
         """Open a channel, once the queue was found."""
@@ -242,16 +243,20 @@ class RabbitConsumer:
         self._channel: Channel | None = None
         self._tag = uuid.uuid4().hex  # ours, so that there is no moment at which it could not be cancelled
         self._arrived: deque[Delivery] = deque()
-        self._changed = trio.Event()
+        self._changed = trio.Event()  # since the last `take`, so that no change falls between that and `wait`
 
     async def take(self) -> Delivery | None:
         """Take the first of what has arrived."""
         await trio.lowlevel.checkpoint()
+        if self._changed.is_set():
+            self._changed = trio.Event()
         return self._arrived.popleft() if self._arrived else None
 
     async def wait(self) -> None:
         """Wait for an arrival, or for a connection made or lost."""
-        if not self._arrived:
+        if self._arrived:
+            await trio.lowlevel.checkpoint()
+        else:
             await self._changed.wait()
 
     async def listen(self, channel: Channel, prefetch: int) -> None:
@@ -260,13 +265,13 @@ class RabbitConsumer:
         self._channel = channel
         await channel.consume(self._source.name, self._tag, self._on_arrival)
         self.listening_since = trio.current_time()
-        self._notify()
+        self._changed.set()
 
     def lost(self) -> None:
         """Forget what has arrived: the broker has it again."""
         self._channel, self.listening_since = None, math.inf
         self._arrived.clear()
-        self._notify()
+        self._changed.set()
 
     async def stop(self) -> None:
         """Have no more sent, and give back what was not taken."""
@@ -282,16 +287,12 @@ class RabbitConsumer:
     def _on_arrival(self, arrival: Arrival) -> None:
         if arrival.channel is self._channel:
             self._arrived.append(self._delivery(arrival))
-            self._notify()
+            self._changed.set()
 
     def _delivery(self, arrival: Arrival) -> Delivery:
         message_id = arrival.message_id or hashlib.sha256(arrival.body).hexdigest()[:32]
         deliveries = int(arrival.redelivered) if arrival.deliveries is None else arrival.deliveries
         return Delivery(self._source, self._source.name, arrival.body, message_id, deliveries + 1, arrival)
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
 
 
 class RabbitSink(_Queue):

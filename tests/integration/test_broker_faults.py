@@ -1,0 +1,436 @@
+# Brokers that refuse, hang, vanish and come back, and bodies that are no events: below, what the pilot makes of them.
+
+import json
+import math
+import re
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from tests import proxy as proxies
+from tests.brokers import LONG, Broker, Local, Rabbit, eventually, failure_of, leaves, new_name, nothing_comes, take
+from tests.pilot_process import Ended, assert_nothing_left, pilot, run_pilot
+from tests.servers import RabbitServer, free_port
+from trio_pilot.brokers import Delivery, Settlement, amqp
+from trio_pilot.errors import BrokerError, DeliveryLostError
+from trio_pilot.wire import EwmsWire, Message
+
+WIRE = Path(__file__).parent.parent / "wire"
+
+
+@pytest.fixture
+def broker(rabbitmq: RabbitServer) -> Rabbit:
+    return Rabbit(rabbitmq)
+
+
+@pytest.fixture
+async def proxy(rabbitmq: RabbitServer) -> AsyncIterator[proxies.Proxy]:
+    async with proxies.proxy(rabbitmq.port) as forwarder:
+        yield forwarder
+
+
+@pytest.fixture
+def queue() -> str:
+    return new_name()
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    path = tmp_path / "slot"
+    path.mkdir()
+    return path
+
+
+def little_patience(seconds: float) -> bool:
+    return seconds < 1
+
+
+# The library
+
+
+async def test_a_refused_connection_is_tried_again_for_as_long_as_there_is_patience(broker: Rabbit) -> None:
+    begun = trio.current_time()
+    error = await failure_of(broker.source("q", little_patience, server=f"127.0.0.1:{free_port()}"))
+    assert isinstance(error, BrokerError)
+    assert "cannot be reached: Connection refused" in str(error)
+    assert 1 <= trio.current_time() - begun < 4
+
+
+async def test_a_host_that_has_no_address_is_one_clear_line(broker: Rabbit) -> None:
+    error = await failure_of(broker.sink("q", lambda _: False, server="no-such-host.invalid"))
+    assert "no-such-host.invalid cannot be reached" in str(error)
+
+
+async def test_a_server_that_never_answers_has_until_the_connect_timeout(
+    broker: Rabbit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(amqp, "CONNECT_TIMEOUT", 1)
+    async with proxies.server(proxies.silence) as address:
+        begun = trio.current_time()
+        error = await failure_of(broker.source("q", little_patience, server=address))
+        assert "cannot be reached" in str(error)
+        assert 1 <= trio.current_time() - begun < 6
+
+
+async def test_a_server_that_never_answers_does_not_hold_up_who_stops_waiting(broker: Rabbit) -> None:
+    async with proxies.server(proxies.silence) as address:
+        for _ in range(2):
+            begun = trio.current_time()
+            with trio.move_on_after(0.3):
+                async with broker.source("q", server=address) as source:
+                    await source.ready()
+            assert trio.current_time() - begun < 1
+
+
+@pytest.mark.parametrize("language", [proxies.speak_http, proxies.speak_amqp_1, proxies.speak_ssh])
+async def test_a_server_that_speaks_something_else_is_one_clear_line(
+    broker: Rabbit, language: Callable[[trio.SocketStream], AsyncIterator[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(amqp, "CONNECT_TIMEOUT", 1)
+    async with proxies.server(language) as address:  # type: ignore[arg-type]
+        with trio.fail_after(6):
+            error = await failure_of(broker.source("q", little_patience, server=address))
+    assert isinstance(error, BrokerError)
+    assert "does not speak AMQP 0-9-1" in str(error)
+
+
+async def test_a_server_that_hangs_up_at_once_may_be_one_that_is_not_up_yet(broker: Rabbit, proxy: proxies.Proxy) -> None:
+    proxy.refusing = True
+    async with trio.open_nursery() as nursery:
+
+        async def come_up() -> None:
+            while proxy.accepted < 2:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            proxy.refusing = False
+
+        nursery.start_soon(come_up)
+        with trio.fail_after(LONG):
+            async with broker.source(new_name(), server=proxy.address) as source:
+                await source.ready()
+
+
+async def test_a_server_that_hangs_up_at_once_is_waited_for_no_longer_than_there_is_patience(broker: Rabbit) -> None:
+    async with proxies.server(proxies.hang_up) as address:
+        with trio.fail_after(6):
+            error = await failure_of(broker.source("q", little_patience, server=address))
+    assert "cannot be reached" in str(error)
+
+
+class CutOnce:
+    """Forwards to a port; cuts the first connection once the server has said so many bytes."""
+
+    def __init__(self, target: int, after: int) -> None:
+        self.cut = False
+        self._target = target
+        self._after = after
+
+    async def forward(self, client: trio.SocketStream) -> None:
+        async with client, await trio.open_tcp_stream("127.0.0.1", self._target) as server, trio.open_nursery() as both:
+            both.start_soon(self._pump, client, server, math.inf, both.cancel_scope)
+            both.start_soon(self._pump, server, client, self._after, both.cancel_scope)
+
+    async def _pump(self, source: trio.SocketStream, sink: trio.SocketStream, limit: float, both: trio.CancelScope) -> None:
+        try:
+            async for data in source:
+                if len(data) > limit and not self.cut:
+                    self.cut = True
+                    await sink.send_all(data[: int(limit)])
+                    break
+                limit -= len(data)
+                await sink.send_all(data)
+        except trio.BrokenResourceError:
+            pass
+        both.cancel()
+
+
+async def test_a_connection_cut_anywhere_in_the_handshake_is_made_again(broker: Rabbit, rabbitmq: RabbitServer) -> None:
+    async def send(after: int) -> None:
+        queue, cutter = new_name(), CutOnce(rabbitmq.port, after)
+        async with proxies.server(cutter.forward) as address, broker.sink(queue, server=address) as sink:
+            await sink.send(b"a", "a")
+        assert cutter.cut
+        assert {body for _, body in broker.get_all(queue)} == {b"a"}
+
+    with trio.fail_after(LONG):
+        async with trio.open_nursery() as nursery:
+            # The server says 500 bytes to start with, some 20 to each of tune, open, channel open, declare and confirm.
+            for after in [0, 1, 7, 100, 400, *range(480, 640, 8)]:
+                nursery.start_soon(send, after)
+
+
+async def test_a_cut_connection_is_made_again_and_what_waits_is_sent_and_what_was_held_comes_again(
+    broker: Rabbit, queue: str, proxy: proxies.Proxy
+) -> None:
+    async with (
+        broker.sink(queue, server=proxy.address) as sink,
+        broker.source(queue, server=proxy.address) as source,
+        source.consume(3) as consumer,
+    ):
+        for number in range(3):
+            await sink.send(b"%d" % number, f"id-{number}")
+        stale = [await take(consumer), await take(consumer)]
+        proxy.refusing = True
+        proxy.cut()
+        with trio.fail_after(LONG):
+            while consumer.listening_since < trio.current_time():
+                await consumer.wait()
+            assert consumer.listening_since == float("inf")
+            assert await consumer.take() is None
+            for one in stale:
+                with pytest.raises(DeliveryLostError):
+                    await source.settle(one, Settlement.ACK)
+            async with trio.open_nursery() as nursery:
+                for number in range(3, 6):
+                    nursery.start_soon(sink.send, b"%d" % number, f"id-{number}")
+                await wait_all_tasks_blocked(0.1)
+                proxy.refusing = False
+        found = []
+        for _ in range(6):
+            delivery = await take(consumer)
+            found.append(int(delivery.body))
+            await source.settle(delivery, Settlement.ACK)
+        assert sorted(found) == list(range(6))
+        await nothing_comes(consumer)
+
+
+async def test_no_moment_to_cut_the_connection_loses_a_message(
+    broker: Rabbit, queue: str, proxy: proxies.Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trio_pilot.brokers import rabbitmq as module
+
+    monkeypatch.setattr(module, "RETRY_DELAY", 0.01)
+    sent: list[int] = []
+    received: set[int] = set()
+
+    async def cut_again_and_again() -> None:
+        for round_ in range(25):
+            await trio.sleep(0.02 + 0.003 * round_)
+            proxy.cut()
+
+    async def receive(count: int) -> None:
+        async with broker.source(queue, server=proxy.address) as source, source.consume(5) as consumer:
+            while len(received) < count:
+                delivery = await take(consumer)
+                try:
+                    await source.settle(delivery, Settlement.ACK)
+                except DeliveryLostError:
+                    continue  # it comes again
+                received.add(int(delivery.body))
+
+    with trio.fail_after(2 * LONG):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cut_again_and_again)
+            nursery.start_soon(receive, 200)
+            async with broker.sink(queue, server=proxy.address) as sink:
+                for number in range(200):
+                    await sink.send(b"%d" % number, f"id-{number}")
+                    sent.append(number)
+    # An ack written just before a cut may not have arrived: then it is in the queue again, and that is no loss.
+    assert set(sent) == received == set(range(200))
+
+
+async def test_a_broker_that_is_killed_and_started_again_has_lost_nothing_and_nothing_has_lost_it(
+    broker: Rabbit, queue: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with broker.sink(queue) as sink, broker.source(queue) as source, source.consume(2) as consumer:
+        for number in range(5):
+            await sink.send(b"%d" % number, f"id-{number}")
+        stale = [await take(consumer), await take(consumer)]
+        with trio.fail_after(4 * LONG):
+            await trio.to_thread.run_sync(broker.server.kill)
+            async with trio.open_nursery() as nursery:
+                for number in range(5, 10):
+                    nursery.start_soon(sink.send, b"%d" % number, f"id-{number}")
+                for one in stale:
+                    with pytest.raises(DeliveryLostError):
+                        await source.settle(one, Settlement.ACK)
+                await trio.to_thread.run_sync(broker.server.start)
+            found: list[Delivery] = []
+            while len(found) < 10:
+                found.append(await take(consumer))
+                await source.settle(found[-1], Settlement.ACK)
+        assert sorted(int(delivery.body) for delivery in found) == list(range(10))
+        await nothing_comes(consumer)
+    ours = [record.message for record in caplog.records if record.name == "trio_pilot"]
+    assert len(ours) == 2, ours  # one line a connection, however often it was tried
+
+
+async def test_a_broker_that_stays_away_is_waited_for_while_there_is_patience(
+    broker: Rabbit, queue: str, proxy: proxies.Proxy
+) -> None:
+    patience = trio.Event()
+
+    def patient(seconds: float) -> bool:  # noqa: ARG001
+        return not patience.is_set()
+
+    with pytest.raises(ExceptionGroup) as caught, trio.fail_after(LONG):  # noqa: PT012
+        async with broker.sink(queue, patient, server=proxy.address) as sink:
+            await sink.send(b"a", "a")
+            proxy.refusing = True
+            proxy.cut()
+            with trio.move_on_after(1):
+                await sink.send(b"b", "b")
+            patience.set()
+            await sink.send(b"c", "c")
+    (error,) = leaves(caught.value)
+    assert isinstance(error, BrokerError)
+    assert "cannot be reached" in str(error)
+
+
+# The pilot
+
+
+def settings(broker: Broker, queue: str, **more: object) -> dict[str, object]:
+    address: dict[str, object] = {}
+    for direction in ("INCOMING", "OUTGOING"):
+        if isinstance(broker, Local):
+            address |= {f"QUEUE_{direction}_BROKER_TYPE": "local", f"QUEUE_{direction}_BROKER_ADDRESS": broker.file}
+        elif isinstance(broker, Rabbit):
+            address[f"QUEUE_{direction}_BROKER_TYPE"] = "rabbitmq"
+            address[f"QUEUE_{direction}_BROKER_ADDRESS"] = broker.server.address
+    return {
+        "TASK_IMAGE": "/",
+        "TASK_ARGS": "cp {{INFILE}} {{OUTFILE}}",
+        "INFILE_EXT": ".json",
+        "OUTFILE_EXT": ".json",
+        "RUNTIME": "process",
+        "QUEUE_INCOMING": queue,
+        "QUEUE_OUTGOING": f"{queue}-out",
+        "BROKER_PATIENCE": 2,
+        **address,
+        **more,
+    }
+
+
+async def send_all(broker: Broker, queue: str, *bodies: bytes) -> None:
+    async with broker.sink(queue) as sink:
+        for number, body in enumerate(bodies):
+            await sink.send(body, f"id-{number}")
+
+
+async def receive_all(broker: Broker, queue: str, count: int) -> list[object]:
+    found = []
+    async with broker.source(queue) as source, source.consume(count + 1) as consumer:
+        for _ in range(count):
+            delivery = await take(consumer)
+            found.append(EwmsWire().decode(delivery.body, 2**20).data)
+            await source.settle(delivery, Settlement.ACK)
+        await nothing_comes(consumer)
+    return found
+
+
+async def run(directory: Path, given: dict[str, object]) -> Ended:
+    return await trio.to_thread.run_sync(run_pilot, directory, given)
+
+
+@pytest.mark.parametrize("kind", ["local", "rabbitmq"])
+@pytest.mark.parametrize("slots", [1, 4])
+async def test_bodies_that_are_no_events_end_as_dead_letters_and_the_others_are_done(
+    request: pytest.FixtureRequest, queue: str, directory: Path, kind: str, slots: int
+) -> None:
+    broker: Broker = (
+        Local(directory.parent / "queues.sqlite") if kind == "local" else Rabbit(request.getfixturevalue("rabbitmq"))
+    )
+    bad = [path.read_bytes() for path in sorted(WIRE.glob("bad-*.bin"))] + [(WIRE / "bomb.bin").read_bytes(), b""]
+    good = [EwmsWire().encode(Message({"good": number})) for number in range(len(bad))]
+    await send_all(broker, queue, *[body for pair in zip(bad, good, strict=True) for body in pair])
+    more = {"STOP_LISTENING_ON_TASK_ERROR": "false", "MAX_ATTEMPTS": 2, "MAX_CONCURRENT_TASKS": slots}
+    ended = await run(directory, settings(broker, queue, **more))
+    assert ended.code == 1, ended.stderr
+    assert re.fullmatch(r"""12 TASK\(S\) FAILED: (DecodeError\((['"]).*\2\)(, )?)+""", ended.last_line)
+    assert "Traceback" not in ended.stderr
+    results = await receive_all(broker, f"{queue}-out", len(good))
+    assert sorted(map(json.dumps, results)) == sorted(json.dumps({"good": number}) for number in range(len(bad)))
+    dead = broker.dead_letters(queue)
+    assert sorted(body for body, _, _ in dead) == sorted(bad)
+    assert all(reason for _, _, reason in dead)
+    assert await receive_all(broker, queue, 0) == []
+    assert_nothing_left(directory)
+
+
+async def test_a_body_that_is_no_event_stops_the_pilot_that_was_told_so_and_stays_for_others(
+    broker: Rabbit, queue: str, directory: Path
+) -> None:
+    await send_all(broker, queue, b"bad", EwmsWire().encode(Message(1)))
+    ended = await run(directory, settings(broker, queue))
+    assert ended.code == 1
+    assert re.fullmatch(r"1 TASK\(S\) FAILED: DecodeError\('.*'\)", ended.last_line)
+    assert broker.server.counts(queue) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("address", "token", "says"),
+    [
+        ("nobody@{server}", "wrong", "refuses our user and password"),
+        ("{server}/nowhere", "", "nowhere"),
+        ("127.0.0.1:{closed}", "", "cannot be reached"),
+        ("{silent}", "", "cannot be reached"),
+        ("{http}", "", "does not speak AMQP"),
+    ],
+)
+async def test_a_broker_that_cannot_be_used_is_a_clear_last_line_and_exit_code_3(
+    broker: Rabbit, queue: str, directory: Path, address: str, token: str, says: str
+) -> None:
+    async with proxies.server(proxies.silence) as silent, proxies.server(proxies.speak_http) as http:
+        address = address.format(server=broker.server.address, closed=free_port(), silent=silent, http=http)
+        given = settings(broker, queue, QUEUE_INCOMING_BROKER_ADDRESS=address, QUEUE_INCOMING_AUTH_TOKEN=token)
+        begun = trio.current_time()
+        ended = await run(directory, given)
+    assert ended.code == 3, ended.stderr
+    assert ended.last_line.startswith("trio-pilot: RabbitMQ at 127.0.0.1")
+    assert says in ended.last_line
+    assert "Traceback" not in ended.stderr
+    assert not token or token not in ended.stderr
+    assert trio.current_time() - begun < amqp.CONNECT_TIMEOUT + 10
+    assert_nothing_left(directory)
+
+
+async def test_a_broker_that_never_answers_does_not_hold_up_a_sigterm(broker: Rabbit, queue: str, directory: Path) -> None:
+    connected = trio.Event()
+
+    async def silence(stream: trio.SocketStream) -> None:
+        connected.set()
+        await proxies.silence(stream)
+
+    async with proxies.server(silence) as address:
+        given = settings(broker, queue, QUEUE_INCOMING_BROKER_ADDRESS=address)
+        with pilot(directory, given) as child:
+            with trio.fail_after(LONG):
+                await connected.wait()
+                child.terminate()
+                begun = trio.current_time()
+                _, stderr = await trio.to_thread.run_sync(child.communicate)
+            assert trio.current_time() - begun < 2
+    assert child.returncode == 128 + 15
+    assert "Traceback" not in stderr
+    assert_nothing_left(directory)
+
+
+async def test_outputs_of_tasks_that_end_while_the_connection_is_away_are_sent_when_it_is_back(
+    broker: Rabbit, queue: str, directory: Path, proxy: proxies.Proxy
+) -> None:
+    gate = directory.parent / "gate"
+    events = [{"event": number} for number in range(4)]
+    await send_all(broker, queue, *[EwmsWire().encode(Message(event)) for event in events])
+    script = f"while ! test -e {gate}; do sleep 0.05; done; cp $EWMS_TASK_INFILE $EWMS_TASK_OUTFILE; touch {gate}.$EVENT$$"
+    given = settings(broker, queue, MAX_CONCURRENT_TASKS=4, TASK_ARGS=f"sh -c '{script}'", TIMEOUT_QUEUE_INCOMING=2)
+    for direction in ("INCOMING", "OUTGOING"):
+        given[f"QUEUE_{direction}_BROKER_ADDRESS"] = proxy.address
+    with pilot(directory, given) as child:
+        with trio.fail_after(2 * LONG):
+            await eventually(lambda: len(list(directory.glob("ewms-pilot-data/*/task-io/infile*"))) == 4)
+            proxy.refusing = True
+            proxy.cut()
+            gate.touch()
+            await eventually(lambda: len(list(gate.parent.glob("gate.*"))) == 4)
+            proxy.refusing = False
+            _, stderr = await trio.to_thread.run_sync(child.communicate)
+    assert child.returncode == 0, stderr
+    assert "Traceback" not in stderr
+    found = {json.dumps(EwmsWire().decode(body, 2**20).data) for _, body in broker.get_all(f"{queue}-out")}
+    assert found == {json.dumps(event) for event in events}
+    assert broker.server.counts(queue) == (0, 0)
+    assert_nothing_left(directory)
