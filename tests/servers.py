@@ -156,7 +156,9 @@ class RabbitServer:
             "RABBITMQ_CONFIG_FILE": f"{here}/rabbitmq.conf",
             "RABBITMQ_CONF_ENV_FILE": f"{here}/none",
             # Without busy waiting: as its documentation advises where a server has not the cores for itself.
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1} +sbwt none +sbwtdcpu none +sbwtdio none",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": " ".join(
+                ["-kernel inet_dist_use_interface {127,0,0,1}", "+sbwt none +sbwtdcpu none +sbwtdio none"]
+            ),
         }
 
     def _lay_out(self) -> None:

@@ -12,12 +12,14 @@ both are waited for.
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO, ClassVar
 
@@ -65,16 +67,7 @@ class Children:
 
     def spawn(self, command: Command) -> "Child":
         """Start a child in a session of its own, with nothing to read. Raises OSError if it cannot be started."""
-        process = subprocess.Popen(
-            command.argv,
-            stdin=subprocess.DEVNULL,
-            stdout=command.stdout,
-            stderr=command.stderr,
-            env={**command.env, MARKER: command.marker},
-            cwd=command.cwd,
-            pass_fds=command.pass_fds,
-            start_new_session=True,
-        )
+        process = _popen(command)
         try:
             child = Child(process, command.marker, self)
         except OSError:  # no file descriptor is left
@@ -159,6 +152,33 @@ class Child:
     def _close(self) -> None:
         os.close(self._pidfd)
         self._children.forget(self.pid)
+
+
+def _popen(command: Command) -> "subprocess.Popen[bytes]":
+    program = _program(command.argv[0], command.env.get("PATH", os.defpath))
+    try:
+        return subprocess.Popen(
+            command.argv,
+            executable=program,
+            stdin=subprocess.DEVNULL,
+            stdout=command.stdout,
+            stderr=command.stderr,
+            env={**command.env, MARKER: command.marker},
+            cwd=command.cwd,
+            pass_fds=command.pass_fds,
+            start_new_session=True,
+        )
+    except OSError as error:
+        if program and error.filename == program:
+            error.filename = command.argv[0]  # as it was called
+        raise
+
+
+@cache
+def _program(name: str, path: str) -> str | None:
+    """Look for a program once, rather than by trial in each child: the pilot stands still until a child's execve(2)."""
+    found = None if "/" in name else shutil.which(name, path=path)
+    return found if found and found.startswith("/") else None  # a child has another working directory
 
 
 def exit_code(returncode: int) -> int:

@@ -34,14 +34,14 @@ NEVER_WRITABLE = tuple(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Workspace:
     """The data directory of a pilot, and the directories that all its containers see."""
 
     root: Path
     external: tuple[Mount, ...]
 
-    @property
+    @cached_property
     def data_hub(self) -> Path:
         """What the init container writes, and tasks read."""
         return self.root / "data-hub"
@@ -65,6 +65,16 @@ class TaskFiles:
     def io(self) -> Path:
         """Where the input file and the output file are."""
         return self.root / "task-io"
+
+    @cached_property
+    def infile_path(self) -> Path:
+        """The event."""
+        return self.io / self.infile
+
+    @cached_property
+    def outfile_path(self) -> Path:
+        """What the task makes of it."""
+        return self.io / self.outfile
 
     @cached_property
     def scratch(self) -> Path:
@@ -128,7 +138,7 @@ def write_infile(files: TaskFiles, data: Any) -> None:
     except UnicodeEncodeError as error:
         raise DecodeError(f"the event is not text that can be written as UTF-8: {error}") from error
     with map_exceptions({OSError: NodeError}, f"cannot write the input file in {files.io}"):
-        (files.io / files.infile).write_bytes(content)
+        files.infile_path.write_bytes(content)
 
 
 def read_outfile(files: TaskFiles, max_size: int) -> bytes | None:
@@ -140,7 +150,7 @@ def read_outfile(files: TaskFiles, max_size: int) -> bytes | None:
     try:
         # Neither following a link out of the directory nor waiting for the other end of a FIFO.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-        with _opened(files.io / files.outfile, flags) as descriptor:
+        with _opened(files.outfile_path, flags) as descriptor:
             return _content(descriptor, max_size)
     except FileNotFoundError:
         return None
@@ -179,7 +189,7 @@ def parse_outfile(content: bytes, *, is_json: bool) -> Any:
 def outfile_size(files: TaskFiles) -> int:
     """Tell how many bytes a task has written, 0 for none."""
     try:
-        return (files.io / files.outfile).lstat().st_size
+        return files.outfile_path.lstat().st_size
     except OSError:
         return 0
 

@@ -61,8 +61,9 @@ def an_outfile_that_is_a_directory(files: TaskFiles) -> None:
     (files.io / files.outfile).mkdir()
 
 
-def more_in_outputs(files: TaskFiles) -> None:
-    os.mkfifo(files.stderr.with_name("more"))
+def a_fifo_for_stderr(files: TaskFiles) -> None:
+    files.stderr.unlink()
+    os.mkfifo(files.stderr)
 
 
 def a_link_for_a_directory(files: TaskFiles) -> None:
@@ -81,7 +82,7 @@ def no_directory_at_all(files: TaskFiles) -> None:
         something_in_scratch,
         a_locked_directory,
         an_outfile_that_is_a_directory,
-        more_in_outputs,
+        a_fifo_for_stderr,
         a_link_for_a_directory,
         no_directory_at_all,
     ],

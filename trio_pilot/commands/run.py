@@ -1,5 +1,6 @@
 """`trio-pilot run`: the pilot."""
 
+import gc
 import signal
 
 import trio
@@ -20,6 +21,7 @@ def run(settings: Settings) -> int:
     settings.check_complete()
     if settings.htchirp:
         LOGGER.warning("EWMS_PILOT_HTCHIRP: this version does not report to HTCondor yet")
+    gc.freeze()  # what is imported by now is here to stay: not to be looked at again and again
     try:
         ended_by = trio.run(serve_here, settings)
     finally:
