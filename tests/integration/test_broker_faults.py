@@ -409,28 +409,41 @@ async def test_a_broker_that_never_answers_does_not_hold_up_a_sigterm(broker: Ra
     assert_nothing_left(directory)
 
 
-async def test_outputs_of_tasks_that_end_while_the_connection_is_away_are_sent_when_it_is_back(
-    broker: Rabbit, queue: str, directory: Path, proxy: proxies.Proxy
-) -> None:
+async def cut_while_four_tasks_run(broker: Rabbit, queue: str, directory: Path, proxy: proxies.Proxy) -> list[str]:
+    """Run the pilot on four events; cut its connections, let the tasks end, let it connect again; give the outputs."""
     gate = directory.parent / "gate"
-    events = [{"event": number} for number in range(4)]
-    await send_all(broker, queue, *[EwmsWire().encode(Message(event)) for event in events])
-    script = f"while ! test -e {gate}; do sleep 0.05; done; cp $EWMS_TASK_INFILE $EWMS_TASK_OUTFILE; touch {gate}.$EVENT$$"
+    events = [EwmsWire().encode(Message({"event": number})) for number in range(4)]
+    await send_all(broker, queue, *events)
+    script = f"while ! test -e {gate}; do sleep 0.05; done; cp $EWMS_TASK_INFILE $EWMS_TASK_OUTFILE; touch {gate}.$$"
     given = settings(broker, queue, MAX_CONCURRENT_TASKS=4, TASK_ARGS=f"sh -c '{script}'", TIMEOUT_QUEUE_INCOMING=2)
     for direction in ("INCOMING", "OUTGOING"):
         given[f"QUEUE_{direction}_BROKER_ADDRESS"] = proxy.address
     with pilot(directory, given) as child:
-        with trio.fail_after(2 * LONG):
-            await eventually(lambda: len(list(directory.glob("ewms-pilot-data/*/task-io/infile*"))) == 4)
-            proxy.refusing = True
-            proxy.cut()
-            gate.touch()
-            await eventually(lambda: len(list(gate.parent.glob("gate.*"))) == 4)
-            proxy.refusing = False
+        await eventually(lambda: len(list(directory.glob("ewms-pilot-data/*/task-io/infile*"))) == 4)
+        proxy.refusing = True
+        proxy.cut()
+        gate.touch()
+        await eventually(lambda: len(list(gate.parent.glob("gate.*"))) == 4)
+        proxy.refusing = False
+        with trio.fail_after(LONG):
             _, stderr = await trio.to_thread.run_sync(child.communicate)
     assert child.returncode == 0, stderr
     assert "Traceback" not in stderr
-    found = {json.dumps(EwmsWire().decode(body, 2**20).data) for _, body in broker.get_all(f"{queue}-out")}
-    assert found == {json.dumps(event) for event in events}
-    assert broker.server.counts(queue) == (0, 0)
     assert_nothing_left(directory)
+    return [json.dumps(EwmsWire().decode(body, 2**20).data) for _, body in broker.get_all(f"{queue}-out")]
+
+
+async def test_outputs_of_tasks_that_end_while_the_connection_is_away_are_sent_when_it_is_back(
+    broker: Rabbit, queue: str, directory: Path, proxy: proxies.Proxy
+) -> None:
+    outputs = await cut_while_four_tasks_run(broker, queue, directory, proxy)
+    assert set(outputs) == {json.dumps({"event": number}) for number in range(4)}
+    assert broker.server.counts(queue) == (0, 0)
+
+
+@pytest.mark.xfail(strict=True, reason="the pilot does not know a redelivered event for one it has done (invariant 3)")
+async def test_events_that_come_again_after_a_lost_connection_are_not_run_again(
+    broker: Rabbit, queue: str, directory: Path, proxy: proxies.Proxy
+) -> None:
+    outputs = await cut_while_four_tasks_run(broker, queue, directory, proxy)
+    assert len(outputs) == 4
