@@ -21,9 +21,9 @@ from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import Runtime
 from trio_pilot.scopes import Shelter
 from trio_pilot.settings import Settings
-from trio_pilot.staging import open_workspace
 from trio_pilot.status import State, Status
 from trio_pilot.task import Tools, Worker, run_init
+from trio_pilot.workspace import open_workspace
 
 
 class Drain:

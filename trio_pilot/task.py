@@ -26,9 +26,10 @@ from trio_pilot.runtimes import DATA_DIRECTORY, Container, Runtime
 from trio_pilot.scopes import Shelter
 from trio_pilot.settings import Settings
 from trio_pilot.spares import Spares
-from trio_pilot.staging import TaskFiles, Workspace
+from trio_pilot.staging import TaskFiles
 from trio_pilot.status import Status
 from trio_pilot.wire import WIRES, Message
+from trio_pilot.workspace import Workspace
 
 TIDY_TIMEOUT = 30.0  # seconds that removing a task's directory may take; on a healthy disk it takes none
 
@@ -210,7 +211,7 @@ def _container(tools: Tools, order: Order, files: TaskFiles) -> Container:
         image=order.image,
         args=tuple(_filled_in(arg, names) for arg in order.args),
         env={**order.env, **names},
-        mounts=tools.workspace.mounts(files if files.infile else None),
+        mounts=tools.workspace.mounts(files.io if files.infile else None),
         scratch=files.scratch,
         stdout=files.stdout,
         stderr=files.stderr,

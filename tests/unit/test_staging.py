@@ -19,7 +19,8 @@ import pytest
 from tests.runtimes_support import AS_ROOT, as_nobody, needs_root, small_disk
 from trio_pilot import staging
 from trio_pilot.errors import DecodeError, NodeError, OutfileError, SettingsError
-from trio_pilot.staging import TaskFiles, open_workspace
+from trio_pilot.staging import TaskFiles
+from trio_pilot.workspace import open_workspace
 
 MOST = 1000  # bytes of an output file, here
 

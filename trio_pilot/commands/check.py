@@ -23,7 +23,7 @@ from trio_pilot.errors import BrokerError, NodeError, PilotError, SettingsError,
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import Runtime, bubblewrap, open_runtime
 from trio_pilot.settings import FIELDS, Settings, flag_of, variables_of
-from trio_pilot.staging import open_workspace
+from trio_pilot.workspace import open_workspace
 
 LEAST_FREE = 100 * 10**6  # bytes on the disk of the data directory
 YEARS = range(2026, 2100)  # that a clock may show

@@ -23,7 +23,7 @@ from trio_pilot.demo import sky
 from trio_pilot.errors import PilotError
 from trio_pilot.runtimes import bubblewrap
 from trio_pilot.settings import Settings, load
-from trio_pilot.staging import FORBIDDEN
+from trio_pilot.workspace import FORBIDDEN
 
 EVENTS, RESULTS = "sky-scan-pixels", "sky-scan-results"
 TASK = Path(sky.__file__).with_name("pixel.py")

@@ -1,0 +1,147 @@
+"""How the values of settings are read: of a text or a TOML value, or ValueError("must be ...")."""
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+Parse = Callable[[Any], Any]
+
+
+def text(raw: Any) -> str:
+    """Take a string; a number will do."""
+    if isinstance(raw, (dict, list, bool)):
+        raise ValueError("must be a string")
+    return str(raw)
+
+
+def boolean(raw: Any) -> bool:
+    """Take y/yes/t/true/on/1 or n/no/f/false/off/0, in any case."""
+    word = str(raw).strip().lower()
+    if word in ("y", "yes", "t", "true", "on", "1"):
+        return True
+    if word in ("n", "no", "f", "false", "off", "0"):
+        return False
+    raise ValueError("must be a boolean (true or false)")
+
+
+def path(raw: Any) -> Path:
+    """Take the name of a file or directory; `~` is the home directory."""
+    name = Path(text(raw))
+    with suppress(RuntimeError):  # there is no home directory
+        name = name.expanduser()
+    return name
+
+
+def integer(least: int, most: float = math.inf) -> Parse:
+    """Take a whole number from `least` to `most`."""
+
+    def parse(raw: Any) -> int:
+        try:
+            number = int(str(raw).strip())
+        except ValueError:
+            number = least - 1
+        if number < least or isinstance(raw, bool):
+            raise ValueError(f"must be an integer ≥ {least}")
+        if number > most:
+            raise ValueError(f"must be an integer ≤ {most}")
+        return number
+
+    return parse
+
+
+def seconds(raw: Any, *, zero: bool = False) -> float:
+    """Take a positive number of seconds; `inf` will do."""
+    try:
+        number = float(str(raw).strip())
+    except ValueError:
+        number = math.nan
+    if not (number > 0 or (zero and number == 0)) or isinstance(raw, bool):
+        raise ValueError(f"must be a number of seconds {'≥' if zero else '>'} 0")
+    return number
+
+
+def seconds_or_none_at_all(raw: Any) -> float:
+    """Take a number of seconds that may be 0."""
+    return seconds(raw, zero=True)
+
+
+def one_of(*choices: str, to_come: Iterable[str] = ()) -> Parse:
+    """Take one of some words, in any case; name those that EWMS knows, and this version does not."""
+    words = {choice.lower(): choice for choice in choices}
+
+    def parse(raw: Any) -> str:
+        word = str(raw).strip().lower()
+        if word not in words:
+            but = f" ({word} is not in this version yet)" if word in to_come else ""
+            raise ValueError(f"must be one of {', '.join(choices)}{but}")
+        return words[word]
+
+    return parse
+
+
+def log_level(raw: Any) -> str:
+    """Take the name of a log level, in any case."""
+    return str(one_of("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")(raw))
+
+
+def extension(raw: Any) -> str:
+    """Take a file name extension, with or without its dot."""
+    word = text(raw).strip().strip(".").lower()
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._+-]*", word):
+        raise ValueError("must be a file name extension such as .json")
+    return f".{word}"
+
+
+def arguments(raw: Any) -> tuple[str, ...]:
+    """Take arguments: a list (TOML), or a text that is split as a shell would, and never given to one."""
+    try:
+        given = [text(one) for one in raw] if isinstance(raw, list) else shlex.split(text(raw))
+    except ValueError as error:
+        raise ValueError(f"must be arguments that can be split as a shell would ({error})") from error
+    if any("\0" in one for one in given):
+        raise ValueError("must be arguments without NUL characters")
+    return tuple(given)
+
+
+def variables(raw: Any) -> Mapping[str, str]:
+    """Take a JSON object (or TOML table) of environment variables."""
+    try:
+        value = json.loads(raw) if isinstance(raw, str) else raw
+    except ValueError as error:
+        raise ValueError(f"must be a JSON object ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError("must be a JSON object")
+    for name, one in value.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"must have names of letters, digits and _ only: {name!r} is none")
+        if not isinstance(one, str | int | float) or "\0" in str(one):
+            raise ValueError(f"must have strings, numbers or booleans as values: that of {name} is none")
+    return {name: str(one) for name, one in value.items()}
+
+
+def directories(raw: Any) -> tuple[Path, ...]:
+    """Take a comma-separated list (or TOML array) of directories."""
+    names = raw if isinstance(raw, list) else text(raw).split(",")
+    return tuple(Path(str(name).strip()) for name in names if str(name).strip())
+
+
+def words(raw: Any) -> frozenset[str]:
+    """Take words separated by white space; also `['A', 'B']`, as a Python or TOML list."""
+    joined = " ".join(map(str, raw)) if isinstance(raw, list) else text(raw)
+    return frozenset(re.sub(r"[\[\]'\",]", " ", joined).split())
+
+
+def queues(raw: Any) -> tuple[str, ...]:
+    """Take one name (or address, or token), or several joined by `;` (or a TOML array). Positions count."""
+    return tuple(str(one).strip() for one in (raw if isinstance(raw, list) else text(raw).split(";")))
+
+
+def broker_types(raw: Any) -> tuple[str, ...]:
+    """Take the kinds of brokers; with none, the address tells."""
+    kind = one_of("local", "rabbitmq", to_come=("nats", "pulsar"))
+    return tuple(kind(one) if one else "" for one in queues(raw))

@@ -1,0 +1,155 @@
+"""The data directory of a pilot: made, shared with other pilots, and removed by the last. Everything here blocks."""
+
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO
+
+from trio_pilot.errors import NodeError, SettingsError
+from trio_pilot.runtimes import DATA_DIRECTORY, Mount
+from trio_pilot.trees import opened, remove_tree
+
+LOCK = ".lock"  # in a data directory that a pilot made; its pilots share a lock on it
+
+FORBIDDEN = tuple(map(Path, ("/proc", "/dev", "/sys", "/run", "/boot")))
+NEVER_WRITABLE = tuple(
+    map(
+        Path,
+        ("/etc", "/usr", "/lib", "/lib64", "/bin", "/sbin", "/root", "/var/log", "/var/cache", "/var/spool"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The data directory of a pilot, and the directories that all its containers see."""
+
+    root: Path
+    external: tuple[Mount, ...]
+
+    @cached_property
+    def data_hub(self) -> Path:
+        """What the init container writes, and tasks read."""
+        return self.root / "data-hub"
+
+    def mounts(self, io: Path | None) -> tuple[Mount, ...]:
+        """List the mounts of a container that reads and writes its files in `io`; the init container has none."""
+        hub = Mount(self.data_hub, f"/{DATA_DIRECTORY}/data-hub", writable=True)
+        own = [Mount(io, f"/{DATA_DIRECTORY}/task-io", writable=True)] if io else []
+        return (hub, *own, *self.external)
+
+
+@contextmanager
+def open_workspace(parent: Path, external: Sequence[Path]) -> Iterator[Workspace]:
+    """Make the data directory; the last pilot that leaves it removes it, unless it was there before.
+
+    Raises:
+        NodeError: it cannot be written.
+        SettingsError: a directory is not one that containers may see.
+    """
+    mounts = _checked(external)
+    root = parent.resolve() / DATA_DIRECTORY
+    _refuse(root.resolve(), NEVER_WRITABLE + FORBIDDEN, "task directories cannot be made below")
+    with _writing(root):
+        lock = _enter(root)
+    try:
+        with _writing(root):
+            _try_to_write(root)
+        yield Workspace(root, mounts)
+    finally:
+        if lock:
+            with lock, suppress(OSError):
+                _leave(root, lock)
+
+
+def _checked(paths: Sequence[Path]) -> tuple[Mount, ...]:
+    variable = "EWMS_PILOT_EXTERNAL_DIRECTORIES"
+    for path in paths:
+        if not path.is_absolute() or ".." in path.parts or not path.is_dir():
+            raise SettingsError(f"{variable} must name absolute, existing directories, not {str(path)!r}")
+        if path.resolve() == Path("/"):
+            raise SettingsError(f"{variable} must not name all of this machine: {path}")
+        for side in (path, path.resolve()):
+            _refuse(side, FORBIDDEN, f"{variable} must not name directories below")
+    if len(set(paths)) < len(paths):
+        raise SettingsError(f"{variable} must not name a directory twice: {', '.join(map(str, paths))}")
+    return tuple(Mount(path, str(path)) for path in paths)
+
+
+def _refuse(path: Path, forbidden: Sequence[Path], why: str) -> None:
+    for one in forbidden:
+        if path.is_relative_to(one):
+            raise SettingsError(f"{why} {one}: {path}")
+
+
+def _enter(root: Path) -> IO[bytes] | None:
+    """Share the lock of the data directory, made if it is not there; None if it was made by hand, and is nobody's to remove.
+
+    A directory of ours comes into being, and goes, together with its lock file, by renaming: there is no moment in between.
+    """
+    while True:
+        if not root.exists():
+            _make_root(root)
+        # The last of its pilots may remove it at any moment.
+        with suppress(FileNotFoundError), opened(root, os.O_DIRECTORY) as directory, ExitStack() as stack:
+            lock = _lock(directory)
+            if lock:
+                stack.enter_context(lock)
+            if os.path.samestat(root.stat(), os.fstat(directory)):
+                stack.pop_all()
+                return lock
+
+
+def _make_root(root: Path) -> None:
+    new = root.with_name(f".{root.name}-{uuid.uuid4().hex}")
+    new.mkdir()
+    try:
+        (new / "data-hub").mkdir()
+        (new / LOCK).touch()
+        new.rename(root)
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another pilot was quicker
+            raise
+
+
+def _lock(directory: int) -> IO[bytes] | None:
+    try:
+        file = os.fdopen(os.open(LOCK, os.O_RDWR | os.O_CLOEXEC, dir_fd=directory), "r+b")
+    except FileNotFoundError:
+        return None
+    with suppress(OSError):  # a file system without locks: nobody cleans up then
+        fcntl.flock(file, fcntl.LOCK_SH)
+    return file
+
+
+@contextmanager
+def _writing(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # its file name would be one that nobody knows
+        raise NodeError(f"cannot write the data directory {root}: {error.strerror}") from error
+
+
+def _try_to_write(root: Path) -> None:
+    """Find out now, rather than with the first event, that the directory is read-only or the disk full."""
+    (root / "data-hub").mkdir(exist_ok=True)
+    with tempfile.TemporaryFile(dir=root) as file:
+        file.write(b"!")
+
+
+def _leave(root: Path, lock: IO[bytes]) -> None:
+    """Remove the data directory, if no other pilot is in it, nor a task directory that was to be kept."""
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if another pilot is there
+    if {entry.name for entry in root.iterdir()} <= {LOCK, "data-hub"}:
+        gone = root.with_name(f".{root.name}-{uuid.uuid4().hex}")
+        root.rename(gone)
+        remove_tree(gone)
