@@ -1,12 +1,12 @@
 """A pilot on the fakes."""
 
 import math
-import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any, ClassVar
 
 import trio
@@ -51,7 +51,7 @@ class Lab:
     def outputs(self) -> list[Any]:
         return [WIRE.decode(body, 10**6).data for body in self.broker.bodies("out")]
 
-    def signal(self, number: int = signal.SIGTERM) -> None:
+    def signal(self, number: int = SIGTERM) -> None:
         self._send_signal.send_nowait(number)
 
     async def run(self, **options: Any) -> int | None:
@@ -64,6 +64,18 @@ class Lab:
             self._signals,
             self.status,
         )
+
+    async def run_signalled(self, times: Iterable[float], number: int = SIGTERM, **options: Any) -> int | None:
+        """Run a pilot that gets a signal at each of some times."""
+
+        async def send() -> None:
+            for time in times:
+                await trio.sleep_until(time)
+                self.signal(number)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            return await self.run(**options)
 
     def assert_nothing_is_left(self) -> None:
         assert not self.runtime.running

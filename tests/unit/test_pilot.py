@@ -213,15 +213,9 @@ async def test_a_slot_is_held_in_quarantine_after_an_error(lab: Lab) -> None:
 async def test_a_signal_ends_the_quarantine(lab: Lab) -> None:
     lab.runtime.script = fails
     lab.put(1)
-
-    async def stop() -> None:
-        await trio.sleep(30)
-        lab.signal()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(stop)
-        with pytest.raises(TasksFailedError):
-            await lab.run(quarantine_time=600.0)
+    with pytest.raises(BaseExceptionGroup) as failure:
+        await lab.run_signalled([30], quarantine_time=600.0)
+    assert failure.group_contains(TasksFailedError)
     assert trio.current_time() == 30
 
 
@@ -334,14 +328,7 @@ async def test_the_init_container_has_a_deadline(lab: Lab) -> None:
 async def test_a_signal_returns_what_cannot_finish_in_the_grace(lab: Lab) -> None:
     lab.runtime.script = sleeps_long
     lab.put(*range(4))
-
-    async def stop() -> None:
-        await trio.sleep(30)
-        lab.signal(signal.SIGTERM)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(stop)
-        assert await lab.run(max_concurrent_tasks=2, grace=20.0) == signal.SIGTERM
+    assert await lab.run_signalled([30], max_concurrent_tasks=2, grace=20.0) == signal.SIGTERM
     assert trio.current_time() == 30 + 20 + lab.runtime.kill_seconds
     assert sorted(settled(lab)) == [("RELEASE", "0"), ("RELEASE", "1")]
     lab.assert_the_promise(range(4))
@@ -349,14 +336,7 @@ async def test_a_signal_returns_what_cannot_finish_in_the_grace(lab: Lab) -> Non
 
 async def test_tasks_that_can_finish_in_the_grace_do(lab: Lab) -> None:
     lab.put(*range(4))
-
-    async def stop() -> None:
-        await trio.sleep(0.5)
-        lab.signal(signal.SIGINT)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(stop)
-        assert await lab.run(max_concurrent_tasks=2) == signal.SIGINT
+    assert await lab.run_signalled([0.5], signal.SIGINT, max_concurrent_tasks=2) == signal.SIGINT
     assert trio.current_time() == 1
     assert sorted(lab.outputs()) == ["0", "1"]
     lab.assert_the_promise(range(4))
@@ -365,31 +345,14 @@ async def test_tasks_that_can_finish_in_the_grace_do(lab: Lab) -> None:
 async def test_a_second_signal_is_now(lab: Lab) -> None:
     lab.runtime.script = sleeps_long
     lab.put(1)
-
-    async def stop() -> None:
-        await trio.sleep(10)
-        lab.signal()
-        await trio.sleep(5)
-        lab.signal()
-        lab.signal()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(stop)
-        await lab.run(grace=3600.0)
+    await lab.run_signalled([10, 15, 15], grace=3600.0)
     assert trio.current_time() == 15 + lab.runtime.kill_seconds
     lab.assert_the_promise([1])
 
 
 async def test_a_signal_during_init_kills_it_and_ends(lab: Lab) -> None:
     lab.runtime.script = sleeps_long
-
-    async def stop() -> None:
-        await trio.sleep(10)
-        lab.signal()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(stop)
-        assert await lab.run(init_image="init") == signal.SIGTERM
+    assert await lab.run_signalled([10], init_image="init") == signal.SIGTERM
     assert trio.current_time() == 10 + lab.runtime.kill_seconds
     lab.assert_nothing_is_left()
 
@@ -397,15 +360,7 @@ async def test_a_signal_during_init_kills_it_and_ends(lab: Lab) -> None:
 async def test_an_output_that_is_there_is_sent_although_the_pilot_is_being_ended(lab: Lab) -> None:
     lab.broker.delays["sink.send"] = 5
     lab.put(1)
-
-    async def stop() -> None:
-        await trio.sleep(2)
-        lab.signal()
-        lab.signal()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(stop)
-        await lab.run(settle_grace=6.0)
+    await lab.run_signalled([2, 2], settle_grace=6.0)
     assert lab.outputs() == ["1"]
     assert settled(lab) == [("ACK", "1")]
     assert trio.current_time() == 6
@@ -415,15 +370,7 @@ async def test_an_output_that_is_there_is_sent_although_the_pilot_is_being_ended
 async def test_an_output_that_cannot_be_sent_in_the_settle_grace_is_given_up_and_its_event_returned(lab: Lab) -> None:
     lab.broker.delays["sink.send"] = 1000
     lab.put(1)
-
-    async def stop() -> None:
-        await trio.sleep(10)
-        lab.signal()
-        lab.signal()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(stop)
-        await lab.run(settle_grace=6.0)
+    await lab.run_signalled([10, 10], settle_grace=6.0)
     assert trio.current_time() == 16
     assert settled(lab) == [("RELEASE", "1")]
     lab.assert_the_promise([1])
@@ -433,15 +380,7 @@ async def test_a_broker_that_does_not_answer_does_not_keep_the_pilot(lab: Lab) -
     lab.broker.delays["source.release"] = 1000
     lab.runtime.script = sleeps_long
     lab.put(1)
-
-    async def stop() -> None:
-        await trio.sleep(10)
-        lab.signal()
-        lab.signal()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(stop)
-        await lab.run(settle_grace=6.0)
+    await lab.run_signalled([10, 10], settle_grace=6.0)
     assert trio.current_time() == 10 + lab.runtime.kill_seconds + 6
     lab.assert_the_promise([1])
 
