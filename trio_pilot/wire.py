@@ -7,6 +7,7 @@ no bytes: bytes travel as base64 text, announced by `"encoding": "base64"` in th
 import base64
 import json
 import math
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -63,7 +64,7 @@ class EwmsWire:
         if isinstance(data, bytes):
             data, headers["encoding"] = base64.b64encode(data).decode(), "base64"
         text = json.dumps({"headers": headers, "data": data})
-        return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(text.encode())
+        return _ZSTD.compressor.compress(text.encode())
 
     def decode(self, body: bytes, max_size: int) -> Message:
         """Read a body; other keys than `data` and `headers` are passed over, headers may be missing."""
@@ -104,10 +105,21 @@ class RawWire:
 WIRES: Mapping[str, Wire] = {"ewms": EwmsWire(), "raw": RawWire()}
 
 
+class _Zstd(threading.local):
+    """The contexts of zstd, which cost more to make than to use; one of each for each thread, as it demands."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW)
+
+
+_ZSTD = _Zstd()
+
+
 def _decompress(body: bytes, max_size: int) -> bytes:
     try:
         size = zstandard.frame_content_size(body)
-        decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW)
+        decompressor = _ZSTD.decompressor
         if size < 0:  # the frame does not say: count first, so that no sender's word is needed
             size = _count(decompressor, body, max_size)
         if size > max_size:

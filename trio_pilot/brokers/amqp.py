@@ -11,7 +11,7 @@ import ssl
 import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -160,8 +160,7 @@ class Connection:
     def hang_up(self) -> None:
         """Have the thread close the connection and end."""
         self._hang_up = True
-        if self._pika is not None:
-            self._pika.ioloop.add_callback_threadsafe(self._close)
+        self.run(self._close)
 
     def post(self, work: Callable[[], object], reply: _Reply) -> None:
         """Have `work` done in the thread; with no thread any more, fail the reply."""
@@ -169,6 +168,11 @@ class Connection:
             reply.tell(error=ClosedError(0, "the connection is closed"))
         else:
             self._posted.add(reply)
+            self.run(work)
+
+    def run(self, work: Callable[[], object]) -> None:
+        """Have `work` done in the thread, while there is one."""
+        if self._pika is not None:
             self._pika.ioloop.add_callback_threadsafe(work)
 
     def tell(self, work: Callable[..., object], *arguments: Any) -> None:
@@ -266,6 +270,21 @@ class Channel:
             self._answer(reply)
 
         await self._post(start).wait()
+
+    def write(self, method: str, *arguments: Any, **options: Any) -> None:
+        """Have a method of the channel called that has no answer, without waiting for it; before we close, it is written.
+
+        Raises:
+            ClosedError: the channel is known to be closed.
+        """
+        if self.is_closed:
+            raise ClosedError(0, "the channel is closed")
+
+        def work() -> None:
+            with suppress(pika.exceptions.AMQPError):  # closed in the meantime
+                getattr(self._pika, method)(*arguments, **options)
+
+        self.connection.run(work)
 
     async def confirm_publishes(self) -> None:
         """Ask the server to confirm what is published from now on."""

@@ -194,7 +194,12 @@ class RabbitSource(_Queue):
             consumer.lost()
 
     async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "") -> None:
-        """Settle a delivery, on the channel that it came by."""
+        """Settle a delivery, on the channel that it came by.
+
+        AMQP has no answer to that, so nothing is waited for: if the connection breaks just now, the broker has the event
+        again, as it would if it had broken a moment earlier.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
         arrival: Arrival = delivery.tag
         if arrival.settled:  # RabbitMQ would close the channel, and deliver all that came by it again
             raise DeliveryLostError(f"the event {delivery.message_id} was settled before")
@@ -204,11 +209,11 @@ class RabbitSource(_Queue):
                 settlement = await self._set_aside(delivery, reason)
             match settlement:
                 case Settlement.ACK:
-                    await arrival.channel.call("basic_ack", arrival.tag)
+                    arrival.channel.write("basic_ack", arrival.tag)
                 case Settlement.RELEASE:  # uncounted from RabbitMQ 4.3 on
-                    await arrival.channel.call("basic_nack", arrival.tag, requeue=True)
+                    arrival.channel.write("basic_nack", arrival.tag, requeue=True)
                 case _:
-                    await arrival.channel.call("basic_reject", arrival.tag, requeue=True)
+                    arrival.channel.write("basic_reject", arrival.tag, requeue=True)
         except ClosedError as error:
             raise DeliveryLostError(f"RabbitMQ has taken the event {delivery.message_id} back: {error}") from error
 
@@ -247,7 +252,7 @@ class RabbitConsumer:
 
     async def take(self) -> Delivery | None:
         """Take the first of what has arrived."""
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         if self._changed.is_set():
             self._changed = trio.Event()
         return self._arrived.popleft() if self._arrived else None
