@@ -200,7 +200,7 @@ def end_strays() -> None:
 
 def _own_children() -> list[int]:
     """List this process's children. Orphans become children of its main thread, which is the one that spawns."""
-    with open(f"/proc/self/task/{os.getpid()}/children") as file:  # noqa: PTH123 -- once an event: half the time of Path
+    with open(f"/proc/self/task/{os.getpid()}/children", "rb", 0) as file:  # noqa: PTH123 -- once an event: half the time of Path
         return [int(pid) for pid in file.read().split()]
 
 

@@ -9,7 +9,7 @@ import re
 import socket
 import ssl
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -102,6 +102,27 @@ class _Reply:
         return self._value
 
 
+class _Mailbox:
+    """Work for another thread, done in order. It is woken for the first piece only: to wake costs as much as the work."""
+
+    def __init__(self, wake: Callable[[Callable[[], None]], object]) -> None:
+        self._wake = wake
+        self._work: deque[Callable[[], object]] = deque()
+
+    def put(self, work: Callable[[], object]) -> None:
+        """Have `work` done."""
+        self._work.append(work)
+        if len(self._work) == 1:
+            self._wake(self._do)
+
+    def _do(self) -> None:
+        while self._work:  # a piece stays until it is done, so that whoever adds one meanwhile need not wake us
+            try:
+                self._work[0]()
+            finally:
+                self._work.popleft()
+
+
 @asynccontextmanager
 async def connect(address: Address, threads: trio.Nursery) -> AsyncIterator["Connection"]:
     """Connect, with a thread in the nursery `threads`; close the connection and end the thread on every way out.
@@ -128,7 +149,8 @@ class Connection:
         self.opened = _Reply()
         self.ended = trio.Event()
         self._parameters = _parameters(address)
-        self._trio = trio.lowlevel.current_trio_token()
+        self._for_trio = _Mailbox(trio.lowlevel.current_trio_token().run_sync_soon)
+        self._for_pika = _Mailbox(self._wake)
         self._pika: pika.SelectConnection | None = None
         self._hang_up = False
         self._posted: weakref.WeakSet[_Reply] = weakref.WeakSet()
@@ -173,11 +195,15 @@ class Connection:
     def run(self, work: Callable[[], object]) -> None:
         """Have `work` done in the thread, while there is one."""
         if self._pika is not None:
-            self._pika.ioloop.add_callback_threadsafe(work)
+            self._for_pika.put(work)
+
+    def _wake(self, do: Callable[[], None]) -> None:
+        if self._pika is not None:
+            self._pika.ioloop.add_callback_threadsafe(do)
 
     def tell(self, work: Callable[..., object], *arguments: Any) -> None:
         """From the thread: have `work` done on Trio's side."""
-        self._trio.run_sync_soon(work, *arguments)
+        self._for_trio.put(partial(work, *arguments))
 
     def forget(self, channel: "Channel") -> None:
         """From the thread: a channel has ended."""

@@ -85,7 +85,7 @@ class BubblewrapRuntime:
         return code
 
     def _start(self, container: Container, root: Sequence[str], status: "_Status") -> Child:
-        with container.stdout.open("wb") as stdout, container.stderr.open("wb") as stderr:
+        with container.stdout.open("wb", 0) as stdout, container.stderr.open("wb", 0) as stderr:
             command = Command(
                 self._argv(container, root, status.writing),
                 self._environment(container),

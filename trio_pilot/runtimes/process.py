@@ -38,8 +38,8 @@ class ProcessRuntime:
         await trio.lowlevel.checkpoint_if_cancelled()
         with (
             map_exceptions({OSError: NodeError}, "cannot start a process"),
-            container.stdout.open("wb") as stdout,
-            container.stderr.open("wb") as stderr,
+            container.stdout.open("wb", 0) as stdout,
+            container.stderr.open("wb", 0) as stderr,
         ):
             command = Command(
                 container.args,
