@@ -1,4 +1,5 @@
 import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -7,6 +8,11 @@ import pytest
 from tests import servers
 
 SERVICES: list[str] = []
+
+
+def pytest_configure() -> None:
+    # Ended by a `timeout`, pytest would leave all that its fixtures have started; an interrupt ends them.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

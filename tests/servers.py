@@ -87,10 +87,18 @@ class RabbitServer:
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
+        self.launch()
+        self.wait_until_ready()
+
+    def launch(self) -> None:
+        # From the main thread: the server's life is tied to the thread that starts it.
         if self._epmd is None:
             self._lay_out()
             self._epmd = self._spawn("epmd", "-address", "127.0.0.1", "-port", self._env["ERL_EPMD_PORT"])
         self._server = self._spawn(str(RABBITMQ_SERVER))
+
+    def wait_until_ready(self) -> None:
+        assert self._server
         wait_for_port(self.port, self._server, self._log)
         self.version = self.version or self._ask_version()
 
@@ -179,7 +187,7 @@ class RabbitServer:
         user = {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": []} if self._user else {}
         with self._log.open("ab") as log:
             return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
-                command,
+                ["setpriv", "--pdeathsig", "KILL", *command],  # a server does not outlive its tests
                 env=self._env,
                 cwd=self.directory,
                 start_new_session=True,

@@ -15,6 +15,7 @@ from tests.brokers import LONG, Broker, Local, Rabbit, eventually, failure_of, l
 from tests.pilot_process import Ended, assert_nothing_left, pilot, run_pilot
 from tests.servers import RabbitServer, free_port
 from trio_pilot.brokers import Delivery, Settlement, amqp
+from trio_pilot.brokers.amqp import ClosedError
 from trio_pilot.errors import BrokerError, DeliveryLostError
 from trio_pilot.wire import EwmsWire, Message
 
@@ -241,13 +242,16 @@ async def test_a_broker_that_is_killed_and_started_again_has_lost_nothing_and_no
         stale = [await take(consumer), await take(consumer)]
         with trio.fail_after(4 * LONG):
             await trio.to_thread.run_sync(broker.server.kill)
+            with pytest.raises(ClosedError):
+                await stale[0].tag.channel.closed.wait()
             async with trio.open_nursery() as nursery:
                 for number in range(5, 10):
                     nursery.start_soon(sink.send, b"%d" % number, f"id-{number}")
                 for one in stale:
                     with pytest.raises(DeliveryLostError):
                         await source.settle(one, Settlement.ACK)
-                await trio.to_thread.run_sync(broker.server.start)
+                broker.server.launch()
+                await trio.to_thread.run_sync(broker.server.wait_until_ready)
             found: list[Delivery] = []
             while len(found) < 10:
                 found.append(await take(consumer))
