@@ -146,13 +146,20 @@ class Pilot:
             while True:
                 slot = object()
                 await self._slots.acquire_on_behalf_of(slot)
-                delivery = await next_delivery(consumers, idle_limit)
+                delivery = await self._next_event(consumers, idle_limit)
                 if delivery is None:
                     return
                 self._status.running.value += 1
                 tasks.start_soon(self._run_task, delivery, slot)
                 idle_limit = self._settings.timeout_queue_incoming
                 self._status.state.value = State.TASKING
+
+    async def _next_event(self, consumers: deque[Consumer], idle_limit: float) -> Delivery | None:
+        """Take the next event that is neither run nor done here already."""
+        delivery = await next_delivery(consumers, idle_limit)
+        while delivery and await self._worker.knows(delivery):
+            delivery = await next_delivery(consumers, idle_limit)
+        return delivery
 
     async def _run_task(self, delivery: Delivery, slot: object) -> None:
         try:

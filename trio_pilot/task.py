@@ -21,6 +21,7 @@ from trio_pilot.errors import (
     PilotError,
 )
 from trio_pilot.last_words import last_words
+from trio_pilot.ledger import Ledger, Life
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import DATA_DIRECTORY, Container, Runtime
 from trio_pilot.scopes import Shelter
@@ -77,6 +78,7 @@ class Worker:
         self._wire = WIRES[settings.wire]
         self._disk = Disk()
         self._spares = Spares()
+        self._ledger = Ledger()
 
     async def live(self, delivery: Delivery) -> PilotError | None:
         """Live one event's life, and settle it; give the error that it, or the node, ended with.
@@ -90,26 +92,33 @@ class Worker:
             outfile=f"outfile-{name}{self._settings.outfile_ext}",
         )
         try:
-            return await self._settled(delivery, files)
+            with self._ledger.life(delivery) as life:
+                return await self._settled(life, files)
         finally:
             if not self._settings.keep_all_task_files:
                 await self._tidy(files)
+
+    async def knows(self, delivery: Delivery) -> bool:
+        """Tell whether an event that comes again is run, or was done, here already: it is, or will be, settled by that."""
+        if self._ledger.was_done(delivery):
+            await self._settle(Life(delivery), Settlement.ACK)
+            return True
+        return self._ledger.adopt(delivery)
 
     def close(self) -> None:
         """Remove the directories that no task will need any more."""
         self._spares.close()
 
-    async def _settled(self, delivery: Delivery, files: TaskFiles) -> PilotError | None:
+    async def _settled(self, life: Life, files: TaskFiles) -> PilotError | None:
         try:
-            await self._work(delivery, files)
+            await self._work(life.delivery, files)
         except (EventError, NodeError) as error:
-            settlement = self._by_cause(error, delivery)
-            await self._settle(delivery, settlement, str(error))
+            await self._settle(life, self._by_cause(error, life.delivery), str(error))
             return error
         except BaseException:
-            await self._release(delivery)
+            await self._release(life)
             raise
-        await self._settle(delivery, Settlement.ACK)
+        await self._settle(life, Settlement.ACK)
         return None
 
     async def _work(self, delivery: Delivery, files: TaskFiles) -> None:
@@ -150,21 +159,30 @@ class Worker:
             if not await self._disk.call(staging.outfile_size(files), self._spares.take_back, files):
                 await self._disk.call(math.inf, staging.remove, files)
 
-    async def _settle(self, delivery: Delivery, settlement: Settlement, reason: str = "") -> None:
+    async def _settle(self, life: Life, settlement: Settlement, reason: str = "") -> None:
         with trio.move_on_after(self._settings.settle_grace, shield=True) as patience:
-            try:
-                await delivery.source.settle(delivery, settlement, reason)
-            except DeliveryLostError as error:
-                LOGGER.warning("not settled (%s): %s", settlement.value, error)
+            while not await self._try_to_settle(life, life.delivery, settlement, reason):
+                pass  # it has come again meanwhile
         if patience.cancelled_caught:
-            LOGGER.warning("event %s not settled (%s) in time", delivery.message_id, settlement.value)
+            LOGGER.warning("event %s not settled (%s) in time", life.delivery.message_id, settlement.value)
 
-    async def _release(self, delivery: Delivery) -> None:
+    async def _try_to_settle(self, life: Life, delivery: Delivery, settlement: Settlement, reason: str) -> bool:
+        try:
+            await delivery.source.settle(delivery, settlement, reason)
+        except DeliveryLostError as error:
+            if life.delivery is not delivery:
+                return False
+            LOGGER.warning("not settled (%s): %s", settlement.value, error)
+            if settlement is Settlement.ACK:
+                self._ledger.done(delivery)
+        return True
+
+    async def _release(self, life: Life) -> None:
         """Return an event on the way out. The way out has its own error; a second would hide it."""
         try:
-            await self._settle(delivery, Settlement.RELEASE)
+            await self._settle(life, Settlement.RELEASE)
         except BrokerError as error:
-            LOGGER.warning("event %s not returned: %s", delivery.message_id, error)
+            LOGGER.warning("event %s not returned: %s", life.delivery.message_id, error)
 
 
 async def run(tools: Tools, disk: Disk, order: Order, files: TaskFiles) -> None:

@@ -7,7 +7,7 @@ awaits at every call, and calls its `fault` there with the name of the call, whi
 import itertools
 import shutil
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -51,6 +51,19 @@ class FakeBroker:
         message = FakeMessage(body, message_id or f"{queue}-{next(self._tags)}")
         self.queues.setdefault(queue, deque()).append(message)
         self.changed()
+
+    def take_back(self, tags: Iterable[int]) -> None:
+        """Return deliveries to their queues, counted, as brokers do when a connection ends."""
+        for tag in sorted(set(tags) & self.unsettled.keys()):
+            queue, message = self.unsettled.pop(tag)
+            message.attempts += 1
+            self.history.append(("TAKEN_BACK", message.message_id))
+            self.queues.setdefault(queue, deque()).append(message)
+        self.changed()
+
+    def lose_connections(self) -> None:
+        """Take everything back that is delivered and not settled; the sources live on, as with new connections."""
+        self.take_back(list(self.unsettled))
 
     def bodies(self, queue: str) -> list[bytes]:
         """List what is ready in a queue."""
@@ -103,6 +116,10 @@ class FakeSource:
         await self.broker.call("source.consume")
         yield FakeConsumer(self, prefetch)
 
+    def has_lost(self, delivery: Delivery) -> bool:
+        """Tell whether the broker has it back."""
+        return delivery.tag not in self.broker.unsettled
+
     async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "") -> None:
         """Settle a delivery; a second time is an error of the caller's."""
         await self.broker.call(f"source.{settlement.name.lower()}")
@@ -130,12 +147,8 @@ class FakeSource:
         return Delivery(self, self.queue, message.body, message.message_id, message.attempts + 1, tag)
 
     def take_back(self) -> None:
-        """Return to the queue what was delivered and not settled, counted, as brokers do when a connection ends."""
-        for tag in sorted(self._tags):
-            queue, message = self.broker.unsettled.pop(tag)
-            message.attempts += 1
-            self.broker.history.append(("TAKEN_BACK", message.message_id))
-            self.broker.queues.setdefault(queue, deque()).append(message)
+        """Return to the queue what was delivered and not settled."""
+        self.broker.take_back(self._tags)
         self._tags.clear()
 
 

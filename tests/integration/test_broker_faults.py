@@ -445,7 +445,6 @@ async def test_outputs_of_tasks_that_end_while_the_connection_is_away_are_sent_w
     assert broker.server.counts(queue) == (0, 0)
 
 
-@pytest.mark.xfail(strict=True, reason="the pilot does not know a redelivered event for one it has done (invariant 3)")
 async def test_events_that_come_again_after_a_lost_connection_are_not_run_again(
     broker: Rabbit, queue: str, directory: Path, proxy: proxies.Proxy
 ) -> None:

@@ -121,6 +121,22 @@ async def test_signalled_twice_at_every_step(tmp_path: Path, round_: int) -> Non
     assert at > 80
 
 
+@rounds
+async def test_all_connections_lost_at_every_step(tmp_path: Path, round_: int) -> None:
+    del round_
+    for at in moments():
+        lab = lab_in(tmp_path / str(at))
+        reached = await run_with(lab, at, lab.broker.lose_connections)
+        lab.assert_the_promise(EVENTS)
+        outputs = [message.message_id for message in lab.broker.queues["out"]]
+        # Four events succeed, whether they come once or twice; no pilot has run one of them again.
+        assert sorted(set(outputs)) == ["0", "1", "2", "5"]
+        assert len(outputs) == 4
+        if not reached:
+            break
+    assert at > 80
+
+
 class Fault:
     """Fails the nth calls of one part."""
 

@@ -55,6 +55,9 @@ class Source(Protocol):
     def consume(self, prefetch: int) -> AbstractAsyncContextManager[Consumer]:
         """Listen to the queue, with up to `prefetch` deliveries unsettled; at the end give back what was not taken."""
 
+    def has_lost(self, delivery: Delivery) -> bool:
+        """Tell whether the broker has taken a delivery back, as far as is known: then it comes again, to us or another."""
+
     async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "") -> None:
         """Settle a delivery. Raises DeliveryLostError when the broker has taken it back."""
 

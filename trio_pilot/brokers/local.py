@@ -237,6 +237,10 @@ class LocalSource:
         with self.file.bell.watch() as inotify:
             yield LocalConsumer(self, inotify)
 
+    def has_lost(self, delivery: Delivery) -> bool:  # noqa: ARG002 -- a claim lasts as long as we do
+        """Never lose a delivery."""
+        return False
+
     async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "") -> None:
         """Settle a delivery."""
         ours = {"position": delivery.tag, "consumer": self.number, "message_id": delivery.message_id}

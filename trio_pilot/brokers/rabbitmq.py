@@ -193,6 +193,10 @@ class RabbitSource(_Queue):
             await self.gone(channel)
             consumer.lost()
 
+    def has_lost(self, delivery: Delivery) -> bool:
+        """Tell whether the channel that it came by is closed."""
+        return bool(delivery.tag.channel.is_closed)
+
     async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "") -> None:
         """Settle a delivery, on the channel that it came by.
 

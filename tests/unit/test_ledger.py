@@ -1,0 +1,101 @@
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.unit.pilots import WIRE, Lab
+from trio_pilot import ledger
+from trio_pilot.brokers import Delivery
+from trio_pilot.errors import TasksFailedError
+from trio_pilot.ledger import Ledger
+from trio_pilot.runtimes import Container
+from trio_pilot.testing import FakeBroker, FakeSource, copy
+from trio_pilot.wire import Message
+
+pytestmark = pytest.mark.mock_clock
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab(tmp_path)
+
+
+async def slow(container: Container) -> int:
+    await trio.sleep(30)
+    return await copy(container)
+
+
+async def lose_connections_at(lab: Lab, *times: float) -> None:
+    for time in times:
+        await trio.sleep_until(time)
+        lab.broker.lose_connections()
+
+
+async def test_an_event_that_comes_again_while_it_is_run_is_adopted(lab: Lab) -> None:
+    lab.runtime.script = slow
+    lab.put(1, 2)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lose_connections_at, lab, 10, 20)
+        await lab.run(max_concurrent_tasks=4, timeout_queue_incoming=100.0)
+    assert len(lab.runtime.ran) == 2
+    assert sorted(lab.outputs()) == ["1", "2"]
+    lab.assert_the_promise([1, 2])
+
+
+async def test_an_event_that_comes_again_once_its_slot_is_free_is_settled_and_not_run(lab: Lab) -> None:
+    lab.runtime.script = slow
+    lab.put(1)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lose_connections_at, lab, 10)
+        await lab.run()
+    assert len(lab.runtime.ran) == 1
+    assert lab.outputs() == ["1"]
+    lab.assert_the_promise([1])
+
+
+async def test_an_event_that_was_lost_while_it_failed_is_tried_again(lab: Lab) -> None:
+    async def fails_once(container: Container) -> int:
+        await trio.sleep(30)
+        return 1 if len(lab.runtime.ran) == 1 else await copy(container)
+
+    lab.runtime.script = fails_once
+    lab.put(1)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lose_connections_at, lab, 10)
+        with pytest.raises(TasksFailedError):
+            await lab.run(stop_listening_on_task_error=False)
+    assert lab.outputs() == ["1"]
+
+
+async def test_equal_events_are_not_taken_for_one(lab: Lab) -> None:
+    lab.runtime.script = slow
+    for _ in range(3):
+        lab.broker.put("in", WIRE.encode(Message("same")), message_id="same")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lose_connections_at, lab, 10)
+        await lab.run(max_concurrent_tasks=2, timeout_queue_incoming=100.0)
+    assert len(lab.runtime.ran) == 3
+    assert lab.outputs() == ["same"] * 3
+    lab.assert_nothing_is_left()
+
+
+def delivery(source: FakeSource, message_id: str, attempt: int = 2) -> Delivery:
+    return Delivery(source, "in", b"", message_id, attempt, tag=-1)
+
+
+async def test_a_first_delivery_is_never_one_that_was_done(lab: Lab) -> None:
+    async with lab.broker.open_source("in") as source:
+        known = Ledger()
+        known.done(delivery(source, "a", attempt=1))
+        assert not known.was_done(delivery(source, "a", attempt=1))
+        assert known.was_done(delivery(source, "a"))
+        assert not known.was_done(delivery(source, "a"))
+
+
+async def test_the_memory_of_what_was_done_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "MOST_DONE", 3)
+    async with FakeBroker().open_source("in") as source:
+        known = Ledger()
+        for message_id in "abcd":
+            known.done(delivery(source, message_id))
+        assert [known.was_done(delivery(source, message_id)) for message_id in "abcd"] == [False, True, True, True]

@@ -1,0 +1,68 @@
+"""Which events this pilot runs, or has done and could not settle: should the broker deliver one again, it is not run again.
+
+A broker that has lost the connection to us gives our events to whoever listens; that may be us.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from trio_pilot.brokers import Delivery
+
+MOST_DONE = 10_000  # events to remember that were done and not settled; a broker that is back delivers them at once
+
+
+class Life:
+    """An event that is being run, and the delivery by which it is to be settled."""
+
+    def __init__(self, delivery: Delivery) -> None:
+        self.delivery = delivery
+
+
+class Ledger:
+    """The events at hand, by queue and message id; equal ones are counted, and never taken for one."""
+
+    def __init__(self) -> None:
+        self._running: dict[tuple[str, str], list[Life]] = {}
+        self._done: OrderedDict[tuple[str, str], int] = OrderedDict()
+
+    @contextmanager
+    def life(self, delivery: Delivery) -> Iterator[Life]:
+        """Enter an event for as long as it is run."""
+        key, life = _key(delivery), Life(delivery)
+        self._running.setdefault(key, []).append(life)
+        try:
+            yield life
+        finally:
+            self._running[key].remove(life)
+            if not self._running[key]:
+                del self._running[key]
+
+    def done(self, delivery: Delivery) -> None:
+        """Enter an event that is done, but was lost before it could be settled."""
+        key = _key(delivery)
+        self._done[key] = self._done.pop(key, 0) + 1
+        if len(self._done) > MOST_DONE:
+            self._done.popitem(last=False)
+
+    def adopt(self, delivery: Delivery) -> bool:
+        """Give a new delivery to the event that is run already, if its own is lost; tell whether there was one."""
+        for life in self._running.get(_key(delivery), ()) if delivery.attempt > 1 else ():
+            if life.delivery.source.has_lost(life.delivery):
+                life.delivery = delivery
+                return True
+        return False
+
+    def was_done(self, delivery: Delivery) -> bool:
+        """Tell whether a new delivery is of an event that is done already; once for each that was."""
+        key = _key(delivery)
+        if delivery.attempt == 1 or key not in self._done:
+            return False
+        self._done[key] -= 1
+        if not self._done[key]:
+            del self._done[key]
+        return True
+
+
+def _key(delivery: Delivery) -> tuple[str, str]:
+    return delivery.queue, delivery.message_id
