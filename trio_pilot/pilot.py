@@ -142,7 +142,7 @@ class Pilot:
         idle_limit = self._settings.first_event_timeout
         async with AsyncExitStack() as stack:
             consumers = deque([await stack.enter_async_context(source.consume(prefetch)) for source in self._sources])
-            LOGGER.info("listening for events")
+            LOGGER.info("listening for events: %d slot(s), runtime %s", self._slots.total_tokens, self._tools.runtime.name)
             while True:
                 slot = object()
                 await self._slots.acquire_on_behalf_of(slot)
