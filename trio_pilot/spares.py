@@ -24,10 +24,9 @@ class Spares:
 
     def make(self, files: TaskFiles) -> None:
         """Make the directory of a task. Raises NodeError if the disk does not take it."""
-        while self._clean:
-            with suppress(OSError):  # somebody has tidied up
-                self._clean.pop().root.rename(files.root)
-                return
+        with suppress(IndexError, OSError):  # there is none, or somebody has tidied up
+            self._clean.pop().root.rename(files.root)
+            return
         staging.make(files)
 
     def take_back(self, files: TaskFiles) -> bool:
