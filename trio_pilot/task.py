@@ -32,6 +32,7 @@ from trio_pilot.status import Status
 from trio_pilot.wire import WIRES, Message
 from trio_pilot.workspace import Workspace
 
+DUMP_TIMEOUT = 30.0  # seconds to wait for a reader of our own stdout and stderr
 TIDY_TIMEOUT = 30.0  # seconds that removing a task's directory may take; on a healthy disk it takes none
 
 
@@ -44,17 +45,19 @@ class Order:
     args: tuple[str, ...]
     env: Mapping[str, str]
     timeout: float | None  # seconds
+    dump: bool  # copy what it says to the pilot's own stdout and stderr
 
     @classmethod
     def task(cls, settings: Settings) -> "Order":
         """Order what is run for each event."""
-        return cls("task", settings.task_image, settings.task_args, settings.task_env_json, settings.task_timeout)
+        args, env, dump = settings.task_args, settings.task_env_json, settings.dump_task_output
+        return cls("task", settings.task_image, args, env, settings.task_timeout, dump)
 
     @classmethod
     def init(cls, settings: Settings) -> "Order":
         """Order what is run before the first event."""
-        args, env = settings.init_args, settings.init_env_json
-        return cls("init-container", settings.init_image, args, env, settings.init_timeout)
+        args, env, dump = settings.init_args, settings.init_env_json, settings.dump_task_output
+        return cls("init-container", settings.init_image, args, env, settings.init_timeout, dump)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +130,6 @@ class Worker:
         await run(self._tools, self._disk, self._order, files)
         self._status.run_times.add(trio.current_time() - started)
         with self._shelter.linger() as scope:
-            if self._settings.dump_task_output:
-                await self._disk.call(math.inf, staging.dump, files)
             body = await self._disk.call(staging.outfile_size(files), self._collect, event, files)
             if body is not None:
                 for sink in self._tools.sinks:
@@ -195,6 +196,9 @@ async def run(tools: Tools, disk: Disk, order: Order, files: TaskFiles) -> None:
     timeout = order.timeout or math.inf
     with trio.move_on_after(timeout) as deadline:
         code = await tools.runtime.run(_container(tools, order, files))
+    if order.dump:
+        with trio.move_on_after(DUMP_TIMEOUT, shield=True):  # what it has made is not to be lost meanwhile
+            await disk.call(math.inf, staging.dump, files)
     if deadline.cancelled_caught:
         raise ContainerTimeoutError(f"{order.alias} failed: [Timeout-Error] timed out after {timeout:g}s")
     if code:

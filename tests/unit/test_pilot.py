@@ -438,3 +438,11 @@ async def test_the_summary_counts_and_times(lab: Lab) -> None:
     summary = "\n".join(lab.status.summary())
     assert "3 task(s): 3 succeeded, 0 failed; 0 event(s) returned" in summary
     assert "mean 1 s, median 1 s" in summary
+
+
+async def test_what_a_task_says_is_copied_however_it_ends(lab: Lab, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    lab.runtime.script = fails
+    lab.put(1)
+    with pytest.raises(TasksFailedError):
+        await lab.run(dump_task_output=True)
+    assert b"Oh no.\n" in capfdbinary.readouterr().err
