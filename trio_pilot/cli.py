@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeAlias, get_type_
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from trio_pilot import __version__, log
-from trio_pilot.commands import SignalledError, leaves
+from trio_pilot.commands import SIGNALLED, SignalledError, leaves
 from trio_pilot.errors import ContainerRunError, PilotError, SettingsError, TasksFailedError
 from trio_pilot.log import LOGGER
 from trio_pilot.settings import FIELDS, Settings, environment, flag_of, load, sections, unknown_variables
 
 USAGE_ERROR = 2
 SOFTWARE_ERROR = 70  # sysexits.h, EX_SOFTWARE: a defect of ours
-SIGNALLED = 128  # and the signal's number, as shells say it
 
 # What sending and receiving need of the settings, and the demo.
 BROKER_FLAGS = ("broker", "broker_token", "broker_patience", "wire", "max_payload", "config", "cl_log")
@@ -79,9 +78,7 @@ def run(*, flags: AllFlags = None) -> int:
     """
     from trio_pilot.commands.run import run
 
-    settings = _settings(flags)
-    settings.check_complete()
-    return run(settings)
+    return run(_settings(flags))
 
 
 @app.command

@@ -8,7 +8,6 @@ from tests.runtimes_support import (
     UNPRIVILEGED,
     PilotCommand,
     Running,
-    bubblewrap_fault,
     needs_root,
     small_disk,
 )
@@ -16,19 +15,6 @@ from tests.runtimes_support import (
 COPY = ("sh", "-c", 'cp "$0" "$1"', "{{INFILE}}", "{{OUTFILE}}")
 RETURNED, FAILED_ONCE = (0, False), (1, False)  # (attempts, claimed) of a message in a queue
 NODE_ERROR = 4  # the exit code
-
-
-@pytest.fixture(params=["process", "bubblewrap"])
-def runtime(request: pytest.FixtureRequest) -> str:
-    if request.param == "bubblewrap" and (fault := bubblewrap_fault()):
-        pytest.skip(f"bubblewrap does not work here: {fault}")
-    return str(request.param)
-
-
-@pytest.fixture
-def pilots(tmp_path: Path) -> Iterator[PilotCommand]:
-    with PilotCommand(tmp_path) as pilots:
-        yield pilots
 
 
 @pytest.fixture

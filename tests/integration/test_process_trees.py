@@ -22,19 +22,6 @@ sleep 1000; sleep 1000
 """
 
 
-@pytest.fixture(params=["process", "bubblewrap"])
-def runtime(request: pytest.FixtureRequest) -> str:
-    if request.param == "bubblewrap" and (fault := bubblewrap_fault()):
-        pytest.skip(f"bubblewrap does not work here: {fault}")
-    return str(request.param)
-
-
-@pytest.fixture
-def pilots(tmp_path: Path) -> Iterator[PilotCommand]:
-    with PilotCommand(tmp_path) as pilots:
-        yield pilots
-
-
 @pytest.fixture
 def mark() -> Iterator[str]:
     """Give a word by which all processes of a task are found, and see to it that there are none left."""

@@ -1,11 +1,18 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 from trio.testing import MockClock
 
+from tests.unit.pilots import Lab
 from trio_pilot.disk import Disk
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab(tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import trio
 
@@ -13,11 +11,6 @@ from trio_pilot.testing import FakeBroker, FakeSource, copy
 from trio_pilot.wire import Message
 
 pytestmark = pytest.mark.mock_clock
-
-
-@pytest.fixture
-def lab(tmp_path: Path) -> Lab:
-    return Lab(tmp_path)
 
 
 async def slow(container: Container) -> int:

@@ -22,11 +22,6 @@ from trio_pilot.wire import Message
 pytestmark = pytest.mark.mock_clock
 
 
-@pytest.fixture
-def lab(tmp_path: Path) -> Lab:
-    return Lab(tmp_path)
-
-
 async def fails(container: Container) -> int:
     await trio.sleep(1)
     container.stderr.write_text("Oh no.\n")

@@ -4,6 +4,8 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+SIGNALLED = 128  # the exit code of a command ended by a signal is this and its number, as shells say it
+
 
 class SignalledError(Exception):
     """A signal has ended a command before its end."""

@@ -28,7 +28,6 @@ from trio_pilot.workspace import open_workspace
 LEAST_FREE = 100 * 10**6  # bytes on the disk of the data directory
 YEARS = range(2026, 2100)  # that a clock may show
 MOST_SKEW = 60.0  # seconds between our clock and that of the data directory's file system
-NOT_FROM_THE_IMAGE = ("proc", "dev", "sys", "tmp", "run")  # a container has its own
 SOON = 3600.0  # seconds that a token has still to live
 
 
@@ -229,7 +228,7 @@ def _places(name: str, root: Path) -> Iterator[Path]:
 def _is_there(place: Path, root: Path, settings: Settings, *, contained: bool) -> bool:
     if not contained or any(place.is_relative_to(one) for one in settings.external_directories):
         return os.access(place, os.X_OK) and place.is_file()
-    if place.parts[1] in NOT_FROM_THE_IMAGE:
+    if place.parts[1] in bubblewrap.ITS_OWN:
         return False
     there = root / place.relative_to("/")
     # A link in an image may be meant for its own root: that cannot be followed from here.

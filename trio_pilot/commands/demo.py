@@ -27,7 +27,6 @@ from trio_pilot.workspace import FORBIDDEN
 
 EVENTS, RESULTS = "sky-scan-pixels", "sky-scan-results"
 TASK = Path(sky.__file__).with_name("pixel.py")
-NOT_FROM_THE_IMAGE = ("proc", "dev", "sys", "tmp", "run")  # a container has its own
 BEST = 8  # pixels that are shown
 
 
@@ -79,7 +78,7 @@ def _hidden(paths: Iterable[Path]) -> Iterable[Path]:
     """Find what a container of this machine's own root does not see, having a directory of its own there."""
     found: list[Path] = []
     for path in [name for one in paths for name in (one.absolute(), one.resolve())]:
-        is_hidden = path.parts[1:2] and path.parts[1] in NOT_FROM_THE_IMAGE
+        is_hidden = path.parts[1:2] and path.parts[1] in bubblewrap.ITS_OWN
         if is_hidden and not any(path.is_relative_to(one) for one in found):
             found.append(path)
     return found

@@ -7,13 +7,12 @@ import trio
 
 from trio_pilot.brokers import Patience, open_sinks, open_sources
 from trio_pilot.children import end_strays
+from trio_pilot.commands import SIGNALLED
 from trio_pilot.log import LOGGER
 from trio_pilot.pilot import serve
 from trio_pilot.runtimes import open_runtime
 from trio_pilot.settings import Settings
 from trio_pilot.status import State, Status
-
-SIGNALLED = 128  # and the signal's number, as shells say it
 
 
 def run(settings: Settings) -> int:

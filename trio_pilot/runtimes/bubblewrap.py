@@ -17,8 +17,9 @@ from trio_pilot.last_words import last_words
 from trio_pilot.runtimes import DATA_DIRECTORY, Container, cannot_run
 from trio_pilot.settings import ENVFILE
 
-# Not the image's: bubblewrap makes its own, the host's would undo the isolation, or the container needs to write there.
-NOT_FROM_THE_IMAGE = {"/proc", "/dev", "/sys", "/tmp", "/run", f"/{DATA_DIRECTORY}"}  # noqa: S108 -- names in the container
+# What a container has of its own: bubblewrap makes it, the host's would undo the isolation, or it must be written to.
+ITS_OWN = ("proc", "dev", "sys", "tmp", "run")
+NOT_FROM_THE_IMAGE = {f"/{name}" for name in (*ITS_OWN, DATA_DIRECTORY)}
 
 OWN_ROOT = ("", "/")  # images that mean this machine
 HOME = "/tmp"  # noqa: S108 -- the container's own: its scratch directory is mounted there
