@@ -93,6 +93,14 @@ def processes_with(mark: str) -> list[int]:
     return [pid for pid in _all_processes() if mark.encode() in _told(pid)]
 
 
+def command_line(pid: int) -> list[str]:
+    """Give the arguments of a process, none if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
+    except OSError:
+        return []
+
+
 def _all_processes() -> Iterator[int]:
     return (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and int(entry.name) != os.getpid())
 

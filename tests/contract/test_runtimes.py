@@ -18,6 +18,7 @@ import trio
 from tests.runtimes_support import (
     PATIENCE,
     bubblewrap_fault,
+    command_line,
     make_image,
     new_container,
     open_files,
@@ -428,7 +429,11 @@ class Marked:
         return self.container.scratch / name
 
     def processes(self) -> list[int]:
-        return [*processes_with(self._mark), *processes_with(self.container.name)]
+        return sorted({*processes_with(self._mark), *processes_with(self.container.name)})
+
+    def sleepers(self) -> list[int]:
+        """List those that sleep for good: no shell's children that come and go."""
+        return [pid for pid in self.processes() if command_line(pid) == ["sleep", "1000"]]
 
     async def run_and_cancel(self, runtime: Runtime, when: Callable[[], bool]) -> float:
         """Run it, cancel it when it is time to, and tell how long that takes."""
@@ -534,7 +539,7 @@ async def test_daemons_are_gone_when_a_task_ends(subject: Subject, runtime: Runt
 @real_ones
 async def test_daemons_are_gone_when_a_task_is_cancelled(subject: Subject, runtime: Runtime) -> None:
     marked = Marked(subject, "sh", "-c", DAEMONS + FOR_EVER)
-    await marked.run_and_cancel(runtime, lambda: marked.file("ready").exists() and len(marked.processes()) > 8)
+    await marked.run_and_cancel(runtime, lambda: len(marked.sleepers()) == 4)
     assert marked.processes() == []
 
 
@@ -559,13 +564,13 @@ async def test_ending_one_container_leaves_the_others_alone(subject: Subject, ru
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(last)
-            await until(lasting.file("ready").exists)
-            count = len(lasting.processes())
+            await until(lambda: len(lasting.sleepers()) == 4)
+            sleepers = lasting.sleepers()
             for end in ("exit 0", "kill -9 $$"):
                 await runtime.run(subject.container("sh", "-c", DAEMONS + end))
             other = Marked(subject, "sh", "-c", f"{READY}; {FOR_EVER}")
             await other.run_and_cancel(runtime, other.file("ready").exists)
-            assert len(lasting.processes()) >= count - 1  # its last `sleep 0.01` may be between two
+            assert lasting.sleepers() == sleepers
             lasting.file("enough").touch()
     assert codes == [5]
     assert lasting.processes() == []
