@@ -78,7 +78,18 @@ def write_infile(files: TaskFiles, data: Any) -> None:
     except UnicodeEncodeError as error:
         raise DecodeError(f"the event is not text that can be written as UTF-8: {error}") from error
     with map_exceptions({OSError: NodeError}, f"cannot write the input file in {files.io}"):
-        files.infile_path.write_bytes(content)
+        _overwrite(files.infile_path, content)
+
+
+def _overwrite(path: Path, content: bytes) -> None:
+    """Write a file that may be there already. Emptied first, ext4 would send it to the disk as it is closed."""
+    with open(path, "wb", opener=_open_as_it_is) as file:
+        file.write(content)
+        file.truncate()
+
+
+def _open_as_it_is(path: str, flags: int) -> int:
+    return os.open(path, flags & ~os.O_TRUNC | os.O_NOFOLLOW, 0o666)
 
 
 def read_outfile(files: TaskFiles, max_size: int) -> bytes | None:

@@ -34,7 +34,9 @@ def test_a_clean_directory_is_the_next_tasks(tmp_path: Path, spares: Spares) -> 
     spares.make(second)
     assert second.root.stat().st_ino == inode
     assert not first.root.exists()
-    assert not any(second.io.iterdir())
+    staging.write_infile(second, "it")
+    assert second.infile_path.read_text() == "it"
+    assert list(second.io.iterdir()) == [second.infile_path]
 
 
 def test_nothing_is_left_in_the_end(tmp_path: Path, spares: Spares) -> None:
@@ -54,6 +56,27 @@ def something_in_scratch(files: TaskFiles) -> None:
 
 def a_locked_directory(files: TaskFiles) -> None:
     files.scratch.chmod(0o500)
+
+
+def an_infile_of_another_name(files: TaskFiles) -> None:
+    files.infile_path.rename(files.io / "event")
+
+
+def an_infile_with_a_second_name(files: TaskFiles) -> None:
+    (files.root / "event").hardlink_to(files.infile_path)
+
+
+def an_infile_that_is_a_link(files: TaskFiles) -> None:
+    files.infile_path.unlink()
+    files.infile_path.symlink_to("/etc/passwd")
+
+
+def a_locked_infile(files: TaskFiles) -> None:
+    files.infile_path.chmod(0o400)
+
+
+def a_locked_stdout(files: TaskFiles) -> None:
+    files.stdout.chmod(0o400)
 
 
 def an_outfile_that_is_a_directory(files: TaskFiles) -> None:
@@ -81,6 +104,11 @@ def no_directory_at_all(files: TaskFiles) -> None:
         more_in_task_io,
         something_in_scratch,
         a_locked_directory,
+        an_infile_of_another_name,
+        an_infile_with_a_second_name,
+        an_infile_that_is_a_link,
+        a_locked_infile,
+        a_locked_stdout,
         an_outfile_that_is_a_directory,
         a_fifo_for_stderr,
         a_link_for_a_directory,
