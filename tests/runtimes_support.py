@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 import trio
 
-from trio_pilot.runtimes import Container, Mount
+from trio_pilot.runtimes import Container, Mount, Options
 
 PATIENCE = 20.0  # seconds for what should take milliseconds, on a machine that may be busy
 NOBODY = 65534
@@ -146,7 +147,8 @@ def bubblewrap_fault() -> str | None:
 
     if shutil.which("bwrap") is None:
         _apt_install("bubblewrap")
-    return bubblewrap.fault()
+    with ThreadPoolExecutor(1) as pool:  # we may be in a Trio run already
+        return pool.submit(trio.run, bubblewrap.fault, Options()).result()
 
 
 @functools.cache

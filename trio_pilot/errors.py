@@ -37,6 +37,10 @@ class NodeError(PilotError):
     exit_code = 4
 
 
+class ContainerLostError(NodeError):
+    """A container ended with its engine, or nobody knows how. The engine may work again: the pilot goes on."""
+
+
 class EventError(PilotError):
     """This event cannot be done, and another machine would do no better."""
 
@@ -59,6 +63,10 @@ class ContainerRunError(EventError):
 
 class ContainerTimeoutError(ContainerRunError, TimeoutError):
     """A container was not done in time. OKAY_ERRORS knows it as TimeoutError, and as ContainerRunError."""
+
+
+class ContainerOutOfMemoryError(ContainerRunError, MemoryError):
+    """A container was killed for want of memory."""
 
 
 def names(error: BaseException) -> set[str]:

@@ -70,6 +70,29 @@ def seconds_or_none_at_all(raw: Any) -> float:
     return seconds(raw, zero=True)
 
 
+UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def size(raw: Any) -> int:
+    """Take a number of bytes, as docker does: `512m`, `2g`; `2GB` and `2GiB` are the same."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([bkmgt]?)(?:i?b)?", str(raw).strip().lower())
+    number = int(float(found[1]) * UNITS[found[2]]) if found else 0
+    if number < 1 or isinstance(raw, bool):
+        raise ValueError("must be a number of bytes such as 512m or 2g")
+    return number
+
+
+def cpus(raw: Any) -> float:
+    """Take a positive number of CPUs; parts of one will do."""
+    try:
+        number = float(str(raw).strip())
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf or isinstance(raw, bool):
+        raise ValueError("must be a number of CPUs > 0")
+    return number
+
+
 def one_of(*choices: str, to_come: Iterable[str] = ()) -> Parse:
     """Take one of some words, in any case; name those that EWMS knows, and this version does not."""
     words = {choice.lower(): choice for choice in choices}

@@ -20,6 +20,7 @@ from trio_pilot.parsing import (
     arguments,
     boolean,
     broker_types,
+    cpus,
     directories,
     extension,
     integer,
@@ -29,10 +30,13 @@ from trio_pilot.parsing import (
     queues,
     seconds,
     seconds_or_none_at_all,
+    size,
     text,
     variables,
     words,
 )
+from trio_pilot.runtimes import Limits, Options
+from trio_pilot.runtimes.choice import NAMES
 
 ENVFILE = "ewms_htcondor_envfile.sh"
 CONFIG_FILE = "trio-pilot.toml"
@@ -127,9 +131,17 @@ class Settings:
 
     runtime: str = setting(
         "auto",
-        one_of("auto", "bubblewrap", "process", to_come=("docker", "podman", "apptainer")),
-        "what runs containers: bubblewrap, process (no container at all), or auto",
+        one_of("auto", *NAMES),
+        "what runs containers: docker, podman, apptainer, bubblewrap, process (no container at all), or auto",
         variables=RUNTIME,
+    )
+    task_memory: int | None = setting(None, size, "bytes of memory a task may use: 512m, 2g")
+    task_cpus: float | None = setting(None, cpus, "CPUs a task may use")
+    task_pids: int | None = setting(None, integer(1), "processes and threads a task may have")
+    task_network: str = setting("", text, "docker, podman: network of the tasks, such as none or host")
+    task_user: str = setting("", text, "docker, podman: user of the tasks, UID[:GID]; none: the image's")
+    engine_patience: float = setting(
+        "60", seconds_or_none_at_all, "docker, podman: seconds their daemon may be away before the pilot gives up"
     )
     data_dir_parent_path_on_host: Path = setting(".", path, "directory in which ewms-pilot-data/ is made")
     infile_ext: str = setting(".in", extension, "extension of the input file")
@@ -138,18 +150,17 @@ class Settings:
         "", directories, "comma-separated directories that tasks may read, at the same path"
     )
     keep_all_task_files: bool = setting("false", boolean, "leave the directory of every task")
-    container_debug: bool = setting("false", boolean, "have the runtime say more", to_come=True)
+    container_debug: bool = setting("false", boolean, "have the runtime say more")
     apptainer_build_workdir: Path = setting(
         "/var/tmp",  # noqa: S108 -- upstream's
         path,
         "where apptainer builds images",
         variables=APPTAINER_BUILD,
-        to_come=True,
     )
     apptainer_image_directory_must_be_present: bool = setting(
-        "true", boolean, "accept only an unpacked directory for apptainer", variables=APPTAINER_IMAGE, to_come=True
+        "true", boolean, "accept only an unpacked directory for apptainer", variables=APPTAINER_IMAGE
     )
-    docker_shm_size: str | None = setting(None, text, "size of /dev/shm for docker", variables=SHM_SIZE, to_come=True)
+    docker_shm_size: int | None = setting(None, size, "docker, podman: size of /dev/shm", variables=SHM_SIZE)
 
     config: Path | None = setting(None, path, f"TOML file of settings; none: {CONFIG_FILE}, where there is one")
     cl_log: str = setting("INFO", log_level, "log level")
@@ -179,6 +190,25 @@ class Settings:
     def first_event_timeout(self) -> float:
         """Seconds to wait for the first event."""
         return self.timeout_queue_wait_for_first_message or self.timeout_queue_incoming
+
+    @property
+    def limits(self) -> Limits:
+        """What each container may use."""
+        return Limits(self.task_memory, self.task_cpus, self.task_pids)
+
+    @property
+    def runtime_options(self) -> Options:
+        """What is wanted of the runtime."""
+        return Options(
+            kill_grace=self.kill_grace,
+            network=self.task_network,
+            user=self.task_user,
+            shm_size=self.docker_shm_size,
+            engine_patience=self.engine_patience,
+            debug=self.container_debug,
+            build_directory=self.apptainer_build_workdir,
+            only_directories=self.apptainer_image_directory_must_be_present,
+        )
 
     def incoming(self) -> list[QueueAddress]:
         """Where the events are; raises SettingsError if that was not said."""

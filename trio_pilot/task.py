@@ -13,6 +13,7 @@ from trio_pilot.brokers import Delivery, Settlement, Sink
 from trio_pilot.disk import Disk
 from trio_pilot.errors import (
     BrokerError,
+    ContainerOutOfMemoryError,
     ContainerRunError,
     ContainerTimeoutError,
     DeliveryLostError,
@@ -23,7 +24,7 @@ from trio_pilot.errors import (
 from trio_pilot.last_words import last_words
 from trio_pilot.ledger import Ledger, Life
 from trio_pilot.log import LOGGER
-from trio_pilot.runtimes import DATA_DIRECTORY, Container, Runtime
+from trio_pilot.runtimes import DATA_DIRECTORY, Container, Limits, Runtime
 from trio_pilot.scopes import Shelter
 from trio_pilot.settings import Settings
 from trio_pilot.spares import Spares
@@ -45,19 +46,20 @@ class Order:
     args: tuple[str, ...]
     env: Mapping[str, str]
     timeout: float | None  # seconds
+    limits: Limits
     dump: bool  # copy what it says to the pilot's own stdout and stderr
 
     @classmethod
     def task(cls, settings: Settings) -> "Order":
         """Order what is run for each event."""
         args, env, dump = settings.task_args, settings.task_env_json, settings.dump_task_output
-        return cls("task", settings.task_image, args, env, settings.task_timeout, dump)
+        return cls("task", settings.task_image, args, env, settings.task_timeout, settings.limits, dump)
 
     @classmethod
     def init(cls, settings: Settings) -> "Order":
         """Order what is run before the first event."""
         args, env, dump = settings.init_args, settings.init_env_json, settings.dump_task_output
-        return cls("init-container", settings.init_image, args, env, settings.init_timeout, dump)
+        return cls("init-container", settings.init_image, args, env, settings.init_timeout, settings.limits, dump)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,20 +192,24 @@ async def run(tools: Tools, disk: Disk, order: Order, files: TaskFiles) -> None:
     """Run a container as ordered, to its end.
 
     Raises:
-        ContainerRunError: it ended with an error, or (ContainerTimeoutError) not in time.
+        ContainerRunError: it ended with an error, or (ContainerTimeoutError) not in time, or (ContainerOutOfMemoryError) it
+            was killed for want of memory.
         NodeError: it could not be started.
     """
     timeout = order.timeout or math.inf
     with trio.move_on_after(timeout) as deadline:
-        code = await tools.runtime.run(_container(tools, order, files))
+        ended = await tools.runtime.run(_container(tools, order, files))
     if order.dump:
         with trio.move_on_after(DUMP_TIMEOUT, shield=True):  # what it has made is not to be lost meanwhile
             await disk.call(math.inf, staging.dump, files)
     if deadline.cancelled_caught:
         raise ContainerTimeoutError(f"{order.alias} failed: [Timeout-Error] timed out after {timeout:g}s")
-    if code:
+    if ended.out_of_memory:
+        limit = f"more than {order.limits.memory} bytes" if order.limits.memory else "more than there was"
+        raise ContainerOutOfMemoryError(f"{order.alias} failed (exit code {ended.code}): out of memory: it used {limit}")
+    if ended.code:
         reason = await disk.call(0, last_words, files.stderr)
-        raise ContainerRunError(f"{order.alias} failed (exit code {code}): {reason}")
+        raise ContainerRunError(f"{order.alias} failed (exit code {ended.code}): {reason}")
 
 
 async def run_init(tools: Tools, settings: Settings) -> None:
@@ -237,6 +243,7 @@ def _container(tools: Tools, order: Order, files: TaskFiles) -> Container:
         scratch=files.scratch,
         stdout=files.stdout,
         stderr=files.stderr,
+        limits=order.limits,
     )
 
 

@@ -10,12 +10,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import trio
 
 from trio_pilot.brokers import Delivery, Settlement, dead_letter_queue
 from trio_pilot.errors import DeliveryLostError
-from trio_pilot.runtimes import Container
+from trio_pilot.runtimes import Container, Exit
 
 Fault = Callable[[str], None]
 
@@ -215,6 +216,7 @@ class FakeRuntime:
     ran: list[Container] = field(default_factory=list)
     name: str = "fake"
     mounts: bool = False
+    engine: Path | None = None
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator["FakeRuntime"]:
@@ -227,7 +229,7 @@ class FakeRuntime:
         await trio.lowlevel.checkpoint()
         self.fault("runtime.prepare")
 
-    async def run(self, container: Container) -> int:
+    async def run(self, container: Container) -> Exit:
         """Run a container's script; cancelled, kill it, which takes its time."""
         await trio.lowlevel.checkpoint()
         self.fault("runtime.run")
@@ -245,4 +247,4 @@ class FakeRuntime:
             raise
         finally:
             self.running.discard(container.name)
-        return code
+        return Exit(code)

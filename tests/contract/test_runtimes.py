@@ -7,19 +7,17 @@ import sys
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
 
+from tests.contract.subjects import Subject, all_of_them, isolating_ones, pretend, real_ones
 from tests.runtimes_support import (
     PATIENCE,
     bubblewrap_fault,
     command_line,
-    make_image,
     new_container,
     open_files,
     own_children,
@@ -29,80 +27,16 @@ from tests.runtimes_support import (
 from trio_pilot.children import MARKER
 from trio_pilot.errors import NodeError
 from trio_pilot.last_words import last_words
-from trio_pilot.runtimes import Container, Mount, Runtime, bubblewrap, process
+from trio_pilot.runtimes import Container, Mount, Options, Runtime, bubblewrap, process
 from trio_pilot.testing import FakeRuntime
 
 KILL_GRACE = 0.3  # seconds
-
-
-@dataclass
-class Subject:
-    """A runtime under test, and what it takes to try it."""
-
-    name: str
-    open: Callable[[float], AbstractAsyncContextManager[Runtime]]
-    directory: Path
-    image: str = "/"
-    a_plain_file: str = "/etc/passwd"  # in the image
-
-    def container(self, *args: str, **more: Any) -> Container:
-        return new_container(self.directory, args, image=self.image, **more)
-
-    def seen(self, container: Container) -> str:
-        """Name the scratch directory as the container sees it."""
-        return str(container.scratch) if self.name == "process" else bubblewrap.HOME
-
-
-async def pretend(container: Container) -> int:
-    """Be what the tests that all runtimes pass ask for."""
-    match container.args:
-        case ("sh", "-c", script) if script.startswith("exit "):
-            return int(script.split()[1])
-        case ("sleep", seconds):
-            await trio.sleep(float(seconds))
-            return 0
-    raise AssertionError(container.args)
-
-
-@asynccontextmanager
-async def open_fake(kill_grace: float) -> AsyncIterator[FakeRuntime]:
-    async with FakeRuntime(pretend, kill_seconds=kill_grace / 100).open() as runtime:
-        yield runtime
-        assert not runtime.running
-
-
-@pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_image(tmp_path_factory.mktemp("image"))
-
-
-BUBBLEWRAPS = ["bubblewrap-own-root", "bubblewrap-image"]
-REAL = ["process", *BUBBLEWRAPS]
-ALL = ["fake", *REAL]  # the fake has no processes, files or mounts: what those do, only the real ones can show
-
-all_of_them = pytest.mark.parametrize("subject", ALL, indirect=True)
-real_ones = pytest.mark.parametrize("subject", REAL, indirect=True)
-isolating_ones = pytest.mark.parametrize("subject", BUBBLEWRAPS, indirect=True)
-
-
-@pytest.fixture
-def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Subject:
-    name = request.param
-    if name == "fake":
-        return Subject(name, open_fake, tmp_path)
-    if name == "process":
-        return Subject(name, process.open_runtime, tmp_path)
-    if fault := bubblewrap_fault():
-        pytest.skip(f"bubblewrap does not work here: {fault}")
-    if name == "bubblewrap-own-root":
-        return Subject(name, bubblewrap.open_runtime, tmp_path)
-    image = request.getfixturevalue("image")
-    return Subject(name, bubblewrap.open_runtime, tmp_path, str(image), "/etc/this-is-the-image")
+OPTIONS = Options(KILL_GRACE)
 
 
 @pytest.fixture
 async def runtime(subject: Subject) -> AsyncIterator[Runtime]:
-    async with subject.open(KILL_GRACE) as runtime:
+    async with subject.open(OPTIONS) as runtime:
         await runtime.prepare(subject.image)
         yield runtime
 
@@ -117,7 +51,7 @@ def nothing_is_left() -> Iterator[None]:
 
 async def run(runtime: Runtime, container: Container) -> int:
     with trio.fail_after(PATIENCE):
-        return await runtime.run(container)
+        return (await runtime.run(container)).code
 
 
 async def output(runtime: Runtime, container: Container) -> bytes:
@@ -305,7 +239,7 @@ async def test_the_envfile_with_the_pilots_tokens_is_hidden(tmp_path: Path, monk
         monkeypatch.chdir(cwd)
         envfile = Path(cwd, "ewms_htcondor_envfile.sh")
         await trio.Path(envfile).write_text("export EWMS_PILOT_QUEUE_INCOMING_AUTH_TOKEN='a-secret'\n")
-        async with bubblewrap.open_runtime(KILL_GRACE) as runtime:
+        async with bubblewrap.open_runtime(OPTIONS) as runtime:
             container = new_container(tmp_path, ["sh", "-c", f"ls {cwd}; cat {envfile} || true"])
             assert await output(runtime, container) == b"ewms_htcondor_envfile.sh\n"
 
@@ -470,7 +404,7 @@ async def test_cancelled_at_any_moment_nothing_is_left(subject: Subject, runtime
     for moment in MOMENTS:
         marked = Marked(subject, *script)
         with trio.fail_after(PATIENCE), trio.move_on_after(moment):
-            assert await runtime.run(marked.container) == 0
+            assert (await runtime.run(marked.container)).code == 0
         assert marked.processes() == []
         assert own_children() <= before
 
@@ -485,7 +419,7 @@ async def test_a_task_that_ends_politely_on_sigterm_may(subject: Subject, runtim
 
 @real_ones
 async def test_a_task_that_dies_of_sigterm_is_gone_at_once(subject: Subject) -> None:
-    async with subject.open(1000.0) as runtime:
+    async with subject.open(Options(1000.0)) as runtime:
         marked = Marked(subject, "sh", "-c", f"{READY}; exec sleep 1000")
         took = await marked.run_and_cancel(runtime, marked.file("ready").exists)
     assert took < PATIENCE / 2
@@ -509,7 +443,7 @@ async def test_a_task_that_was_stopped_is_killed_too(subject: Subject, runtime: 
 
 @real_ones
 async def test_without_a_grace_a_task_is_killed_at_once(subject: Subject) -> None:
-    async with subject.open(0.0) as runtime:
+    async with subject.open(Options(0.0)) as runtime:
         marked = Marked(subject, "sh", "-c", f"trap 'echo bye > bye; exit 0' TERM; {READY}; {FOR_EVER}")
         await marked.run_and_cancel(runtime, marked.file("ready").exists)
     assert not marked.file("bye").exists()
@@ -559,7 +493,7 @@ async def test_ending_one_container_leaves_the_others_alone(subject: Subject, ru
     codes: list[int] = []
 
     async def last() -> None:
-        codes.append(await runtime.run(lasting.container))
+        codes.append((await runtime.run(lasting.container)).code)
 
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
@@ -584,7 +518,7 @@ async def test_twenty_at_once(subject: Subject, runtime: Runtime) -> None:
     codes: dict[int, int] = {}
 
     async def one(number: int) -> None:
-        codes[number] = await runtime.run(subject.container("sh", "-c", f"exit {number}"))
+        codes[number] = (await runtime.run(subject.container("sh", "-c", f"exit {number}"))).code
 
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
@@ -613,13 +547,13 @@ async def test_tasks_live_for_longer_than_the_threads_of_trio(tmp_path: Path, im
     codes: list[int] = []
 
     async def live(runtime: Runtime, image: str, seconds: int) -> None:
-        codes.append(await runtime.run(new_container(tmp_path, ["sleep", str(seconds)], image=image)))
+        codes.append((await runtime.run(new_container(tmp_path, ["sleep", str(seconds)], image=image))).code)
 
     begun = trio.current_time()
     with trio.fail_after(40 + PATIENCE):
         async with (
-            process.open_runtime(KILL_GRACE) as bare,
-            bubblewrap.open_runtime(KILL_GRACE) as contained,
+            process.open_runtime(OPTIONS) as bare,
+            bubblewrap.open_runtime(OPTIONS) as contained,
             trio.open_nursery() as nursery,
         ):
             for seconds in (15, 40):

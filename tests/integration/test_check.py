@@ -71,8 +71,8 @@ def test_a_wrong_setting_is_told(check: Check) -> None:
 
 
 def test_settings_to_come_are_told(check: Check) -> None:
-    said = facts(check(HTCHIRP="true", CONTAINER_DEBUG="true"), "settings")[0]
-    assert said.endswith("; no effect in this version: EWMS_PILOT_CONTAINER_DEBUG, EWMS_PILOT_HTCHIRP")
+    said = facts(check(HTCHIRP="true", HTCHIRP_DEST="JOB_EVENT_LOG"), "settings")[0]
+    assert said.endswith("; no effect in this version: EWMS_PILOT_HTCHIRP, EWMS_PILOT_HTCHIRP_DEST")
 
 
 def test_queues_at_rabbitmq_are_found_and_their_messages_left(check: Check, rabbitmq: RabbitServer) -> None:
@@ -103,7 +103,9 @@ def test_a_queue_file_that_is_there_is_opened_and_one_that_is_none_is_told(check
 def test_what_auto_passed_over_is_told(check: Check) -> None:
     found = check(RUNTIME="auto", path="/nonexistent", TASK_ARGS="/bin/true")
     assert found[0] == 0
-    assert facts(found, "runtime")[0].startswith("ok process (auto passed over bubblewrap: there is no bwrap on PATH")
+    assert facts(found, "runtime")[0].startswith(
+        "ok process (auto: it works; bubblewrap does not: there is no bwrap on PATH"
+    )
 
 
 def test_a_runtime_that_does_not_work_is_told_once(check: Check) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from trio_pilot.brokers import QueueAddress
 from trio_pilot.errors import SettingsError
+from trio_pilot.runtimes import Limits
 from trio_pilot.settings import FIELDS, Settings, environment, flag_of, load, unknown_variables, variables_of
 
 NOWHERE = Path("/nonexistent")
@@ -64,7 +65,7 @@ ROWS: list[tuple[str, str, str, Any]] = [
         "f",
         False,
     ),
-    ("_EWMS_PILOT_DOCKER_SHM_SIZE", "docker_shm_size", "2g", "2g"),
+    ("_EWMS_PILOT_DOCKER_SHM_SIZE", "docker_shm_size", "2g", 2 * 1024**3),
 ]
 
 DEFAULTS: dict[str, Any] = {
@@ -109,7 +110,8 @@ def test_each_variable_of_ewms_is_understood(variable: str, name: str, text: str
 
 def test_the_rows_of_the_contract_and_our_own_settings_are_all_there_are() -> None:
     ours = {"config", "broker", "broker_token", "broker_patience", "wire", "max_payload", "max_attempts"}
-    ours |= {"grace", "kill_grace", "settle_grace"}
+    ours |= {"grace", "kill_grace", "settle_grace", "engine_patience"}
+    ours |= {"task_memory", "task_cpus", "task_pids", "task_network", "task_user"}
     assert {name for _, name, _, _ in ROWS} | ours == FIELDS.keys()
 
 
@@ -121,6 +123,14 @@ def test_defaults_are_those_of_ewms(name: str, value: Any) -> None:
 @pytest.mark.parametrize("name", FIELDS)
 def test_an_empty_variable_is_no_variable(name: str) -> None:
     assert from_environment(**dict.fromkeys(variables_of(name), "")) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1", 1), ("512m", 2**29), ("2g", 2**31), ("2GB", 2**31), ("2 GiB", 2**31), ("1.5k", 1536), ("1T", 2**40), ("7b", 7)],
+)
+def test_words_for_bytes(text: str, size: int) -> None:
+    assert from_environment(EWMS_PILOT_TASK_MEMORY=text).limits == Limits(memory=size)
 
 
 @pytest.mark.parametrize("word", ["y", "YES", "t", "True", "on", "1"])
@@ -158,16 +168,18 @@ def test_words_for_false(word: str) -> None:
         ),
         (
             "_EWMS_PILOT_CONTAINER_PLATFORM",
-            "docker",
-            "_EWMS_PILOT_CONTAINER_PLATFORM must be one of auto, bubblewrap, process"
-            " (docker is not in this version yet), not 'docker'",
+            "lxc",
+            "_EWMS_PILOT_CONTAINER_PLATFORM must be one of auto, docker, podman, apptainer, bubblewrap, process, not 'lxc'",
         ),
         (
-            "_EWMS_PILOT_CONTAINER_PLATFORM",
-            "Apptainer",
-            "_EWMS_PILOT_CONTAINER_PLATFORM must be one of auto, bubblewrap, process"
-            " (apptainer is not in this version yet), not 'Apptainer'",
+            "EWMS_PILOT_TASK_MEMORY",
+            "much",
+            "EWMS_PILOT_TASK_MEMORY must be a number of bytes such as 512m or 2g, not 'much'",
         ),
+        ("EWMS_PILOT_TASK_MEMORY", "0", "EWMS_PILOT_TASK_MEMORY must be a number of bytes such as 512m or 2g, not '0'"),
+        ("EWMS_PILOT_TASK_CPUS", "0", "EWMS_PILOT_TASK_CPUS must be a number of CPUs > 0, not '0'"),
+        ("EWMS_PILOT_TASK_CPUS", "inf", "EWMS_PILOT_TASK_CPUS must be a number of CPUs > 0, not 'inf'"),
+        ("EWMS_PILOT_TASK_PIDS", "0", "EWMS_PILOT_TASK_PIDS must be an integer ≥ 1, not '0'"),
         (
             "EWMS_PILOT_QUEUE_INCOMING_BROKER_TYPE",
             "pulsar",

@@ -6,8 +6,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -21,7 +21,8 @@ from trio_pilot.commands import leaves
 from trio_pilot.commands.signals import run_until_signalled
 from trio_pilot.errors import BrokerError, NodeError, PilotError, SettingsError, map_exceptions
 from trio_pilot.log import LOGGER
-from trio_pilot.runtimes import Runtime, bubblewrap, open_runtime
+from trio_pilot.runtimes import Runtime, bubblewrap
+from trio_pilot.runtimes.choice import OWN_ROOT, choose, open_runtime
 from trio_pilot.settings import FIELDS, Settings, flag_of, variables_of
 from trio_pilot.workspace import open_workspace
 
@@ -166,18 +167,21 @@ async def _local_queue(open_queue: Callable[..., Any], queue: QueueAddress) -> s
 
 
 async def _runtime(settings: Settings) -> str:
-    fault = None if settings.runtime == "process" else await trio.to_thread.run_sync(bubblewrap.fault)
-    async with open_runtime(settings.runtime, settings.task_image, settings.kill_grace) as runtime:
-        if settings.runtime != "auto":
-            return f"{runtime.name} (as set)"
-        return f"{runtime.name} (auto passed over bubblewrap: {fault})" if fault else f"{runtime.name} (auto: it works)"
+    choice = await choose(settings.runtime, settings.task_image, settings.runtime_options)
+    why = "as set" if settings.runtime != "auto" else "auto: it works"
+    passed_over = "".join(f"; {name} does not: {fault}" for name, fault in choice.passed_over)
+    return f"{choice.name} ({why}{passed_over})"
 
 
-def _opened(settings: Settings) -> AbstractAsyncContextManager[Runtime]:
-    try:
-        return open_runtime(settings.runtime, settings.task_image, settings.kill_grace)
-    except PilotError as error:
-        raise UntoldError from error
+@asynccontextmanager
+async def _opened(settings: Settings) -> AsyncIterator[Runtime]:
+    async with AsyncExitStack() as stack:
+        opening = open_runtime(settings.runtime, settings.task_image, settings.runtime_options)
+        try:
+            runtime = await stack.enter_async_context(opening)
+        except PilotError as error:
+            raise UntoldError from error
+        yield runtime
 
 
 def _images(settings: Settings) -> list[tuple[str, str]]:
@@ -190,7 +194,7 @@ async def _image(settings: Settings, image: str) -> str:
         await runtime.prepare(image)
         if runtime.name == "process":
             return f"{image or 'none'}: not used, the process runtime has no images"
-        return "/, this machine's own root" if image in bubblewrap.OWN_ROOT else image
+        return "/, this machine's own root" if image in OWN_ROOT else image
 
 
 def _commands(settings: Settings) -> list[tuple[str, str, tuple[str, ...]]]:
@@ -209,7 +213,7 @@ async def _command(settings: Settings, image: str, args: Sequence[str]) -> str:
             await runtime.prepare(image)
         except PilotError as error:
             raise UntoldError from error
-    root = Path("/") if image in bubblewrap.OWN_ROOT or not contained else Path(image)
+    root = Path("/") if image in OWN_ROOT or not contained else Path(image)
     found = next((place for place in _places(name, root) if _is_there(place, root, settings, contained=contained)), None)
     if not found:
         raise NodeError(f"{name} is not there, as the container will see it")

@@ -21,7 +21,8 @@ from trio_pilot.commands.send import Sending
 from trio_pilot.commands.signals import run_until_signalled
 from trio_pilot.demo import sky
 from trio_pilot.errors import PilotError
-from trio_pilot.runtimes import bubblewrap
+from trio_pilot.runtimes import Options, bubblewrap
+from trio_pilot.runtimes.choice import choose
 from trio_pilot.settings import Settings, load
 from trio_pilot.workspace import FORBIDDEN
 
@@ -88,7 +89,7 @@ def _chosen(hidden: Iterable[Path]) -> str:
     """Take bubblewrap where it works, and may see our Python."""
     if any(path.resolve().is_relative_to(one) for path in hidden for one in FORBIDDEN):
         return "process"
-    return "process" if bubblewrap.fault() else "bubblewrap"
+    return trio.run(choose, "auto", "/", Options()).name
 
 
 async def _scan(settings: Settings) -> list[dict[str, Any]]:

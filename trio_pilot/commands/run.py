@@ -10,7 +10,7 @@ from trio_pilot.children import end_strays
 from trio_pilot.commands import SIGNALLED
 from trio_pilot.log import LOGGER
 from trio_pilot.pilot import serve
-from trio_pilot.runtimes import open_runtime
+from trio_pilot.runtimes.choice import open_runtime
 from trio_pilot.settings import Settings
 from trio_pilot.status import State, Status
 
@@ -36,7 +36,7 @@ async def serve_here(settings: Settings) -> int | None:
         try:
             return await serve(
                 settings,
-                open_runtime(settings.runtime, settings.task_image, settings.kill_grace),
+                open_runtime(settings.runtime, settings.task_image, settings.runtime_options),
                 open_sources(settings.incoming(), patience),
                 open_sinks(settings.outgoing(), patience),
                 signals,

@@ -3,12 +3,9 @@
 import errno
 import os
 from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
-
-from trio_pilot.errors import NodeError
 
 # What a shell says of a command that it cannot run.
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
@@ -27,6 +24,15 @@ class Mount:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What a container may use; None is no limit."""
+
+    memory: int | None = None  # bytes
+    cpus: float | None = None
+    pids: int | None = None  # processes and threads
+
+
+@dataclass(frozen=True, slots=True)
 class Container:
     """What to run, once. Its environment is `env` and no more than the runtime must add."""
 
@@ -38,6 +44,29 @@ class Container:
     scratch: Path  # an empty directory of this machine, for the container alone
     stdout: Path
     stderr: Path
+    limits: Limits = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a container ended: its exit code, 0 to 255, 128 + n for death by signal n."""
+
+    code: int
+    out_of_memory: bool = False  # it was killed for want of memory, as far as can be told
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user wants of a runtime; each takes of it what it has."""
+
+    kill_grace: float = 2.0  # seconds between SIGTERM and SIGKILL
+    network: str = ""  # the engine's name of a network; none: its default
+    user: str = ""  # in the container, UID[:GID]; none: the image's
+    shm_size: int | None = None  # bytes of /dev/shm
+    engine_patience: float = 60.0  # seconds that an engine may not answer
+    debug: bool = False  # say more
+    build_directory: Path = field(default=Path("/var/tmp"))  # noqa: S108 -- upstream's; where images are unpacked
+    only_directories: bool = True  # accept only an unpacked directory as apptainer's image
 
 
 class Runtime(Protocol):
@@ -46,6 +75,8 @@ class Runtime(Protocol):
     name: str
     mounts: bool
     """Whether a container sees a mount at its target; else it sees this machine's own paths."""
+    engine: Path | None
+    """The socket of the daemon that keeps the containers, None where they are processes below the pilot's own."""
 
     async def prepare(self, image: str) -> None:
         """Get an image ready to run.
@@ -54,35 +85,18 @@ class Runtime(Protocol):
             NodeError: the image, or the runtime itself, does not work on this machine.
         """
 
-    async def run(self, container: Container) -> int:
-        """Run a container to its end, and give its exit code: 0 to 255, 128 + n for death by signal n.
+    async def run(self, container: Container) -> Exit:
+        """Run a container to its end.
 
         On every way out, being cancelled first of all, every process of the container is gone and reaped: it gets SIGTERM,
         `kill_grace` seconds later SIGKILL.
 
         Raises:
             NodeError: the container could not be started, for a reason that is not its own.
+            ContainerLostError: it ended with its engine, or nobody knows how it ended.
         """
 
 
-def cannot_run(reason: str) -> int:
-    """Give the exit code of a command that could not be executed, from a text that ends with the reason."""
-    return NOT_FOUND if reason.endswith(NOT_FOUND_REASONS) else NOT_EXECUTABLE
-
-
-def open_runtime(name: str, image: str, kill_grace: float) -> AbstractAsyncContextManager[Runtime]:
-    """Open the runtime of that name; `auto` is the first that works here.
-
-    Raises:
-        NodeError: it does not work here.
-    """
-    from trio_pilot.runtimes import bubblewrap, process
-
-    if name == "process":
-        return process.open_runtime(kill_grace)
-    fault = bubblewrap.fault()
-    if fault is None:
-        return bubblewrap.open_runtime(kill_grace)
-    if name == "auto" and image in ("", "/"):
-        return process.open_runtime(kill_grace)
-    raise NodeError(f"bubblewrap does not work here: {fault}")
+def cannot_run(reason: str) -> Exit:
+    """Give the exit of a command that could not be executed, from a text that ends with the reason."""
+    return Exit(NOT_FOUND if reason.endswith(NOT_FOUND_REASONS) else NOT_EXECUTABLE)

@@ -14,14 +14,14 @@ import trio
 from trio_pilot.children import Child, Children, Command
 from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.last_words import last_words
-from trio_pilot.runtimes import DATA_DIRECTORY, Container, cannot_run
+from trio_pilot.runtimes import DATA_DIRECTORY, Container, Exit, Options, cannot_run
+from trio_pilot.runtimes.choice import OWN_ROOT
 from trio_pilot.settings import ENVFILE
 
 # What a container has of its own: bubblewrap makes it, the host's would undo the isolation, or it must be written to.
 ITS_OWN = ("proc", "dev", "sys", "tmp", "run")
 NOT_FROM_THE_IMAGE = {f"/{name}" for name in (*ITS_OWN, DATA_DIRECTORY)}
 
-OWN_ROOT = ("", "/")  # images that mean this machine
 HOME = "/tmp"  # noqa: S108 -- the container's own: its scratch directory is mounted there
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -30,8 +30,12 @@ BWRAP_FAILED = 1  # bubblewrap's own exit code
 PROBE_TIMEOUT = 10.0  # seconds for `true` in a container
 
 
-def fault() -> str | None:
+async def fault(options: Options) -> str | None:  # noqa: ARG001 -- none matters
     """Say what keeps bubblewrap from working here, if anything does."""
+    return await trio.to_thread.run_sync(_fault)
+
+
+def _fault() -> str | None:
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         return "there is no bwrap on PATH (Debian's package is bubblewrap)"
@@ -44,12 +48,12 @@ def fault() -> str | None:
 
 
 @asynccontextmanager
-async def open_runtime(kill_grace: float) -> AsyncIterator["BubblewrapRuntime"]:
+async def open_runtime(options: Options) -> AsyncIterator["BubblewrapRuntime"]:
     """Open the runtime; `fault` says whether it works."""
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise NodeError("there is no bwrap on PATH (Debian's package is bubblewrap)")
-    yield BubblewrapRuntime(bwrap, kill_grace)
+    yield BubblewrapRuntime(bwrap, options.kill_grace)
 
 
 class BubblewrapRuntime:
@@ -57,6 +61,7 @@ class BubblewrapRuntime:
 
     name = "bubblewrap"
     mounts = True
+    engine: Path | None = None
 
     def __init__(self, bwrap: str, kill_grace: float) -> None:
         self._bwrap = bwrap
@@ -74,7 +79,7 @@ class BubblewrapRuntime:
             self._roots[key] = await trio.to_thread.run_sync(_root_options, Path(image or "/"), targets)
         return self._roots[key]
 
-    async def run(self, container: Container) -> int:
+    async def run(self, container: Container) -> Exit:
         """Run a container to its end; on every way out its PID namespace is gone."""
         await trio.lowlevel.checkpoint_if_cancelled()
         root = await self._root(container.image, tuple(mount.target for mount in container.mounts))
@@ -83,7 +88,7 @@ class BubblewrapRuntime:
             code = await self._see_to_its_end(child, status)
             if code == BWRAP_FAILED and "exit-code" not in status.read():
                 return _blame(container)
-        return code
+        return Exit(code)
 
     def _start(self, container: Container, root: Sequence[str], status: "_Status") -> Child:
         with container.stdout.open("wb", 0) as stdout, container.stderr.open("wb", 0) as stderr:
@@ -165,7 +170,7 @@ def _terminate(child: Child, first: int | None) -> None:
         child.signal_group(signal.SIGTERM)
 
 
-def _blame(container: Container) -> int:
+def _blame(container: Container) -> Exit:
     """Tell a command that is not in the image, which is its own fault, from a container that could not be made."""
     said = container.stderr.read_text(errors="replace").strip()
     if said.startswith("bwrap: execvp"):

@@ -4,20 +4,26 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import trio
 
 from trio_pilot.children import Child, Children, Command
 from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.log import LOGGER
-from trio_pilot.runtimes import Container, cannot_run
+from trio_pilot.runtimes import Container, Exit, Options, cannot_run
+
+
+async def fault(options: Options) -> str | None:  # noqa: ARG001 -- as for any other runtime
+    """Say that it works."""
+    return None
 
 
 @asynccontextmanager
-async def open_runtime(kill_grace: float) -> AsyncIterator["ProcessRuntime"]:
+async def open_runtime(options: Options) -> AsyncIterator["ProcessRuntime"]:
     """Open the runtime, and say what it is not."""
     LOGGER.warning("runtime 'process': tasks are NOT contained; they can read and write whatever this user can")
-    yield ProcessRuntime(kill_grace)
+    yield ProcessRuntime(options.kill_grace)
 
 
 class ProcessRuntime:
@@ -25,6 +31,7 @@ class ProcessRuntime:
 
     name = "process"
     mounts = False
+    engine: Path | None = None
 
     def __init__(self, kill_grace: float) -> None:
         self._kill_grace = kill_grace
@@ -33,7 +40,7 @@ class ProcessRuntime:
     async def prepare(self, image: str) -> None:
         """Need nothing."""
 
-    async def run(self, container: Container) -> int:
+    async def run(self, container: Container) -> Exit:
         """Run the command to its end; on every way out its whole process tree is gone."""
         await trio.lowlevel.checkpoint_if_cancelled()
         with (
@@ -57,7 +64,7 @@ class ProcessRuntime:
                 reason = f"{container.args[0]}: {error.strerror}"
                 stderr.write(os.fsencode(f"{reason}\n"))
                 return cannot_run(reason)
-        return await self._see_to_its_end(child)
+        return Exit(await self._see_to_its_end(child))
 
     async def _see_to_its_end(self, child: Child) -> int:
         try:

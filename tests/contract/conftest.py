@@ -1,0 +1,16 @@
+from pathlib import Path
+
+import pytest
+
+from tests.contract.subjects import SUBJECTS, Subject
+from tests.runtimes_support import make_image
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_image(tmp_path_factory.mktemp("image"))
+
+
+@pytest.fixture
+def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Subject:
+    return SUBJECTS[request.param](request, tmp_path)
