@@ -276,6 +276,10 @@ class Running:
         self.stdout = b""
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def stderr(self) -> str:
         return self._log.read_text(errors="replace")
 
@@ -293,7 +297,8 @@ class Running:
     def kill(self) -> None:
         if not self.ended:
             self._process.kill()
-        self._process.communicate()
+        if self._process.stdout and not self._process.stdout.closed:
+            self._process.communicate()
 
     def wait(self) -> int:
         if self._process.returncode is None:

@@ -25,9 +25,9 @@ from typing import IO, ClassVar
 
 import trio
 
+from trio_pilot import identity
+from trio_pilot.leftovers import MARKER
 from trio_pilot.log import LOGGER
-
-MARKER = "TRIO_PILOT_CONTAINER"  # the environment variable by which a container's processes are known
 
 # Seconds that killing and reaping a process tree may take. SIGKILL acts at once, but for a process in the kernel's hands
 # (a hanging file system), for which nobody can do more than wait.
@@ -81,9 +81,15 @@ class Children:
         """List the children that nobody here has started."""
         return [pid for pid in _own_children() if pid not in self._living and pid not in _INHERITED]
 
-    def forget(self, pid: int) -> None:
+    @classmethod
+    def know(cls, pid: int) -> None:
+        """Take note of a child that is seen to elsewhere."""
+        cls._living.add(pid)
+
+    @classmethod
+    def forget(cls, pid: int) -> None:
         """Take note that a child is no more."""
-        self._living.discard(pid)
+        cls._living.discard(pid)
 
 
 class Child:
@@ -92,7 +98,7 @@ class Child:
     def __init__(self, process: "subprocess.Popen[bytes]", marker: str, children: Children) -> None:
         self.pid = process.pid
         self._process = process
-        self._marker = f"{MARKER}={marker}".encode()
+        self._marker = f"{MARKER}={_mark(marker)}".encode()
         self._children = children
         self._pidfd = os.pidfd_open(process.pid)
 
@@ -163,7 +169,7 @@ def _popen(command: Command) -> "subprocess.Popen[bytes]":
             stdin=subprocess.DEVNULL,
             stdout=command.stdout,
             stderr=command.stderr,
-            env={**command.env, MARKER: command.marker},
+            env={**command.env, MARKER: _mark(command.marker)},
             cwd=command.cwd,
             pass_fds=command.pass_fds,
             start_new_session=True,
@@ -172,6 +178,10 @@ def _popen(command: Command) -> "subprocess.Popen[bytes]":
         if program and error.filename == program:
             error.filename = command.argv[0]  # as it was called
         raise
+
+
+def _mark(marker: str) -> str:
+    return f"{identity.own()}/{marker}"
 
 
 @cache

@@ -2,28 +2,30 @@
 
 serve
  ├ signals          drain: take no more events, give the running tasks a deadline; at the second one, now
- └ workspace, runtime, brokers     outlive every task, so that a task being killed can still settle
-   └ tasks          one child per event
-     ├ init         broker, image and init container; no event is taken before all three are good
-     └ consumers    take an event only when a slot is free for it
+ └ guardian         a process of its own: when the pilot is gone, however it went, it removes what is left
+   └ workspace, runtime, brokers     outlive every task, so that a task being killed can still settle
+     └ tasks          one child per event
+       ├ init         sweep, broker, image and init container; no event is taken before all are good
+       └ consumers    take an event only when a slot is free for it
 """
 
 from collections import deque
 from collections.abc import AsyncIterable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, closing
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, closing
 
 import trio
 from trio_util import wait_any
 
 from trio_pilot.brokers import Consumer, Delivery, Sink, Source
-from trio_pilot.errors import NodeError, PilotError, TasksFailedError, names
+from trio_pilot.errors import ContainerLostError, NodeError, PilotError, TasksFailedError, names
+from trio_pilot.guard import Guard
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import Runtime
 from trio_pilot.scopes import Shelter
 from trio_pilot.settings import Settings
 from trio_pilot.status import State, Status
 from trio_pilot.task import Tools, Worker, run_init
-from trio_pilot.workspace import open_workspace
+from trio_pilot.workspace import Workspace, open_workspace
 
 
 class Drain:
@@ -56,6 +58,7 @@ class Drain:
 
 async def serve(
     settings: Settings,
+    guard: AbstractAsyncContextManager[Guard],
     runtime: AbstractAsyncContextManager[Runtime],
     sources: AbstractAsyncContextManager[list[Source]],
     sinks: AbstractAsyncContextManager[list[Sink]],
@@ -77,16 +80,25 @@ async def serve(
     drain = Drain(settings.grace)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(drain.heed, signals)
-        with open_workspace(settings.data_dir_parent_path_on_host, settings.external_directories) as workspace:
-            async with runtime as containers, sources as incoming, sinks as outgoing:
-                tools = Tools(workspace, containers, outgoing)
-                await Pilot(settings, tools, incoming, status, drain).work()
+        async with guard as guardian:
+            with _open_workspace(settings) as workspace:
+                guardian.watch("data", workspace.root)
+                async with runtime as containers, sources as incoming, sinks as outgoing:
+                    if containers.engine:
+                        guardian.watch("engine", containers.engine)
+                    tools = Tools(guardian, workspace, containers, outgoing)
+                    await Pilot(settings, tools, incoming, status, drain).work()
         await _quarantine(settings, status, drain)
         nursery.cancel_scope.cancel()
     status.state.value = State.DONE
     if status.failed.value:
         raise TasksFailedError(status.failures())
     return drain.signal
+
+
+def _open_workspace(settings: Settings) -> AbstractContextManager[Workspace]:
+    parent, external = settings.data_dir_parent_path_on_host, settings.external_directories
+    return open_workspace(parent, external, keep=settings.keep_all_task_files)
 
 
 class Pilot:
@@ -130,6 +142,7 @@ class Pilot:
         async with trio.open_nursery() as init:
             for ready in [queue.ready for queue in self._sources] + [queue.ready for queue in self._tools.sinks]:
                 init.start_soon(ready)
+            init.start_soon(self._tools.guard.sweep)
             init.start_soon(self._tools.runtime.prepare, self._settings.task_image)
             if self._settings.init_image or self._settings.init_args:
                 init.start_soon(run_init, self._tools, self._settings)
@@ -178,8 +191,9 @@ class Pilot:
         LOGGER.warning("event %s, attempt %d: %s", delivery.message_id, delivery.attempt, error)
         if isinstance(error, NodeError):
             self._status.returned.value += 1
-            self._node_error = error
-            self._drain.stop_listening()
+            if not isinstance(error, ContainerLostError):  # the engine is back, or will be
+                self._node_error = error
+                self._drain.stop_listening()
             return
         self._status.fail(error)
         okay = names(error) & self._settings.okay_errors

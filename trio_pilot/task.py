@@ -1,7 +1,6 @@
 """One event's life: stage, run, publish, settle."""
 
 import math
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from trio_pilot.errors import (
     NodeError,
     PilotError,
 )
+from trio_pilot.guard import Guard
 from trio_pilot.last_words import last_words
 from trio_pilot.ledger import Ledger, Life
 from trio_pilot.log import LOGGER
@@ -66,6 +66,7 @@ class Order:
 class Tools:
     """What tasks work with."""
 
+    guard: Guard
     workspace: Workspace
     runtime: Runtime
     sinks: Sequence[Sink]
@@ -90,7 +91,7 @@ class Worker:
 
         Cancelled, the container is killed and the event returned; but an output that is there is still sent.
         """
-        name = str(uuid.uuid4())
+        name = self._tools.workspace.new_name()
         files = TaskFiles(
             self._tools.workspace.root / name,
             infile=f"infile-{name}{self._settings.infile_ext}",
@@ -214,7 +215,8 @@ async def run(tools: Tools, disk: Disk, order: Order, files: TaskFiles) -> None:
 
 async def run_init(tools: Tools, settings: Settings) -> None:
     """Run the init container; raises what `run` raises."""
-    files, disk = TaskFiles(tools.workspace.root / f"init-{uuid.uuid4().hex}", infile="", outfile=""), Disk()
+    name = f"init-{tools.workspace.new_name().replace('-', '')}"
+    files, disk = TaskFiles(tools.workspace.root / name, infile="", outfile=""), Disk()
     try:
         await disk.call(0, staging.make, files)
         await tools.runtime.prepare(settings.init_image)

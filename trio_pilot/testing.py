@@ -192,6 +192,31 @@ class FakeSink:
         self.broker.history.append(("CONFIRMED", message_id))
 
 
+@dataclass(slots=True)
+class FakeGuard:
+    """Takes note of what it is to see to."""
+
+    watched: list[tuple[str, Path]] = field(default_factory=list)
+    swept: int = 0
+    fault: Fault = no_fault
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator["FakeGuard"]:
+        """Open the guard."""
+        self.fault("guard.open")
+        yield self
+
+    def watch(self, what: str, path: Path) -> None:
+        """Note what is to be seen to."""
+        self.watched.append((what, path))
+
+    async def sweep(self) -> None:
+        """Have nothing to sweep."""
+        await trio.lowlevel.checkpoint()
+        self.fault("guard.sweep")
+        self.swept += 1
+
+
 Script = Callable[[Container], Awaitable[int]]
 
 

@@ -7,17 +7,21 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+from trio_pilot import identity
 from trio_pilot.errors import NodeError, SettingsError
+from trio_pilot.identity import Identity
 from trio_pilot.runtimes import DATA_DIRECTORY, Mount
 from trio_pilot.trees import opened, remove_tree
 
 LOCK = ".lock"  # in a data directory that a pilot made; its pilots share a lock on it
+OWNER = ".pilot-"  # and what the names of its task directories begin with: a file that says whose they are, and is locked
+PREFIX_DIGITS = 8  # of a UUID
 
 FORBIDDEN = tuple(map(Path, ("/proc", "/dev", "/sys", "/run", "/boot")))
 NEVER_WRITABLE = tuple(
@@ -34,6 +38,11 @@ class Workspace:
 
     root: Path
     external: tuple[Mount, ...]
+    prefix: str = field(default_factory=lambda: uuid.uuid4().hex[:PREFIX_DIGITS])  # of all that this pilot makes
+
+    def new_name(self) -> str:
+        """Make up the name of a task: a UUID by which its directory is known to be this pilot's."""
+        return str(uuid.UUID(self.prefix + uuid.uuid4().hex[PREFIX_DIGITS:]))
 
     @cached_property
     def data_hub(self) -> Path:
@@ -48,8 +57,10 @@ class Workspace:
 
 
 @contextmanager
-def open_workspace(parent: Path, external: Sequence[Path]) -> Iterator[Workspace]:
+def open_workspace(parent: Path, external: Sequence[Path], *, keep: bool = False) -> Iterator[Workspace]:
     """Make the data directory; the last pilot that leaves it removes it, unless it was there before.
+
+    With `keep`, nobody will remove the task directories that are left in it.
 
     Raises:
         NodeError: it cannot be written.
@@ -63,7 +74,9 @@ def open_workspace(parent: Path, external: Sequence[Path]) -> Iterator[Workspace
     try:
         with _writing(root):
             _try_to_write(root)
-        yield Workspace(root, mounts)
+        workspace = Workspace(root, mounts)
+        with nullcontext() if keep else _owning(workspace):
+            yield workspace
     finally:
         if lock:
             with lock, suppress(OSError):
@@ -126,9 +139,13 @@ def _lock(directory: int) -> IO[bytes] | None:
         file = os.fdopen(os.open(LOCK, os.O_RDWR | os.O_CLOEXEC, dir_fd=directory), "r+b")
     except FileNotFoundError:
         return None
-    with suppress(OSError):  # a file system without locks: nobody cleans up then
-        fcntl.flock(file, fcntl.LOCK_SH)
+    _try_to_lock(file, fcntl.LOCK_SH)
     return file
+
+
+def _try_to_lock(file: IO[Any], how: int = fcntl.LOCK_EX) -> None:
+    with suppress(OSError):  # a file system without locks: nobody cleans up then
+        fcntl.flock(file, how)
 
 
 @contextmanager
@@ -144,6 +161,64 @@ def _try_to_write(root: Path) -> None:
     (root / "data-hub").mkdir(exist_ok=True)
     with tempfile.TemporaryFile(dir=root) as file:
         file.write(b"!")
+
+
+@contextmanager
+def _owning(workspace: Workspace) -> Iterator[None]:
+    """Leave word of whose the task directories are, for when we have no time to remove them."""
+    owner = workspace.root / f"{OWNER}{workspace.prefix}"
+    new = owner.with_name(f"{owner.name}.new")
+    with _writing(workspace.root):
+        file = new.open("w")
+    with file:
+        with _writing(workspace.root):
+            _try_to_lock(file)
+            file.write(f"{identity.own()} {os.uname().nodename}")
+            file.flush()
+            new.rename(owner)
+        try:
+            yield
+        finally:
+            owner.unlink(missing_ok=True)
+
+
+def sweep(root: Path) -> int:
+    """Remove what pilots that are no more have left in a data directory, and itself if they were the last.
+
+    Gives the number of task directories.
+    """
+    removed = 0
+    for owner in root.glob(f"{OWNER}*"):
+        with suppress(OSError), owner.open() as file:
+            if _is_orphaned(file):
+                removed += _remove_of(root, owner.name.removeprefix(OWNER).removesuffix(".new"))
+                owner.unlink()
+    with suppress(OSError), (root / LOCK).open("r+b") as lock:
+        _leave(root, lock)
+    return removed
+
+
+def _is_orphaned(file: IO[str]) -> bool:
+    """Tell whether the pilot that wrote a file is dead: it would hold the lock, which a crash takes from it."""
+    said, _, node = file.read().partition(" ")
+    pilot = Identity.parse(said)
+    if pilot is None:  # dead before it had written it, or about to write it
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return pilot.is_dead
+    # A lock tells of the processes of one kernel, where a file system is mounted with local locks only.
+    return pilot.boot == identity.own().boot or node == os.uname().nodename
+
+
+def _remove_of(root: Path, prefix: str) -> int:
+    directories = [*root.glob(f"{prefix}-*"), *root.glob(f"init-{prefix}*")]
+    for directory in directories:
+        remove_tree(directory)
+    return len(directories)
 
 
 def _leave(root: Path, lock: IO[bytes]) -> None:

@@ -24,9 +24,9 @@ from tests.runtimes_support import (
     processes_with,
     until,
 )
-from trio_pilot.children import MARKER
 from trio_pilot.errors import NodeError
 from trio_pilot.last_words import last_words
+from trio_pilot.leftovers import MARKER
 from trio_pilot.runtimes import Container, Mount, Options, Runtime, bubblewrap, process
 from trio_pilot.testing import FakeRuntime
 

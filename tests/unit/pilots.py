@@ -14,7 +14,7 @@ import trio
 from trio_pilot.pilot import serve
 from trio_pilot.settings import Settings
 from trio_pilot.status import Status
-from trio_pilot.testing import FakeBroker, FakeRuntime
+from trio_pilot.testing import FakeBroker, FakeGuard, FakeRuntime
 from trio_pilot.wire import EwmsWire, Message
 
 WIRE = EwmsWire()
@@ -32,6 +32,7 @@ class Lab:
 
     directory: Path
     broker: FakeBroker = field(default_factory=FakeBroker)
+    guard: FakeGuard = field(default_factory=FakeGuard)
     runtime: FakeRuntime = field(default_factory=FakeRuntime)
     status: Status = field(default_factory=Status)
 
@@ -58,6 +59,7 @@ class Lab:
         settings = Settings(**{**self.DEFAULTS, "data_dir_parent_path_on_host": self.directory, **options})
         return await serve(
             settings,
+            self.guard.open(),
             self.runtime.open(),
             all_of(map(self.broker.open_source, settings.queue_incoming)),
             all_of(map(self.broker.open_sink, settings.queue_outgoing)),

@@ -13,7 +13,8 @@ import trio
 
 from tests.runtimes_support import PATIENCE, open_files, own_children, processes_with, until, until_sync
 from trio_pilot import children as module
-from trio_pilot.children import MARKER, Child, Children, Command, exit_code
+from trio_pilot.children import Child, Children, Command, exit_code
+from trio_pilot.leftovers import MARKER
 
 TIDY_ENVIRONMENT = {"PATH": os.environ["PATH"]}
 

@@ -8,6 +8,7 @@ import trio
 from trio_pilot.brokers import Patience, open_sinks, open_sources
 from trio_pilot.children import end_strays
 from trio_pilot.commands import SIGNALLED
+from trio_pilot.guard import open_guard
 from trio_pilot.log import LOGGER
 from trio_pilot.pilot import serve
 from trio_pilot.runtimes.choice import open_runtime
@@ -36,6 +37,7 @@ async def serve_here(settings: Settings) -> int | None:
         try:
             return await serve(
                 settings,
+                open_guard(),
                 open_runtime(settings.runtime, settings.task_image, settings.runtime_options),
                 open_sources(settings.incoming(), patience),
                 open_sinks(settings.outgoing(), patience),

@@ -1,0 +1,203 @@
+import os
+import random
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runtimes_support import PilotCommand, Running, command_line, processes_with, until_sync
+from trio_pilot.identity import PARENT, STATE, stat_of
+
+PROMISE = 10.0  # seconds after which nothing is left
+
+# Deaf to SIGTERM; with a child, and a daemon in a session of its own, that has a child with a clean environment.
+STUBBORN = r"""
+trap '' TERM
+(setsid sh -c 'env -i "$(command -v sh)" -c "sleep 1000; : \$0" "$0"; : "$0"' "$0" &)
+sh -c 'sleep 1000; : "$0"' "$0" &
+touch "$1/ready-${EWMS_TASK_INFILE##*/}"
+sleep 1000; sleep 1000
+"""
+BUSY = 'sleep 0.0$(($$ % 10)); (setsid sleep 1000 &); cat "$1" > "$2"; : "$0"'
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """Give a word by which all processes of a pilot and its tasks are found."""
+    mark = f"mark-{uuid.uuid4().hex}"
+    yield mark
+    for pid in living(mark):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def living(mark: str) -> list[int]:
+    """List what lives of the pilots that run tasks with this mark: tasks, pilots, guardians."""
+    marked = {pid for pid in processes_with(mark) if stat_of(pid)}
+    return [pid for pid in marked if (facts := stat_of(pid)) and facts[STATE] != "Z"]
+
+
+def guardians(pilot: Running) -> list[int]:
+    return [pid for pid in children(pilot.pid) if any("guardian" in word for word in command_line(pid))]
+
+
+def children(parent: int) -> list[int]:
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in pids if (facts := stat_of(pid)) and int(facts[PARENT]) == parent and facts[STATE] != "Z"]
+
+
+def start(pilots: PilotCommand, runtime: str, mark: str, **settings: Any) -> Running:
+    args = ("sh", "-c", STUBBORN, mark, "{{DATA_HUB}}")
+    return pilots.start(*args, runtime=runtime, max_concurrent_tasks=2, timeout_queue_incoming=60, **settings)
+
+
+def wait_for_tasks(pilots: PilotCommand, pilot: Running, count: int) -> None:
+    hub = pilots.data / "data-hub"
+    until_sync(lambda: pilot.ended or len(list(hub.glob("ready-*"))) >= count, f"{count} tasks to start")
+    assert not pilot.ended, pilot.stderr
+    until_sync(lambda: guardians(pilot), "the guardian to start")
+
+
+def wait_until_nothing_is_left(pilots: PilotCommand, mark: str) -> None:
+    deadline = time.monotonic() + PROMISE
+    while (left := [*living(mark), *leftovers(pilots)]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert left == []
+
+
+def leftovers(pilots: PilotCommand) -> list[Path]:
+    return [path for path in pilots.directory.rglob("*") if "ewms-pilot-data" in str(path)]
+
+
+def all_events_can_be_done(pilots: PilotCommand, events: range) -> None:
+    """Each event is in the queue again, or its output is there; once, or again if the pilot died just before the ack."""
+    pilot = pilots.run("sh", "-c", 'cat "$0" > "$1"', "{{INFILE}}", "{{OUTFILE}}", max_concurrent_tasks=4)
+    assert pilot.wait() == 0, pilot.stderr
+    assert set(map(int, map(str, pilots.receive()))) == set(events)
+    assert pilots.queue() == []
+
+
+def test_a_pilot_that_is_killed_leaves_nothing(pilots: PilotCommand, runtime: str, mark: str) -> None:
+    pilots.send(*range(4))
+    pilot = start(pilots, runtime, mark)
+    wait_for_tasks(pilots, pilot, 2)
+    until_sync(lambda: len(living(mark)) >= 1 + 2 * 4)
+    pilot.kill()
+    wait_until_nothing_is_left(pilots, mark)
+    all_events_can_be_done(pilots, range(4))
+
+
+def test_a_guardian_that_is_killed_is_followed_by_another(pilots: PilotCommand, runtime: str, mark: str) -> None:
+    pilots.send(*range(2))
+    pilot = start(pilots, runtime, mark)
+    wait_for_tasks(pilots, pilot, 2)
+    first = guardians(pilot)
+    os.kill(first[0], signal.SIGKILL)
+    until_sync(lambda: guardians(pilot) not in ([], first), "another guardian")
+    assert not pilot.ended
+    pilot.kill()
+    wait_until_nothing_is_left(pilots, mark)
+    all_events_can_be_done(pilots, range(2))
+
+
+def test_what_a_pilot_and_its_guardian_leave_is_swept_by_the_next(pilots: PilotCommand, mark: str) -> None:
+    pilots.send(*range(2))
+    pilot = start(pilots, "process", mark)
+    wait_for_tasks(pilots, pilot, 2)
+    until_sync(lambda: len(living(mark)) >= 1 + 2 * 4)
+    pilot.signal(signal.SIGSTOP)  # so that it starts no other
+    os.kill(guardians(pilot)[0], signal.SIGKILL)
+    pilot.kill()
+    assert len(living(mark)) >= 2 * 4
+    all_events_can_be_done(pilots, range(2))
+    assert living(mark) == []
+    assert leftovers(pilots) == []
+
+
+def test_a_living_pilot_loses_nothing_to_the_guardian_or_the_sweep_of_another(pilots: PilotCommand, mark: str) -> None:
+    other = f"other-{uuid.uuid4().hex}"
+    pilots.send(*range(4))
+    lasting = start(pilots, "process", mark)
+    wait_for_tasks(pilots, lasting, 2)
+    alive, directories = living(mark), sorted(pilots.data.iterdir())
+    dying = start(pilots, "process", other)
+    wait_for_tasks(pilots, dying, 4)
+    dying.kill()
+    until_sync(lambda: not living(other))
+    until_sync(lambda: sorted(pilots.data.iterdir()) == directories)
+    all_events_can_be_done_but(pilots, 2)
+    assert living(mark) == alive
+    assert sorted(pilots.data.iterdir()) == directories
+    lasting.signal(signal.SIGTERM)
+    lasting.signal(signal.SIGTERM)
+    assert lasting.wait() == 143
+    wait_until_nothing_is_left(pilots, mark)
+
+
+def all_events_can_be_done_but(pilots: PilotCommand, count: int) -> None:
+    pilot = pilots.run("sh", "-c", 'cat "$0" > "$1"', "{{INFILE}}", "{{OUTFILE}}")
+    assert pilot.wait() == 0, pilot.stderr
+    assert len(pilots.queue()) == count
+
+
+def test_files_that_were_to_be_kept_are_kept(pilots: PilotCommand, mark: str) -> None:
+    pilots.send("event")
+    pilot = start(pilots, "process", mark, keep_all_task_files=True)
+    wait_for_tasks(pilots, pilot, 1)
+    pilot.kill()
+    until_sync(lambda: not living(mark))
+    all_events_can_be_done_but(pilots, 0)
+    assert len(list(pilots.data.glob("*/task-io/infile-*"))) == 1
+
+
+def test_the_guardian_knows_no_secrets_and_goes_with_the_pilot(pilots: PilotCommand, mark: str) -> None:
+    pilot = start(pilots, "process", mark, broker_token="a-token")
+    until_sync(lambda: guardians(pilot))
+    (guardian,) = guardians(pilot)
+    until_sync(lambda: "guardian" in "".join(command_line(guardian)))
+    assert Path(f"/proc/{guardian}/environ").read_bytes() == b""
+    assert "a-token" not in " ".join(command_line(guardian))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(guardian, number)
+    pilot.signal(signal.SIGTERM)
+    assert pilot.wait() == 143
+    assert stat_of(guardian) is None
+    assert "ended by somebody" not in pilot.stderr
+
+
+def kill_at_some_moment(pilots: PilotCommand, runtime: str, mark: str, whom: str) -> None:
+    events = range(30)
+    pilots.send(*events)
+    args = ("sh", "-c", BUSY, mark, "{{INFILE}}", "{{OUTFILE}}")
+    pilot = pilots.start(*args, runtime=runtime, max_concurrent_tasks=4, timeout_queue_incoming=60)
+    time.sleep(random.uniform(0, 0.8))
+    if whom == "both" and (found := guardians(pilot)):
+        pilot.signal(signal.SIGSTOP)
+        os.kill(found[0], signal.SIGKILL)
+    pilot.kill()
+    if whom == "pilot":
+        wait_until_nothing_is_left(pilots, mark)
+    all_events_can_be_done(pilots, events)
+    wait_until_nothing_is_left(pilots, mark)
+
+
+@pytest.mark.parametrize("whom", ["pilot", "both"])
+@pytest.mark.parametrize("_number", range(3))
+def test_killed_at_any_moment_it_leaves_nothing_and_loses_nothing(
+    pilots: PilotCommand, runtime: str, mark: str, whom: str, _number: int
+) -> None:
+    kill_at_some_moment(pilots, runtime, mark, whom)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("whom", ["pilot", "both"])
+@pytest.mark.parametrize("_number", range(50))
+def test_killed_at_any_of_many_moments_it_leaves_nothing_and_loses_nothing(
+    pilots: PilotCommand, runtime: str, mark: str, whom: str, _number: int
+) -> None:
+    kill_at_some_moment(pilots, runtime, mark, whom)

@@ -1,0 +1,70 @@
+"""What a pilot that is no more has left at an engine (docker, podman): its containers. Everything here blocks.
+
+For the guardian, which has no more than the standard library, and for the sweep at the start of the next pilot.
+"""
+
+import http.client
+import json
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from trio_pilot.identity import Identity, own
+from trio_pilot.leftovers import Theirs
+
+LABEL = "trio-pilot.pilot"  # the label of a container that says whose it is
+ENGINE_TIMEOUT = 10.0  # seconds for an engine to answer, and to remove a container
+
+
+def remove_containers(engine: Path, theirs: Theirs) -> int:
+    """Remove the containers of some pilots from an engine; give their number.
+
+    Raises:
+        OSError: it does not answer.
+    """
+    found = [one["Id"] for one in _containers(engine) if (pilot := _owner(one)) and (theirs(pilot) or _is_past(one, pilot))]
+    for container in found:
+        _request(engine, "DELETE", f"/containers/{container}?force=1&v=1")
+    return len(found)
+
+
+def _containers(engine: Path) -> Iterable[Mapping[str, Any]]:
+    filters = quote(json.dumps({"label": [LABEL]}))
+    listed: Iterable[Mapping[str, Any]] = json.loads(_request(engine, "GET", f"/containers/json?all=1&filters={filters}"))
+    return listed
+
+
+def _owner(container: Mapping[str, Any]) -> Identity | None:
+    return Identity.parse(container.get("Labels", {}).get(LABEL, ""))
+
+
+def _is_past(container: Mapping[str, Any], pilot: Identity) -> bool:
+    """Tell whether a container is of the time before this machine was started. One that runs may be of another machine."""
+    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    created = container.get("Created", 0)
+    is_old = isinstance(created, int) and created < booted
+    return pilot.boot != own().boot and container.get("State") != "running" and is_old
+
+
+def _request(engine: Path, method: str, path: str) -> bytes:
+    with closing(_UnixConnection(engine)) as connection:
+        try:
+            connection.request(method, path, headers={"Host": "engine"})
+            return connection.getresponse().read()
+        except http.client.HTTPException as error:
+            raise ConnectionError(f"{engine} does not speak HTTP: {error!r}") from error
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("engine", timeout=ENGINE_TIMEOUT)
+        self._path = str(path)
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)

@@ -1,0 +1,72 @@
+"""The guardian: a small process of its own, with nothing but the standard library, that outlives the pilot.
+
+It reads from the pilot's end of a pipe what there is to look after: `engine SOCKET` and `data DIRECTORY`, a line each, the
+paths in hex. At `done` it goes. At the end of the pipe without that, the pilot is dead, however it died: then the guardian
+kills its processes and removes its containers and task directories.
+"""
+
+import itertools
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from trio_pilot import leftovers, workspace
+from trio_pilot.identity import Identity
+
+DEATH_TIMEOUT = 5.0  # seconds from the end of the pipe to the end of the pilot: its memory may take a moment to go
+LOOK_INTERVAL = 0.02  # seconds between two looks
+CLEAN_TIMEOUT = 120.0  # seconds for an engine to come back; after that it is for the next pilot's sweep
+
+
+def main() -> None:
+    """Watch over the pilot named by the first argument; the others are lines that were told to the guardian before."""
+    os.chdir("/")  # keeping no file system from being unmounted
+    pilot = Identity.parse(sys.argv[1])
+    if pilot is None:
+        sys.exit(f"{sys.argv[1]!r} is no pilot")
+    watched: dict[str, set[Path]] = {"engine": set(), "data": set()}
+    for line in itertools.chain(sys.argv[2:], sys.stdin):
+        if line.strip() == "done":
+            return
+        what, path = parsed(line)
+        watched[what].add(path)
+    if _has_died(pilot):
+        clean_up(pilot, watched["engine"], watched["data"])
+
+
+def parsed(line: str) -> tuple[str, Path]:
+    """Read what there is to look after."""
+    what, name = line.split()
+    return what, Path(os.fsdecode(bytes.fromhex(name)))
+
+
+def clean_up(pilot: Identity, engines: Iterable[Path], directories: Iterable[Path]) -> None:
+    """Remove all that a pilot has left, until two looks find nothing: what it had asked for may still have been coming."""
+    deadline = time.monotonic() + CLEAN_TIMEOUT
+    quiet = 0
+    while quiet < 2 and time.monotonic() < deadline:
+        quiet = quiet + 1 if _is_clean(pilot, engines) else 0
+        time.sleep(LOOK_INTERVAL)
+    for directory in directories:
+        workspace.sweep(directory)
+
+
+def _is_clean(pilot: Identity, engines: Iterable[Path]) -> bool:
+    found = leftovers.end_processes(lambda one: one == pilot)
+    for engine in engines:
+        from trio_pilot import engine_leftovers  # which takes its time to load
+
+        try:
+            found += engine_leftovers.remove_containers(engine, lambda one: one == pilot)
+        except OSError:
+            found += 1  # we do not know, and look again
+    return not found
+
+
+def _has_died(pilot: Identity) -> bool:
+    deadline = time.monotonic() + DEATH_TIMEOUT
+    while not pilot.is_dead and time.monotonic() < deadline:
+        time.sleep(LOOK_INTERVAL)
+    return pilot.is_dead
