@@ -1,0 +1,169 @@
+import json
+import os
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from socketserver import UnixStreamServer
+from typing import Any
+
+import pytest
+
+from trio_pilot import workspace
+from trio_pilot.engine_leftovers import LABEL, remove_containers
+from trio_pilot.identity import Identity, own
+from trio_pilot.leftovers import MARKER, end_processes
+from trio_pilot.workspace import open_workspace
+
+NOBODY = replace(own(), started=own().started - 1)  # dead for sure
+BEFORE = replace(own(), boot="before")
+
+
+def is_dead(pilot: Identity) -> bool:
+    return pilot.is_dead
+
+
+# Processes.
+
+
+def start(pilot: object, script: str) -> "subprocess.Popen[bytes]":
+    env = {**os.environ, MARKER: f"{pilot}/{uuid.uuid4()}"}
+    return subprocess.Popen(["sh", "-c", f"{script}; :"], env=env, start_new_session=True)
+
+
+def test_the_processes_of_a_dead_pilot_are_ended_and_those_of_a_living_one_are_not() -> None:
+    with start(own(), "sleep 1000") as living, start("nonsense", "sleep 1000") as foreign:
+        with start(NOBODY, "env -i setsid sleep 1000 & sleep 1000") as dead:
+            assert end_processes(is_dead) >= 2
+            assert dead.wait(5) == -9
+        assert living.poll() is foreign.poll() is None
+        assert end_processes(is_dead) == 0
+        assert end_processes(lambda pilot: pilot == own()) == 2
+        assert living.wait(5) == -9
+        foreign.terminate()
+
+
+# Task directories.
+
+
+def leave(parent: Path, name: str, said: str) -> Path:
+    """Be a pilot that dies: leave a task directory, and word of whose it is."""
+    root = parent / "ewms-pilot-data"
+    directory = root / f"{name}-0000-4000-8000-000000000000"
+    for path in (root / "data-hub", directory / "task-io", root / f"init-{name}0000"):
+        path.mkdir(parents=True, exist_ok=True)
+    (root / ".lock").touch()
+    (directory / "task-io" / "infile").touch()
+    (root / f".pilot-{name}").write_text(said)
+    return directory
+
+
+@pytest.mark.parametrize(
+    "said",
+    [f"{NOBODY} here", f"{NOBODY} {os.uname().nodename}", f"{BEFORE} {os.uname().nodename}"],
+    ids=["of this boot", "of this machine", "of this machine before it was started anew"],
+)
+def test_the_directories_of_a_dead_pilot_are_removed(tmp_path: Path, said: str) -> None:
+    directory = leave(tmp_path, "01234567", said)
+    with open_workspace(tmp_path, []) as mine:
+        (mine.root / mine.new_name()).mkdir()
+        assert workspace.sweep(mine.root) == 2
+        assert not directory.exists()
+        assert len(list(mine.root.glob(f"{mine.prefix}-*"))) == 1
+        assert workspace.sweep(mine.root) == 0
+
+
+@pytest.mark.parametrize("said", [f"{BEFORE} another-machine", "", "nonsense"])
+def test_directories_of_which_it_is_not_sure_are_left_alone(tmp_path: Path, said: str) -> None:
+    directory = leave(tmp_path, "01234567", said)
+    with open_workspace(tmp_path, []) as mine:
+        assert workspace.sweep(mine.root) == 0
+    assert (directory / "task-io" / "infile").exists()
+
+
+def test_the_directories_of_a_living_pilot_are_left_alone(tmp_path: Path) -> None:
+    with open_workspace(tmp_path, []) as other, open_workspace(tmp_path, []) as mine:
+        assert other.prefix != mine.prefix
+        (other.root / other.new_name()).mkdir()
+        assert workspace.sweep(mine.root) == 0
+        assert len(list(other.root.glob(f"{other.prefix}-*"))) == 1
+
+
+def test_the_last_that_is_swept_takes_the_data_directory_with_it(tmp_path: Path) -> None:
+    leave(tmp_path, "01234567", f"{NOBODY} here")
+    assert workspace.sweep(tmp_path / "ewms-pilot-data") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+# Containers.
+
+
+@dataclass
+class Engine:
+    """As much of an engine as the sweep asks for."""
+
+    socket: Path
+    containers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, pilot: object, **facts: Any) -> str:
+        name = uuid.uuid4().hex
+        self.containers[name] = {"Id": name, "Labels": {LABEL: str(pilot)}, "State": "running", "Created": 0, **facts}
+        return name
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    engine = Engine(tmp_path / "engine.sock")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert self.path.startswith("/containers/json?all=1&filters=%7B%22label%22%3A%20%5B%22trio-pilot.pilot%22%5D%7D")
+            self.answer(200, json.dumps(list(engine.containers.values())).encode())
+
+        def do_DELETE(self) -> None:
+            name, _, options = self.path.removeprefix("/containers/").partition("?")
+            assert options == "force=1&v=1"
+            del engine.containers[name]
+            self.answer(204)
+
+        def answer(self, code: int, body: bytes = b"") -> None:
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Keep quiet."""
+
+        def address_string(self) -> str:
+            return "us"
+
+    with UnixStreamServer(str(engine.socket), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield engine
+        server.shutdown()
+        thread.join()
+
+
+def test_the_containers_of_a_dead_pilot_are_removed_and_no_others(engine: Engine) -> None:
+    dead, past = engine.add(NOBODY), engine.add(BEFORE, State="exited")
+    others = {
+        engine.add(own()),
+        engine.add("nonsense"),
+        engine.add(BEFORE, State="running"),
+        engine.add(BEFORE, State="created", Created=int(time.time())),
+        engine.add(replace(NOBODY, namespace=1)),
+    }
+    assert remove_containers(engine.socket, is_dead) == 2
+    assert engine.containers.keys() == others
+    assert not {dead, past} & others
+
+
+def test_an_engine_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file"):
+        remove_containers(tmp_path / "none", is_dead)
