@@ -236,6 +236,7 @@ class FakeRuntime:
     script: Script = copy
     fault: Fault = no_fault
     kill_seconds: float = 0.5  # what it takes to kill a container
+    out_of_memory: bool = False  # all containers are killed for want of it
     running: set[str] = field(default_factory=set)
     most_running: int = 0
     ran: list[Container] = field(default_factory=list)
@@ -272,4 +273,4 @@ class FakeRuntime:
             raise
         finally:
             self.running.discard(container.name)
-        return Exit(code)
+        return Exit(137, out_of_memory=True) if self.out_of_memory else Exit(code)

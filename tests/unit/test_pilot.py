@@ -1,6 +1,8 @@
+import re
 import signal
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -9,6 +11,7 @@ from tests.unit.pilots import WIRE, Lab
 from trio_pilot.brokers import Settlement
 from trio_pilot.errors import (
     BrokerError,
+    ContainerLostError,
     ContainerRunError,
     NodeError,
     PublishRefusedError,
@@ -246,6 +249,47 @@ async def test_other_tasks_finish_when_the_node_fails_one(lab: Lab) -> None:
     with pytest.raises(BaseExceptionGroup):
         await lab.run(max_concurrent_tasks=3)
     assert sorted(lab.outputs()) == ["1", "3"]
+
+
+async def test_a_container_that_is_lost_with_its_engine_returns_the_event_uncounted_and_the_pilot_goes_on(lab: Lab) -> None:
+    calls = iter(range(100))
+
+    def restarted(call: str) -> None:
+        if call == "runtime.exit" and next(calls) == 0:
+            raise ContainerLostError("the engine was started anew")
+
+    lab.runtime.fault = restarted
+    lab.put(1, 2)
+    assert await lab.run() is None
+    assert settled(lab) == [("RELEASE", "1"), ("ACK", "2"), ("ACK", "1")]
+    assert [delivery.attempts for delivery in lab.broker.queues["in"]] == []
+    assert sorted(lab.outputs()) == ["1", "2"]
+
+
+@pytest.mark.parametrize(("limit", "used"), [({"task_memory": 2**20}, "more than 1048576 b"), ({}, "more than there was")])
+async def test_a_task_that_is_killed_for_want_of_memory_fails_saying_so(lab: Lab, limit: Any, used: str) -> None:
+    lab.runtime.out_of_memory = True
+    lab.put(1)
+    error = "ContainerOutOfMemoryError('task failed (exit code 137): out of memory: it used "
+    with pytest.raises(TasksFailedError, match=re.escape(error + used)):
+        await lab.run(**limit)
+    assert settled(lab) == [("REJECT", "1")]
+
+
+async def test_what_dead_pilots_have_left_is_swept_before_an_event_is_taken(lab: Lab) -> None:
+    def looking(call: str) -> None:
+        assert call != "consumer.take" or lab.guard.swept
+
+    lab.broker.fault = looking
+    lab.put(1)
+    await lab.run()
+    assert lab.guard.watched == [("data", lab.directory / "ewms-pilot-data")]
+
+
+async def test_the_engine_is_made_known_to_the_guard(lab: Lab) -> None:
+    lab.runtime.engine = Path("/engine.sock")
+    await lab.run()
+    assert ("engine", Path("/engine.sock")) in lab.guard.watched
 
 
 async def test_a_refused_output_is_the_events_failure(lab: Lab) -> None:

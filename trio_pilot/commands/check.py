@@ -108,7 +108,7 @@ def _checks(settings: Settings) -> list[Check]:
     tokens = [queue for queue in incoming + outgoing if queue.token]
     data_cure = "name another directory in EWMS_PILOT_DATA_DIR_PARENT_PATH_ON_HOST, or make room there"
     runtime_cure = "install it, or choose another in EWMS_PILOT_RUNTIME"
-    image_cure = f"correct it; {settings.runtime} takes an unpacked directory, or / for this machine's own root"
+    image_cure = "correct it; docker and podman take a tag, apptainer and bubblewrap an unpacked directory"
     found_cure = "correct it, or name its directory in EWMS_PILOT_EXTERNAL_DIRECTORIES"
     return [
         Check("settings", partial(_settings, settings), "the README lists all settings"),
@@ -214,6 +214,8 @@ async def _command(settings: Settings, image: str, args: Sequence[str]) -> str:
         except PilotError as error:
             raise UntoldError from error
     root = Path("/") if image in OWN_ROOT or not contained else Path(image)
+    if runtime.engine or not await trio.Path(root).is_dir():
+        return f"{name}: only the image knows"
     found = next((place for place in _places(name, root) if _is_there(place, root, settings, contained=contained)), None)
     if not found:
         raise NodeError(f"{name} is not there, as the container will see it")
