@@ -14,7 +14,9 @@ import trio
 from trio_pilot.children import Child, Children, Command
 from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.last_words import last_words
-from trio_pilot.runtimes import DATA_DIRECTORY, Container, Exit, Options, cannot_run
+from trio_pilot.limits import NOT_ENTERED, Confinement, Limiter
+from trio_pilot.outputs import open_output
+from trio_pilot.runtimes import DATA_DIRECTORY, NOT_EXECUTABLE, NOT_FOUND, Container, Exit, Options, cannot_run
 from trio_pilot.runtimes.choice import OWN_ROOT
 from trio_pilot.settings import ENVFILE
 
@@ -26,6 +28,8 @@ HOME = "/tmp"  # noqa: S108 -- the container's own: its scratch directory is mou
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 BWRAP_FAILED = 1  # bubblewrap's own exit code
+NOT_THE_PAYLOADS = (BWRAP_FAILED, NOT_ENTERED, NOT_EXECUTABLE, NOT_FOUND)  # while bubblewrap has not told of one
+BWRAPS_OWN = 2  # processes in each container that are bubblewrap's: the one outside, and the first of the namespace
 
 PROBE_TIMEOUT = 10.0  # seconds for `true` in a container
 
@@ -53,7 +57,11 @@ async def open_runtime(options: Options) -> AsyncIterator["BubblewrapRuntime"]:
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise NodeError("there is no bwrap on PATH (Debian's package is bubblewrap)")
-    yield BubblewrapRuntime(bwrap, options.kill_grace)
+    runtime = BubblewrapRuntime(bwrap, options.kill_grace)
+    try:
+        yield runtime
+    finally:
+        await runtime.close()
 
 
 class BubblewrapRuntime:
@@ -67,7 +75,12 @@ class BubblewrapRuntime:
         self._bwrap = bwrap
         self._kill_grace = kill_grace
         self._children = Children()
+        self._limiter = Limiter(extra_pids=BWRAPS_OWN)
         self._roots: dict[tuple[str, tuple[str, ...]], tuple[str, ...]] = {}
+
+    async def close(self) -> None:
+        """Remove what was made for all containers."""
+        await self._limiter.close()
 
     async def prepare(self, image: str) -> None:
         """Look at the image directory."""
@@ -83,18 +96,20 @@ class BubblewrapRuntime:
         """Run a container to its end; on every way out its PID namespace is gone."""
         await trio.lowlevel.checkpoint_if_cancelled()
         root = await self._root(container.image, tuple(mount.target for mount in container.mounts))
-        with map_exceptions({OSError: NodeError}, "cannot start bubblewrap"), _Status() as status:
-            child = self._start(container, root, status)
-            code = await self._see_to_its_end(child, status)
-            if code == BWRAP_FAILED and "exit-code" not in status.read():
-                return _blame(container)
-        return Exit(code)
+        async with self._limiter.confine(container) as confinement:
+            with map_exceptions({OSError: NodeError}, "cannot start bubblewrap"), _Status() as status:
+                child = self._start(container, root, status, confinement)
+                code = await self._see_to_its_end(child, status)
+                if code in NOT_THE_PAYLOADS and "exit-code" not in status.read():
+                    return _blame(container, code, confinement)
+            return Exit(code, code != 0 and confinement.out_of_memory)
 
-    def _start(self, container: Container, root: Sequence[str], status: "_Status") -> Child:
-        with container.stdout.open("wb", 0) as stdout, container.stderr.open("wb", 0) as stderr:
+    def _start(self, container: Container, root: Sequence[str], status: "_Status", confinement: Confinement) -> Child:
+        with open_output(container.stdout) as stdout, open_output(container.stderr) as stderr:
+            env = self._environment(container)
             command = Command(
-                self._argv(container, root, status.writing),
-                self._environment(container),
+                confinement.argv(self._argv(container, root, status.writing), env),
+                env,
                 container.scratch,
                 stdout,
                 stderr,
@@ -170,8 +185,12 @@ def _terminate(child: Child, first: int | None) -> None:
         child.signal_group(signal.SIGTERM)
 
 
-def _blame(container: Container) -> Exit:
+def _blame(container: Container, code: int, confinement: Confinement) -> Exit:
     """Tell a command that is not in the image, which is its own fault, from a container that could not be made."""
+    if refusal := confinement.refusal(code, container.stderr):
+        raise NodeError(f"cannot limit what a container uses: {refusal}")
+    if code != BWRAP_FAILED:
+        return Exit(code)
     said = container.stderr.read_text(errors="replace").strip()
     if said.startswith("bwrap: execvp"):
         return cannot_run(said)

@@ -1,5 +1,6 @@
 """The runtime without containers: a process with its own session and scratch directory, and nothing in its way."""
 
+import errno
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -10,8 +11,10 @@ import trio
 
 from trio_pilot.children import Child, Children, Command
 from trio_pilot.errors import NodeError, map_exceptions
+from trio_pilot.limits import NOT_ENTERED, Confinement, Limiter
 from trio_pilot.log import LOGGER
-from trio_pilot.runtimes import Container, Exit, Options, cannot_run
+from trio_pilot.outputs import open_output
+from trio_pilot.runtimes import NOT_FOUND, Container, Exit, Options, cannot_run
 
 
 async def fault(options: Options) -> str | None:  # noqa: ARG001 -- as for any other runtime
@@ -23,7 +26,11 @@ async def fault(options: Options) -> str | None:  # noqa: ARG001 -- as for any o
 async def open_runtime(options: Options) -> AsyncIterator["ProcessRuntime"]:
     """Open the runtime, and say what it is not."""
     LOGGER.warning("runtime 'process': tasks are NOT contained; they can read and write whatever this user can")
-    yield ProcessRuntime(options.kill_grace)
+    runtime = ProcessRuntime(options.kill_grace)
+    try:
+        yield runtime
+    finally:
+        await runtime.close()
 
 
 class ProcessRuntime:
@@ -36,6 +43,11 @@ class ProcessRuntime:
     def __init__(self, kill_grace: float) -> None:
         self._kill_grace = kill_grace
         self._children = Children()
+        self._limiter = Limiter()
+
+    async def close(self) -> None:
+        """Remove what was made for all containers."""
+        await self._limiter.close()
 
     async def prepare(self, image: str) -> None:
         """Need nothing."""
@@ -43,28 +55,32 @@ class ProcessRuntime:
     async def run(self, container: Container) -> Exit:
         """Run the command to its end; on every way out its whole process tree is gone."""
         await trio.lowlevel.checkpoint_if_cancelled()
+        async with self._limiter.confine(container) as confinement:
+            started = self._start(container, confinement)
+            if isinstance(started, Exit):
+                return started
+            code = await self._see_to_its_end(started)
+            if refusal := confinement.refusal(code, container.stderr):
+                return _cannot_run(container, code, refusal)
+            return Exit(code, code != 0 and confinement.out_of_memory)
+
+    def _start(self, container: Container, confinement: Confinement) -> Child | Exit:
+        """Start the command; where it is itself to blame that it cannot be, give what a shell would."""
         with (
             map_exceptions({OSError: NodeError}, "cannot start a process"),
-            container.stdout.open("wb", 0) as stdout,
-            container.stderr.open("wb", 0) as stderr,
+            open_output(container.stdout) as stdout,
+            open_output(container.stderr) as stderr,
         ):
-            command = Command(
-                container.args,
-                self._environment(container),
-                container.scratch,
-                stdout,
-                stderr,
-                marker=container.name,
-            )
+            env = self._environment(container)
+            argv = confinement.argv(container.args, env)
             try:
-                child = self._children.spawn(command)
+                return self._children.spawn(Command(argv, env, container.scratch, stdout, stderr, marker=container.name))
             except OSError as error:
                 if error.filename != container.args[0]:
                     raise  # this machine's fault: it has no memory, process or file descriptor left
                 reason = f"{container.args[0]}: {error.strerror}"
                 stderr.write(os.fsencode(f"{reason}\n"))
                 return cannot_run(reason)
-        return Exit(await self._see_to_its_end(child))
 
     async def _see_to_its_end(self, child: Child) -> int:
         try:
@@ -84,3 +100,13 @@ class ProcessRuntime:
             "TMPDIR": scratch,
             **container.env,
         }
+
+
+def _cannot_run(container: Container, code: int, refusal: str) -> Exit:
+    """Say what the shell before the command could not do, as if there had been none."""
+    if code == NOT_ENTERED:
+        raise NodeError(f"cannot limit what a container uses: {refusal}")
+    reason = f"{container.args[0]}: {os.strerror(errno.ENOENT if code == NOT_FOUND else errno.EACCES)}"
+    with map_exceptions({OSError: NodeError}, "cannot write for a container"):
+        container.stderr.write_bytes(os.fsencode(f"{reason}\n"))
+    return cannot_run(reason)
