@@ -193,6 +193,7 @@ class PilotCommand:
         self.directory = directory
         self._program = str(Path(sys.executable).with_name("trio-pilot"))
         self._started: list[Running] = []
+        self.variables: dict[str, str] = {}
 
     def __enter__(self) -> "PilotCommand":
         return self
@@ -252,7 +253,7 @@ class PilotCommand:
         return self.directory / "ewms-pilot-data"
 
     def _environment(self) -> dict[str, str]:
-        return {name: value for name, value in os.environ.items() if "EWMS" not in name}
+        return {**{name: value for name, value in os.environ.items() if "EWMS" not in name}, **self.variables}
 
     def _run(self, *arguments: str, given: str = "") -> str:
         return subprocess.run(

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.containment import CONTAINMENTS, Containment
 from tests.runtimes_support import PilotCommand, bubblewrap_fault
 
 
@@ -11,6 +12,13 @@ def runtime(request: pytest.FixtureRequest) -> str:
     if request.param == "bubblewrap" and (fault := bubblewrap_fault()):
         pytest.skip(f"bubblewrap does not work here: {fault}")
     return str(request.param)
+
+
+@pytest.fixture(params=CONTAINMENTS)
+def containment(request: pytest.FixtureRequest, pilots: PilotCommand) -> Containment:
+    containment = CONTAINMENTS[request.param](request)
+    pilots.variables.update(containment.variables)
+    return containment
 
 
 @pytest.fixture

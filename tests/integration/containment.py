@@ -1,0 +1,38 @@
+"""The runtimes as a pilot's settings: which one, of which image, with which variables."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from tests.runtimes_support import bubblewrap_fault
+
+
+@dataclass(frozen=True)
+class Containment:
+    """What makes a pilot run its tasks in some runtime."""
+
+    runtime: str
+    image: str = "/"
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"runtime": self.runtime, "task_image": self.image}
+
+
+def in_process(_request: pytest.FixtureRequest) -> Containment:
+    return Containment("process")
+
+
+def in_bubblewrap(_request: pytest.FixtureRequest) -> Containment:
+    if fault := bubblewrap_fault():
+        pytest.skip(f"bubblewrap does not work here: {fault}")
+    return Containment("bubblewrap")
+
+
+CONTAINMENTS: dict[str, Callable[[pytest.FixtureRequest], Containment]] = {
+    "process": in_process,
+    "bubblewrap": in_bubblewrap,
+}

@@ -1,0 +1,84 @@
+import json
+import sqlite3
+from contextlib import closing
+
+from tests.integration.containment import Containment
+from tests.runtimes_support import PilotCommand
+
+OUTFILES = """
+case "$(cat "$1")" in
+    link) ln -s /etc/passwd "$2" ;;
+    fifo) mkfifo "$2" ;;
+    directory) mkdir "$2" ;;
+    sparse) truncate -s 10G "$2" ;;
+    *) cat "$1" > "$2" ;;
+esac
+"""
+AWKWARD = "a,b=c;d:e\"f'g\\h i\nj{k}$l`m`é☃"
+
+
+def reasons(pilots: PilotCommand) -> list[str]:
+    with closing(sqlite3.connect(pilots.directory / "trio-pilot-queues.sqlite")) as connection:
+        rows = connection.execute("SELECT reason FROM message WHERE queue = 'events.dead-letters' ORDER BY reason")
+        return [reason for (reason,) in rows]
+
+
+def test_an_output_file_that_is_none_is_refused(pilots: PilotCommand, containment: Containment) -> None:
+    pilots.send("link", "fifo", "directory", "sparse", "plain")
+    pilot = pilots.run(
+        *("sh", "-c", OUTFILES, "task", "{{INFILE}}", "{{OUTFILE}}"),
+        **containment.settings,
+        stop_listening_on_task_error=False,
+        max_attempts=1,
+    )
+    assert pilot.wait() == 1, pilot.stderr
+    assert pilots.receive() == ["plain"]
+    plain = "the output file must be a plain file"
+    assert reasons(pilots) == [
+        "the output file has 10737418240 bytes, more than the 134217728 of --max-payload",
+        f"{plain} that can be read: it is a symbolic link",
+        f"{plain}, not a directory, FIFO or device",
+        f"{plain}, not a directory, FIFO or device",
+    ]
+    assert not pilots.data.exists()
+
+
+def test_names_and_values_arrive_whatever_is_in_them(pilots: PilotCommand, containment: Containment) -> None:
+    parent = pilots.directory / AWKWARD
+    parent.mkdir()
+    pilots.send("event")
+    pilot = pilots.run(
+        *("sh", "-c", 'cat "$1" > "$2"; printf "%s" "$VALUE" "$3" >> "$2"', "task", "{{INFILE}}", "{{OUTFILE}}", AWKWARD),
+        **containment.settings,
+        task_env_json=json.dumps({"VALUE": AWKWARD}),
+        data_dir_parent_path_on_host=parent,
+    )
+    assert pilot.wait() == 0, pilot.stderr
+    assert pilots.receive() == [f"event{AWKWARD}{AWKWARD}"]
+    assert list(parent.iterdir()) == []
+
+
+def test_an_external_directory_is_seen_and_cannot_be_written(pilots: PilotCommand, containment: Containment) -> None:
+    external = pilots.directory / "external"
+    external.mkdir()
+    (external / "file").write_text("external")
+    pilots.send("event")
+    pilot = pilots.run(
+        *("sh", "-c", 'cat "$0/file" > "$1"; ! touch "$0/mine"', str(external), "{{OUTFILE}}"),
+        **containment.settings,
+        external_directories=external,
+    )
+    is_contained = containment.runtime != "process"
+    assert pilot.wait() == (0 if is_contained else 1), pilot.stderr
+    assert pilots.receive() == (["external"] if is_contained else [])
+    assert (external / "mine").exists() != is_contained
+
+
+def test_arguments_of_the_old_pilot_work(pilots: PilotCommand, containment: Containment) -> None:
+    pilots.send({"x": 'it\'s "quoted"'})
+    pilot = pilots.run(
+        **containment.settings,
+        task_args="""sh -c "dd if={{INFILE}} of={{OUTFILE}} 2> /dev/null\necho 'it''s \\"done\\"' >> \\"$1\\"" task {{OUTFILE}}""",
+    )
+    assert pilot.wait() == 0, pilot.stderr
+    assert pilots.receive() == ['{"x": "it\'s \\"quoted\\""}its "done"\n']
