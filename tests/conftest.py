@@ -1,11 +1,13 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
 from tests import servers
+from tests.apptainer import open_apptainer
 
 SERVICES: list[str] = []
 
@@ -32,6 +34,17 @@ def rabbitmq() -> Iterator[servers.RabbitServer]:
         with servers.rabbitmq() as server:
             SERVICES.append(f"RabbitMQ {server.version}")
             yield server
+    except servers.UnavailableError as error:
+        cannot(str(error))
+
+
+@pytest.fixture(scope="session")
+def apptainer() -> Iterator[Path]:
+    """The directory of an apptainer, to be put on PATH."""
+    try:
+        with open_apptainer() as programs:
+            SERVICES.append("Apptainer")
+            yield programs
     except servers.UnavailableError as error:
         cannot(str(error))
 

@@ -1,3 +1,4 @@
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,13 @@ from tests.runtimes_support import make_image
 @pytest.fixture(scope="session")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_image(tmp_path_factory.mktemp("image"))
+
+
+@pytest.fixture(scope="session")
+def sif(apptainer: Path, image: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("sif") / "image.sif"
+    subprocess.run([apptainer / "apptainer", "--silent", "build", file, image], check=True, timeout=60)
+    return file
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """The runtimes that the contract is held against, and what it takes to try each."""
 
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import trio
 
 from tests.runtimes_support import bubblewrap_fault, new_container
-from trio_pilot.runtimes import Container, Options, Runtime, bubblewrap, process
+from trio_pilot.runtimes import NOT_FOUND_REASONS, Container, Options, Runtime, apptainer, bubblewrap, process
 from trio_pilot.runtimes.choice import Family
 from trio_pilot.testing import FakeRuntime
 
@@ -26,6 +27,12 @@ class Subject:
     a_plain_file: str = "/etc/passwd"  # in the image
     seen_scratch: str | None = "/tmp"  # where the container sees its scratch directory; None: where it is
     options: Options = field(default_factory=Options)
+    seconds: float = 0.007  # that a container takes which does nothing
+    adds: str = ""  # names of variables that the runtime cannot but add, as a regular expression
+    refusals: tuple[str, str] = (  # what is said of an image that is not there, and of one that is an empty file
+        "must be an unpacked directory, or /: No such file or directory",
+        "must be an unpacked directory, or /: Not a directory",
+    )
 
     def container(self, *args: str, **more: Any) -> Container:
         return new_container(self.directory, args, image=self.image, **more)
@@ -33,6 +40,14 @@ class Subject:
     def seen(self, container: Container) -> str:
         """Name the scratch directory as the container sees it."""
         return self.seen_scratch or str(container.scratch)
+
+    def moments(self) -> list[float]:
+        """List moments from before it starts to after its end, in seconds."""
+        count = 40 if self.seconds < 0.05 else 20
+        return [number * 3 * self.seconds / count for number in range(count)]
+
+    def repetitions(self) -> int:
+        return min(200, round(5 / self.seconds))
 
 
 async def pretend(container: Container) -> int:
@@ -77,11 +92,41 @@ def make_bubblewrap_image(request: pytest.FixtureRequest, directory: Path) -> Su
     return subject
 
 
+def make_apptainer(request: pytest.FixtureRequest, directory: Path) -> Subject:
+    programs = request.getfixturevalue("apptainer")
+    request.getfixturevalue("monkeypatch").setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    return Subject(
+        "apptainer",
+        of(apptainer),
+        directory,
+        image=str(request.getfixturevalue("image")),
+        a_plain_file="/etc/this-is-the-image",
+        seconds=0.1,
+        adds="(APPTAINER|SINGULARITY)_.*|LANG|LD_LIBRARY_PATH|PROMPT_COMMAND|PS1|SHLVL",
+        refusals=(
+            f"must be an unpacked directory: {NOT_FOUND_REASONS[0]} ",
+            f"must be an unpacked directory: {NOT_FOUND_REASONS[1]} ",
+        ),
+    )
+
+
+def make_apptainer_sif(request: pytest.FixtureRequest, directory: Path) -> Subject:
+    subject = make_apptainer(request, directory)
+    subject.name, subject.image = "apptainer-sif", str(request.getfixturevalue("sif"))
+    subject.refusals = "is neither a directory nor a file", "cannot unpack the image"
+    subject.open = lambda options: apptainer.open_runtime(
+        replace(options, only_directories=False, build_directory=directory / "images")
+    )
+    return subject
+
+
 SUBJECTS = {
     "fake": make_fake,
     "process": make_process,
     "bubblewrap-own-root": make_bubblewrap,
     "bubblewrap-image": make_bubblewrap_image,
+    "apptainer-directory": make_apptainer,
+    "apptainer-sif": make_apptainer_sif,
 }
 REAL = [name for name in SUBJECTS if name != "fake"]  # the fake has no processes, files or mounts to show
 ISOLATING = [name for name in REAL if name != "process"]

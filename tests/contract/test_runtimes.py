@@ -1,5 +1,6 @@
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -149,6 +150,7 @@ async def test_the_environment_is_built_from_nothing(
     monkeypatch.setenv("SOMETHING", "a-secret")
     said = await output(runtime, subject.container("env", env={"MINE": "yes"}))
     names = {line.partition(b"=")[0].decode() for line in said.splitlines()}
+    names = {name for name in names if not re.fullmatch(subject.adds, name)}
     assert b"a-secret" not in said
     assert {"PATH", "HOME", "TMPDIR", "MINE"} <= names <= {"PATH", "HOME", "TMPDIR", "MINE", "PWD", MARKER}
 
@@ -311,17 +313,17 @@ async def test_a_mount_whose_directory_is_gone_is_the_nodes_fault(
     subject: Subject, runtime: Runtime, tmp_path: Path
 ) -> None:
     container = subject.container("true", mounts=[Mount(tmp_path / "gone", "/data")])
-    with pytest.raises(NodeError, match=r"^bubblewrap could not make the container: .*/gone: No such file or directory$"):
+    line = rf"^{runtime.name} could not make the container: .*/gone(: No such file or directory| doesn't exist)$"
+    with pytest.raises(NodeError, match=line):
         await run(runtime, container)
 
 
 @isolating_ones
-@pytest.mark.usefixtures("subject")
-async def test_an_image_that_is_not_there_is_the_nodes_fault(runtime: Runtime, tmp_path: Path) -> None:
+async def test_an_image_that_is_not_there_is_the_nodes_fault(subject: Subject, runtime: Runtime, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for missing, why in (("missing", "No such file or directory"), ("file", "Not a directory")):
+    for missing, why in zip(("missing", "file"), subject.refusals, strict=True):
         image = str(tmp_path / missing)
-        line = f"^the image {image} must be an unpacked directory, or /: {why}$"
+        line = f"{image}.*{why}|{why}.*{image}"
         with pytest.raises(NodeError, match=line):
             await runtime.prepare(image)
         with pytest.raises(NodeError, match=line):
@@ -394,14 +396,11 @@ async def test_a_container_that_is_cancelled_beforehand_is_not_started(subject: 
     assert not container.stdout.exists()
 
 
-MOMENTS = [number / 2000 for number in range(40)]  # seconds; bubblewrap is ready after 7 ms
-
-
 @all_of_them
 @pytest.mark.parametrize("script", [("sleep", "1000"), ("sh", "-c", "exit 0")], ids=["long", "short"])
 async def test_cancelled_at_any_moment_nothing_is_left(subject: Subject, runtime: Runtime, script: tuple[str, ...]) -> None:
     before = own_children()
-    for moment in MOMENTS:
+    for moment in subject.moments():
         marked = Marked(subject, *script)
         with trio.fail_after(PATIENCE), trio.move_on_after(moment):
             assert (await runtime.run(marked.container)).code == 0
@@ -534,7 +533,7 @@ async def test_neither_file_descriptors_nor_zombies_grow(subject: Subject, runti
     )
     await run(runtime, subject.container("true"))
     files, children = open_files(), own_children()
-    for script in itertools.islice(scripts, 200):
+    for script in itertools.islice(scripts, subject.repetitions()):
         await run(runtime, subject.container("sh", "-c", script))
     assert open_files() == files
     assert own_children() <= children

@@ -1,0 +1,202 @@
+"""The runtime by the apptainer command (1.1 and later): nearly everything of a container's own, and no privileges.
+
+A container is a tree below the pilot: apptainer's starter, the first process of a PID namespace, the payload. The kernel
+kills each with its parent (PR_SET_PDEATHSIG), except for the starter, which has cleared that. All carry the container's name
+in their environment: the starter and the first process as a part of the settings that they got there.
+"""
+
+import errno
+import os
+import re
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path, PurePath
+
+import trio
+
+from trio_pilot import identity
+from trio_pilot.children import Child, Command
+from trio_pilot.errors import NodeError, map_exceptions
+from trio_pilot.leftovers import MARKER
+from trio_pilot.runtimes import Container, Exit, Mount, Options, cannot_run, verbatim
+from trio_pilot.runtimes.apptainer_images import RUNSCRIPT, Image, Images, probe
+from trio_pilot.runtimes.apptainer_program import MOST_SAID, Apptainer, environment, fatal
+
+HOME = "/tmp"  # noqa: S108 -- the container's own: its scratch directory is mounted there
+
+FAILED = 255  # apptainer's own exit code, whatever the reason
+
+PROBE_TIMEOUT = 20.0  # seconds for a container that does nothing
+
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+# What root could write to without any privilege, as it owns the files.
+KERNELS = tuple(map(Path, ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus")))
+
+# What it says of a command that it cannot execute, and what the kernel has said to it.
+NO_COMMAND = re.compile(r'".*": executable file not found in \$PATH', re.DOTALL)
+CANNOT_EXECUTE = re.compile(
+    r"(?:stat .*: |exec .* failed: .*: )?"
+    r"(no such file or directory|not a directory|permission denied|is a directory|exec format error)",
+    re.DOTALL,
+)
+REASONS = {
+    "not a directory": errno.ENOTDIR,
+    "permission denied": errno.EACCES,
+    "is a directory": errno.EACCES,
+    "exec format error": errno.ENOEXEC,
+}
+
+
+async def fault(options: Options) -> str | None:  # noqa: ARG001 -- none matters
+    """Say what keeps apptainer from working here, if anything does."""
+    with trio.move_on_after(PROBE_TIMEOUT):
+        try:
+            apptainer = Apptainer.find()
+            await apptainer.check_version()
+            reason = await _cannot_run(apptainer)
+        except NodeError as error:
+            return str(error)
+        return f"{apptainer.path} cannot make a container: {reason}" if reason else None
+    return f"apptainer has not made a container in {PROBE_TIMEOUT:g} s"
+
+
+async def _cannot_run(apptainer: Apptainer) -> str | None:
+    """Make a container of an image that has nothing in it."""
+    with tempfile.TemporaryDirectory() as directory:
+        _make_image(Path(directory))
+        return await probe(apptainer, Path(directory))
+
+
+def _make_image(directory: Path) -> None:
+    for name in ("dev", "proc", "sys", "tmp", "etc"):
+        (directory / name).mkdir()
+
+
+@asynccontextmanager
+async def open_runtime(options: Options) -> AsyncIterator["ApptainerRuntime"]:
+    """Open the runtime; `fault` says whether it works."""
+    apptainer = Apptainer.find()
+    await apptainer.check_version()
+    yield ApptainerRuntime(apptainer, options)
+
+
+class ApptainerRuntime:
+    """Runs containers with `apptainer run`, or `exec` where an image has no runscript."""
+
+    name = "apptainer"
+    mounts = True
+    engine: Path | None = None
+
+    def __init__(self, apptainer: Apptainer, options: Options) -> None:
+        self._apptainer = apptainer
+        self._images = Images(apptainer, options)
+        self._kill_grace = options.kill_grace
+        self._debug = options.debug
+
+    async def prepare(self, image: str) -> None:
+        """Look at the image; unpack it, if it is to be."""
+        await self._images.ready(image)
+
+    async def run(self, container: Container) -> Exit:
+        """Run a container to its end; on every way out its PID namespace is gone."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        image = await self._images.ready(container.image)
+        with map_exceptions({OSError: NodeError}, "cannot start apptainer"):
+            code = await self._see_to_its_end(self._start(container, image))
+            return self._blame(container) if code == FAILED else Exit(code)
+
+    def _start(self, container: Container, image: Image) -> Child:
+        _make_mount_points(container)
+        with container.stdout.open("wb", 0) as stdout, container.stderr.open("wb", 0) as stderr:
+            command = Command(
+                self._argv(container, image),
+                {**environment(), **_environment(container)},
+                container.scratch,
+                stdout,
+                stderr,
+                container.name,
+            )
+            return self._apptainer.children.spawn(command)
+
+    def _argv(self, container: Container, image: Image) -> list[str]:
+        args: list[str] = list(container.args)
+        action = image.action
+        if verbatim.needs_help(args, container.env):
+            args = verbatim.shell([f"/{RUNSCRIPT}"] if action == "run" else [], args, container.env)
+            action = "exec"
+        mounts = [Mount(container.scratch, HOME, writable=True), *container.mounts, *_protection()]
+        return [
+            *(self._apptainer.path, "--debug" if self._debug else "--silent"),
+            # Without a home of the host's to mount, --home says no more than what HOME is.
+            *(action, "--containall", "--no-eval", "--no-privs", "--no-home", "--home", HOME, "--pwd", HOME),
+            *("--no-mount", "sys", "--scratch", "/run"),
+            *(option for mount in mounts for option in ("--mount", _mount(mount))),
+            image.path,
+            *args,
+        ]
+
+    async def _see_to_its_end(self, child: Child) -> int:
+        try:
+            return await child.wait()
+        finally:
+            await child.end(
+                partial(_terminate, child),
+                lambda: child.signal_group(signal.SIGKILL),  # the namespace dies with its parent
+                self._kill_grace,
+            )
+
+    def _blame(self, container: Container) -> Exit:
+        """Tell a payload that ends with 255 from one that cannot be executed, and that from no container at all."""
+        with container.stderr.open("rb") as stderr:
+            said = stderr.read(MOST_SAID).decode(errors="replace")
+        reason = fatal(said, among_others=self._debug)
+        if reason is None:
+            return Exit(FAILED)
+        refused = CANNOT_EXECUTE.fullmatch(reason)
+        if not refused and not NO_COMMAND.fullmatch(reason):
+            raise NodeError(f"apptainer could not make the container: {reason}")
+        why = os.strerror(REASONS.get(refused[1], errno.ENOENT) if refused else errno.ENOENT)
+        blame = f"{container.args[0]}: {why}"
+        with container.stderr.open("ab", 0) as stderr:
+            stderr.write(os.fsencode(f"{blame}\n"))
+        return cannot_run(blame)
+
+
+def _terminate(child: Child) -> None:
+    """Send SIGTERM to the starter, which hands it on to the payload."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.kill(child.pid, signal.SIGTERM)
+
+
+def _environment(container: Container) -> dict[str, str]:
+    """Give the variables by which apptainer sets the container's."""
+    for name in container.env:
+        if not VARIABLE.fullmatch(name):
+            raise NodeError(f"apptainer cannot set a variable named {name!r}: use letters, digits and underscores")
+    marker = {MARKER: f"{identity.own()}/{container.name}"}
+    travelling = {"TMPDIR": HOME, **verbatim.travelling(container.env), **marker}
+    return {f"APPTAINERENV_{name}": value for name, value in travelling.items()}
+
+
+def _make_mount_points(container: Container) -> None:
+    """Make those that are in the scratch directory; apptainer makes the others in a layer over the image."""
+    for mount in container.mounts:
+        if mount.target.startswith(f"{HOME}/"):
+            (container.scratch / PurePath(mount.target).relative_to(HOME)).mkdir(parents=True, exist_ok=True)
+
+
+def _protection() -> Iterator[Mount]:
+    if os.geteuid() == 0:
+        yield from (Mount(path, str(path)) for path in KERNELS if path.exists())
+
+
+def _mount(mount: Mount) -> str:
+    """Give an argument of --mount: a line of CSV."""
+    fields = ["type=bind", f"source={mount.source}", f"destination={mount.target}", *([] if mount.writable else ["ro"])]
+    if not all(verbatim.is_text(field) and "\r" not in field for field in fields):
+        raise NodeError(f"apptainer cannot mount {str(mount.source)!r} at {mount.target!r}: name them in UTF-8, without CR")
+    return ",".join('"{}"'.format(field.replace('"', '""')) for field in fields)

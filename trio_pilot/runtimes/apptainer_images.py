@@ -1,0 +1,203 @@
+"""Images for apptainer: directories as they are, files that it can mount, and all others unpacked once.
+
+Unpacked images are in a directory of this user's own below the build directory, each under the hash of what it was made
+from, and they stay there: for the next pilot, until somebody removes them. Several pilots may want the same one at once: the
+one that holds the lock makes it, under another name until it is complete.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from trio_pilot.errors import NodeError, map_exceptions
+from trio_pilot.log import LOGGER
+from trio_pilot.runtimes import Options
+from trio_pilot.runtimes.apptainer_program import Apptainer, environment
+from trio_pilot.settings import APPTAINER_BUILD, APPTAINER_IMAGE
+from trio_pilot.trees import remove_tree
+
+# What an image can be made from, besides a file: apptainer-build(1).
+SOURCES = ("docker", "docker-archive", "docker-daemon", "oci", "oci-archive", "oras", "library", "shub", "http", "https")
+
+# Of the pilot's environment, what building may need: credentials, proxies, caches and places.
+FOR_BUILDING = re.compile(
+    r"(APPTAINER|SINGULARITY|DOCKER|XDG|SSL)_.*|(http|https|no|all)_proxy|PATH|HOME|USER|LOGNAME|REGISTRY_AUTH_FILE",
+    re.IGNORECASE,
+)
+
+RUNSCRIPT = ".singularity.d/runscript"
+NO_RUNSCRIPT = "There is no runscript defined for this container"  # all that the one says that apptainer makes up
+
+PROBE = "/.trio-pilot-probe"  # a command that no image has: that it is missed is a container's word
+PROBE_TIMEOUT = 60.0  # seconds for a container that does nothing
+LOCK_INTERVAL = 0.2  # seconds between two looks at a lock that another pilot has
+TIDY_TIMEOUT = 60.0  # seconds to remove half an image
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """What apptainer is to run, and how."""
+
+    path: str
+    action: str = (
+        "exec"  # the command itself; or `run`, by the image's runscript (which is what a Docker entrypoint becomes)
+    )
+
+
+class Images:
+    """Gets images ready, each once."""
+
+    def __init__(self, apptainer: Apptainer, options: Options) -> None:
+        self._apptainer = apptainer
+        self._options = options
+        self._ready: dict[str, Image] = {}
+        self._lock = trio.Lock()
+
+    async def ready(self, name: str) -> Image:
+        """Get an image ready. Raises NodeError if there is none, or it is none."""
+        if name not in self._ready:
+            async with self._lock:
+                if name not in self._ready:
+                    self._ready[name] = await self._get_ready(name)
+        return self._ready[name]
+
+    async def _get_ready(self, name: str) -> Image:
+        fault = await trio.to_thread.run_sync(_directory_fault, name)
+        if fault is None:
+            return await trio.to_thread.run_sync(_directory, name)
+        if self._options.only_directories:
+            raise NodeError(
+                f"the image {name} must be an unpacked directory: {fault}"
+                f" (or allow other images: {APPTAINER_IMAGE[0]}=false, --no-apptainer-image-directory-must-be-present)"
+            )
+        if name.partition(":")[0] in SOURCES:
+            return await self._unpacked(name)
+        return await self._file(name)
+
+    async def _file(self, name: str) -> Image:
+        path = Path(await trio.Path(name).absolute())
+        if not await trio.Path(path).is_file():
+            raise NodeError(f"the image {name} is neither a directory nor a file; of a registry it would be docker://{name}")
+        reason = await self._cannot_mount(path)
+        if reason is None:
+            said = await self._apptainer.ask(["--silent", "inspect", "--runscript", str(path)], environment())
+            return Image(str(path), _action(said.text if said.code == 0 else ""))
+        LOGGER.info("image %s is unpacked, for it cannot be mounted here: %s", name, reason)
+        return await self._unpacked(str(path))
+
+    async def _cannot_mount(self, path: Path) -> str | None:
+        with trio.move_on_after(PROBE_TIMEOUT):
+            return await probe(self._apptainer, path)
+        return f"that took more than {PROBE_TIMEOUT:g} s"
+
+    async def _unpacked(self, source: str) -> Image:
+        parent = self._options.build_directory.absolute() / f"trio-pilot-images-{os.geteuid()}"
+        with map_exceptions({OSError: NodeError}, f"cannot unpack images below {parent} (see {APPTAINER_BUILD[0]})"):
+            await trio.to_thread.run_sync(_make_own, parent)
+            key = await trio.to_thread.run_sync(_key, source)
+            finished = parent / key
+            async with _locked(parent / f"{key}.lock", source) as lock:
+                if await trio.Path(finished).exists():
+                    LOGGER.info("image %s: %s is used, where it was unpacked before", source, finished)
+                else:
+                    await self._build(source, finished, lock)
+            return await trio.to_thread.run_sync(_directory, str(finished))
+
+    async def _build(self, source: str, finished: Path, lock: int) -> None:
+        unfinished = finished.with_name(f"{finished.name}.building-{uuid.uuid4().hex}")
+        LOGGER.info("image %s: being unpacked to %s", source, finished)
+        begun = trio.current_time()
+        try:
+            for left in finished.parent.glob(f"{finished.name}.building-*"):  # by a pilot that was killed: the lock is ours
+                await trio.to_thread.run_sync(remove_tree, left)
+            (unfinished / "tmp").mkdir(parents=True)
+            root = unfinished / "root"
+            env = {**_environment(os.environ), "APPTAINER_TMPDIR": str(unfinished / "tmp")}
+            # It holds the lock too: it may outlive us.
+            said = await self._apptainer.ask(["build", "--fix-perms", "--sandbox", str(root), source], env, [lock])
+            if said.code:
+                raise NodeError(f"cannot unpack the image {source}: {said.reason}")
+            root.rename(finished)
+        finally:
+            with trio.move_on_after(TIDY_TIMEOUT, shield=True):
+                await trio.to_thread.run_sync(remove_tree, unfinished)
+        LOGGER.info("image %s: unpacked in %.1f s", source, trio.current_time() - begun)
+
+
+async def probe(apptainer: Apptainer, image: Path) -> str | None:
+    """Say why no container can be made of an image, if so."""
+    args = ["--silent", "exec", "--containall", "--no-eval", "--no-privs", "--no-home", "--pwd", "/"]
+    said = await apptainer.ask([*args, str(image), PROBE], environment())
+    return None if PROBE in said.reason else said.reason
+
+
+def _directory_fault(name: str) -> str | None:
+    try:
+        os.scandir(name or "").close()
+    except OSError as error:
+        return str(error.strerror)
+    return None
+
+
+def _directory(name: str) -> Image:
+    path = Path(name).absolute()
+    try:
+        return Image(str(path), _action((path / RUNSCRIPT).read_text(errors="replace")))
+    except OSError:
+        return Image(str(path))
+
+
+def _action(runscript: str) -> str:
+    return "run" if runscript.strip() and NO_RUNSCRIPT not in runscript else "exec"
+
+
+def _make_own(directory: Path) -> None:
+    """Make a directory that nobody else can have put images into: its parent may be everybody's."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = directory.lstat()
+    if directory.is_symlink() or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise NodeError(f"{directory} must be a directory of this user's that nobody else can write: remove it")
+
+
+def _key(source: str) -> str:
+    """Name a source by what it is; a file by its state, too."""
+    said = [source]
+    file = Path(source.partition(":")[2] if source.partition(":")[0] in SOURCES else source)
+    if file.exists():
+        facts = file.stat()
+        said += [str(file.absolute()), str(facts.st_size), str(facts.st_mtime_ns)]
+    return hashlib.sha256(os.fsencode("\0".join(said))).hexdigest()[:32]
+
+
+@asynccontextmanager
+async def _locked(path: Path, source: str) -> AsyncIterator[int]:
+    """Hold a lock; wait, as long as nobody cancels that, for another pilot that does."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        if not _try_to_lock(lock):
+            LOGGER.info("image %s: another pilot is unpacking it", source)
+            while not _try_to_lock(lock):  # noqa: ASYNC110 -- another process tells nobody
+                await trio.sleep(LOCK_INTERVAL)
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def _try_to_lock(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _environment(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if FOR_BUILDING.fullmatch(name)}
