@@ -16,6 +16,7 @@ class Containment:
     runtime: str
     image: str = "/"
     variables: Mapping[str, str] = field(default_factory=dict)
+    containers: Callable[[], list[str]] = list  # those that an engine has, in any state
 
     @property
     def settings(self) -> dict[str, Any]:

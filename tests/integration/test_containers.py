@@ -78,7 +78,8 @@ def test_arguments_of_the_old_pilot_work(pilots: PilotCommand, containment: Cont
     pilots.send({"x": 'it\'s "quoted"'})
     pilot = pilots.run(
         **containment.settings,
-        task_args="""sh -c "dd if={{INFILE}} of={{OUTFILE}} 2> /dev/null\necho 'it''s \\"done\\"' >> \\"$1\\"" task {{OUTFILE}}""",
+        task_args="""sh -c "dd if={{INFILE}} of={{OUTFILE}} 2> /dev/null
+            echo 'it''s \\"done\\"' >> \\"$1\\"" task {{OUTFILE}}""",
     )
     assert pilot.wait() == 0, pilot.stderr
     assert pilots.receive() == ['{"x": "it\'s \\"quoted\\""}its "done"\n']

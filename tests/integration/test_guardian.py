@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
+from tests.integration.containment import Containment
 from tests.runtimes_support import PilotCommand, Running, command_line, processes_with, until_sync
 from trio_pilot.identity import PARENT, STATE, stat_of
+
+IN_PROCESS = Containment("process")
 
 PROMISE = 10.0  # seconds after which nothing is left
 
@@ -42,6 +45,11 @@ def living(mark: str) -> list[int]:
     return [pid for pid in marked if (facts := stat_of(pid)) and facts[STATE] != "Z"]
 
 
+def sleepers(mark: str) -> list[int]:
+    """List the processes of tasks that do nothing any more: two a task."""
+    return [pid for pid in living(mark) if command_line(pid)[2].startswith("sleep")]
+
+
 def guardians(pilot: Running) -> list[int]:
     return [pid for pid in children(pilot.pid) if any("guardian" in word for word in command_line(pid))]
 
@@ -51,9 +59,9 @@ def children(parent: int) -> list[int]:
     return [pid for pid in pids if (facts := stat_of(pid)) and int(facts[PARENT]) == parent and facts[STATE] != "Z"]
 
 
-def start(pilots: PilotCommand, runtime: str, mark: str, **settings: Any) -> Running:
+def start(pilots: PilotCommand, containment: Containment, mark: str, **settings: Any) -> Running:
     args = ("sh", "-c", STUBBORN, mark, "{{DATA_HUB}}")
-    return pilots.start(*args, runtime=runtime, max_concurrent_tasks=2, timeout_queue_incoming=60, **settings)
+    return pilots.start(*args, **containment.settings, max_concurrent_tasks=2, timeout_queue_incoming=60, **settings)
 
 
 def wait_for_tasks(pilots: PilotCommand, pilot: Running, count: int) -> None:
@@ -63,9 +71,9 @@ def wait_for_tasks(pilots: PilotCommand, pilot: Running, count: int) -> None:
     until_sync(lambda: guardians(pilot), "the guardian to start")
 
 
-def wait_until_nothing_is_left(pilots: PilotCommand, mark: str) -> None:
+def wait_until_nothing_is_left(pilots: PilotCommand, mark: str, containment: Containment = IN_PROCESS) -> None:
     deadline = time.monotonic() + PROMISE
-    while (left := [*living(mark), *leftovers(pilots)]) and time.monotonic() < deadline:
+    while (left := [*living(mark), *leftovers(pilots), *containment.containers()]) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert left == []
 
@@ -82,32 +90,32 @@ def all_events_can_be_done(pilots: PilotCommand, events: range) -> None:
     assert pilots.queue() == []
 
 
-def test_a_pilot_that_is_killed_leaves_nothing(pilots: PilotCommand, runtime: str, mark: str) -> None:
+def test_a_pilot_that_is_killed_leaves_nothing(pilots: PilotCommand, containment: Containment, mark: str) -> None:
     pilots.send(*range(4))
-    pilot = start(pilots, runtime, mark)
+    pilot = start(pilots, containment, mark)
     wait_for_tasks(pilots, pilot, 2)
     until_sync(lambda: len(living(mark)) >= 1 + 2 * 4)
     pilot.kill()
-    wait_until_nothing_is_left(pilots, mark)
+    wait_until_nothing_is_left(pilots, mark, containment)
     all_events_can_be_done(pilots, range(4))
 
 
-def test_a_guardian_that_is_killed_is_followed_by_another(pilots: PilotCommand, runtime: str, mark: str) -> None:
+def test_a_guardian_that_is_killed_is_followed_by_another(pilots: PilotCommand, containment: Containment, mark: str) -> None:
     pilots.send(*range(2))
-    pilot = start(pilots, runtime, mark)
+    pilot = start(pilots, containment, mark)
     wait_for_tasks(pilots, pilot, 2)
     first = guardians(pilot)
     os.kill(first[0], signal.SIGKILL)
     until_sync(lambda: guardians(pilot) not in ([], first), "another guardian")
     assert not pilot.ended
     pilot.kill()
-    wait_until_nothing_is_left(pilots, mark)
+    wait_until_nothing_is_left(pilots, mark, containment)
     all_events_can_be_done(pilots, range(2))
 
 
 def test_what_a_pilot_and_its_guardian_leave_is_swept_by_the_next(pilots: PilotCommand, mark: str) -> None:
     pilots.send(*range(2))
-    pilot = start(pilots, "process", mark)
+    pilot = start(pilots, IN_PROCESS, mark)
     wait_for_tasks(pilots, pilot, 2)
     until_sync(lambda: len(living(mark)) >= 1 + 2 * 4)
     pilot.signal(signal.SIGSTOP)  # so that it starts no other
@@ -122,16 +130,17 @@ def test_what_a_pilot_and_its_guardian_leave_is_swept_by_the_next(pilots: PilotC
 def test_a_living_pilot_loses_nothing_to_the_guardian_or_the_sweep_of_another(pilots: PilotCommand, mark: str) -> None:
     other = f"other-{uuid.uuid4().hex}"
     pilots.send(*range(4))
-    lasting = start(pilots, "process", mark)
+    lasting = start(pilots, IN_PROCESS, mark)
     wait_for_tasks(pilots, lasting, 2)
-    alive, directories = living(mark), sorted(pilots.data.iterdir())
-    dying = start(pilots, "process", other)
+    until_sync(lambda: len(sleepers(mark)) == 4)
+    alive, directories = sleepers(mark), sorted(pilots.data.iterdir())
+    dying = start(pilots, IN_PROCESS, other)
     wait_for_tasks(pilots, dying, 4)
     dying.kill()
     until_sync(lambda: not living(other))
     until_sync(lambda: sorted(pilots.data.iterdir()) == directories)
     all_events_can_be_done_but(pilots, 2)
-    assert living(mark) == alive
+    assert sleepers(mark) == alive
     assert sorted(pilots.data.iterdir()) == directories
     lasting.signal(signal.SIGTERM)
     lasting.signal(signal.SIGTERM)
@@ -147,7 +156,7 @@ def all_events_can_be_done_but(pilots: PilotCommand, count: int) -> None:
 
 def test_files_that_were_to_be_kept_are_kept(pilots: PilotCommand, mark: str) -> None:
     pilots.send("event")
-    pilot = start(pilots, "process", mark, keep_all_task_files=True)
+    pilot = start(pilots, IN_PROCESS, mark, keep_all_task_files=True)
     wait_for_tasks(pilots, pilot, 1)
     pilot.kill()
     until_sync(lambda: not living(mark))
@@ -156,7 +165,7 @@ def test_files_that_were_to_be_kept_are_kept(pilots: PilotCommand, mark: str) ->
 
 
 def test_the_guardian_knows_no_secrets_and_goes_with_the_pilot(pilots: PilotCommand, mark: str) -> None:
-    pilot = start(pilots, "process", mark, broker_token="a-token")
+    pilot = start(pilots, IN_PROCESS, mark, broker_token="a-token")
     until_sync(lambda: guardians(pilot))
     (guardian,) = guardians(pilot)
     until_sync(lambda: "guardian" in "".join(command_line(guardian)))
@@ -170,34 +179,34 @@ def test_the_guardian_knows_no_secrets_and_goes_with_the_pilot(pilots: PilotComm
     assert "ended by somebody" not in pilot.stderr
 
 
-def kill_at_some_moment(pilots: PilotCommand, runtime: str, mark: str, whom: str) -> None:
+def kill_at_some_moment(pilots: PilotCommand, containment: Containment, mark: str, whom: str) -> None:
     events = range(30)
     pilots.send(*events)
     args = ("sh", "-c", BUSY, mark, "{{INFILE}}", "{{OUTFILE}}")
-    pilot = pilots.start(*args, runtime=runtime, max_concurrent_tasks=4, timeout_queue_incoming=60)
+    pilot = pilots.start(*args, **containment.settings, max_concurrent_tasks=4, timeout_queue_incoming=60)
     time.sleep(random.uniform(0, 0.8))
     if whom == "both" and (found := guardians(pilot)):
         pilot.signal(signal.SIGSTOP)
         os.kill(found[0], signal.SIGKILL)
     pilot.kill()
     if whom == "pilot":
-        wait_until_nothing_is_left(pilots, mark)
+        wait_until_nothing_is_left(pilots, mark, containment)
     all_events_can_be_done(pilots, events)
-    wait_until_nothing_is_left(pilots, mark)
+    wait_until_nothing_is_left(pilots, mark, containment)
 
 
 @pytest.mark.parametrize("whom", ["pilot", "both"])
 @pytest.mark.parametrize("_number", range(3))
 def test_killed_at_any_moment_it_leaves_nothing_and_loses_nothing(
-    pilots: PilotCommand, runtime: str, mark: str, whom: str, _number: int
+    pilots: PilotCommand, containment: Containment, mark: str, whom: str, _number: int
 ) -> None:
-    kill_at_some_moment(pilots, runtime, mark, whom)
+    kill_at_some_moment(pilots, containment, mark, whom)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("whom", ["pilot", "both"])
 @pytest.mark.parametrize("_number", range(50))
 def test_killed_at_any_of_many_moments_it_leaves_nothing_and_loses_nothing(
-    pilots: PilotCommand, runtime: str, mark: str, whom: str, _number: int
+    pilots: PilotCommand, containment: Containment, mark: str, whom: str, _number: int
 ) -> None:
-    kill_at_some_moment(pilots, runtime, mark, whom)
+    kill_at_some_moment(pilots, containment, mark, whom)
