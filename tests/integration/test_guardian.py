@@ -61,7 +61,9 @@ def children(parent: int) -> list[int]:
 
 def start(pilots: PilotCommand, containment: Containment, mark: str, **settings: Any) -> Running:
     args = ("sh", "-c", STUBBORN, mark, "{{DATA_HUB}}")
-    return pilots.start(*args, **containment.settings, max_concurrent_tasks=2, timeout_queue_incoming=60, **settings)
+    return pilots.start(
+        *args, **containment.settings, max_concurrent_tasks=2, timeout_queue_incoming=60, grace=0, **settings
+    )
 
 
 def wait_for_tasks(pilots: PilotCommand, pilot: Running, count: int) -> None:

@@ -15,6 +15,8 @@ NAMES = (*ENGINES, "apptainer", "bubblewrap", "process")
 
 OWN_ROOT = ("", "/")  # images that mean this machine
 
+NO_FILES = "only apptainer takes it, with _EWMS_PILOT_APPTAINER_IMAGE_DIRECTORY_MUST_BE_PRESENT=false"
+
 
 class Family(Protocol):
     """A runtime's module."""
@@ -41,20 +43,23 @@ async def choose(name: str, image: str, options: Options) -> Choice:
         NodeError: it does not work here, or none does.
     """
     passed_over: list[tuple[str, str]] = []
-    for candidate in _candidates(image) if name == "auto" else [name]:
+    for candidate in _candidates(image, options) if name == "auto" else [name]:
         fault = await _family(candidate).fault(options)
         if fault is None:
             return Choice(candidate, passed_over)
         passed_over.append((candidate, fault))
     faults = "; ".join(f"{candidate} does not work here: {fault}" for candidate, fault in passed_over)
-    raise NodeError(faults if name != "auto" else f"no runtime works here for the image {image!r}: {faults}")
+    raise NodeError(faults if name != "auto" else f"no runtime works here for the image {image!r}: {faults or NO_FILES}")
 
 
-def _candidates(image: str) -> Sequence[str]:
+def _candidates(image: str, options: Options) -> Sequence[str]:
     """List who may have the image: a tag for who can fetch it, a directory for who can run it; this machine is its own."""
     if image in OWN_ROOT:
         return ("bubblewrap", "process")
-    return ("apptainer", "bubblewrap") if Path(image).exists() else (*ENGINES, "apptainer")
+    if Path(image).is_dir():
+        return ("apptainer", "bubblewrap")
+    fetching = () if options.only_directories else ("apptainer",)
+    return fetching if "://" in image or Path(image).exists() else (*ENGINES, *fetching)
 
 
 @asynccontextmanager
