@@ -12,7 +12,7 @@ from typing import Protocol
 import trio
 
 import trio_pilot
-from trio_pilot import guardian, identity, leftovers, workspace
+from trio_pilot import cgroups, guardian, identity, leftovers, workspace
 from trio_pilot.children import Children
 from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.identity import Identity
@@ -144,7 +144,7 @@ def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
 
 
 def _sweep(watched: Iterable[tuple[str, Path]]) -> None:
-    found = {"process(es)": leftovers.end_processes(_is_dead)}
+    found = {"process(es)": leftovers.end_processes(_is_dead), "control group(s)": cgroups.sweep(_is_dead)}
     for what, path in watched:
         try:
             if what == "engine":

@@ -2,7 +2,7 @@
 
 It reads from the pilot's end of a pipe what there is to look after: `engine SOCKET` and `data DIRECTORY`, a line each, the
 paths in hex. At `done` it goes. At the end of the pipe without that, the pilot is dead, however it died: then the guardian
-kills its processes and removes its containers and task directories.
+kills its processes and removes its containers, control groups and task directories.
 """
 
 import itertools
@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from trio_pilot import leftovers, workspace
+from trio_pilot import cgroups, leftovers, workspace
 from trio_pilot.identity import Identity
 
 DEATH_TIMEOUT = 5.0  # seconds from the end of the pipe to the end of the pilot: its memory may take a moment to go
@@ -54,7 +54,7 @@ def clean_up(pilot: Identity, engines: Iterable[Path], directories: Iterable[Pat
 
 
 def _is_clean(pilot: Identity, engines: Iterable[Path]) -> bool:
-    found = leftovers.end_processes(lambda one: one == pilot)
+    found = leftovers.end_processes(lambda one: one == pilot) + cgroups.sweep(lambda one: one == pilot)
     for engine in engines:
         from trio_pilot import engine_leftovers  # which takes its time to load
 

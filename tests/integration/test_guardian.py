@@ -4,7 +4,7 @@ import signal
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 
 from tests.integration.containment import Containment
 from tests.runtimes_support import PilotCommand, Running, command_line, processes_with, until_sync
+from trio_pilot.cgroups import Groups, hierarchies
 from trio_pilot.identity import PARENT, STATE, stat_of
 
 IN_PROCESS = Containment("process")
@@ -100,6 +101,24 @@ def test_a_pilot_that_is_killed_leaves_nothing(pilots: PilotCommand, containment
     pilot.kill()
     wait_until_nothing_is_left(pilots, mark, containment)
     all_events_can_be_done(pilots, range(4))
+
+
+def test_the_control_groups_of_a_pilot_that_is_killed_are_gone(pilots: PilotCommand, mark: str) -> None:
+    with closing(Groups()) as groups:
+        if "memory" not in groups.controllers:
+            pytest.skip(groups.fault("memory"))
+    pilots.send("event")
+    pilot = start(pilots, IN_PROCESS, mark, task_memory="1g")
+    wait_for_tasks(pilots, pilot, 1)
+    assert control_groups(pilot)
+    pilot.kill()
+    wait_until_nothing_is_left(pilots, mark)
+    assert control_groups(pilot) == []
+
+
+def control_groups(pilot: Running) -> list[Path]:
+    places = [hierarchy.here for hierarchy in hierarchies()]
+    return [group for place in places for group in place.glob(f"trio-pilot-*.{pilot.pid}.*")]
 
 
 def test_a_guardian_that_is_killed_is_followed_by_another(pilots: PilotCommand, containment: Containment, mark: str) -> None:
