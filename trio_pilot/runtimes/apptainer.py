@@ -10,8 +10,9 @@ import os
 import re
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePath
 
@@ -21,13 +22,19 @@ from trio_pilot import identity
 from trio_pilot.children import Child, Command
 from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.leftovers import MARKER
-from trio_pilot.runtimes import Container, Exit, Mount, Options, cannot_run, verbatim
+from trio_pilot.limits import Confinement, Limiter
+from trio_pilot.outputs import open_output
+from trio_pilot.runtimes import Container, Exit, Limits, Mount, Options, cannot_run, verbatim
 from trio_pilot.runtimes.apptainer_images import RUNSCRIPT, Image, Images, probe
 from trio_pilot.runtimes.apptainer_program import MOST_SAID, Apptainer, environment, fatal
 
 HOME = "/tmp"  # noqa: S108 -- the container's own: its scratch directory is mounted there
 
 FAILED = 255  # apptainer's own exit code, whatever the reason
+
+# Threads of the starter and the namespace's first process at their most, when they start: 20 with 2 CPUs, as measured; they
+# are programs in Go, which has more where there are more CPUs.
+APPTAINERS_OWN = 16 + 8 * min(os.cpu_count() or 1, 8)
 
 PROBE_TIMEOUT = 20.0  # seconds for a container that does nothing
 
@@ -81,7 +88,21 @@ async def open_runtime(options: Options) -> AsyncIterator["ApptainerRuntime"]:
     """Open the runtime; `fault` says whether it works."""
     apptainer = Apptainer.find()
     await apptainer.check_version()
-    yield ApptainerRuntime(apptainer, options)
+    runtime = ApptainerRuntime(apptainer, options)
+    try:
+        yield runtime
+    finally:
+        await runtime.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """A container, and how it is to be run."""
+
+    container: Container
+    image: Image
+    confinement: Confinement
+    address_space: int | None  # bytes, of each process of the payload
 
 
 class ApptainerRuntime:
@@ -96,6 +117,11 @@ class ApptainerRuntime:
         self._images = Images(apptainer, options)
         self._kill_grace = options.kill_grace
         self._debug = options.debug
+        self._limiter = Limiter(APPTAINERS_OWN)
+
+    async def close(self) -> None:
+        """Remove what was made for all containers."""
+        await self._limiter.close()
 
     async def prepare(self, image: str) -> None:
         """Look at the image; unpack it, if it is to be."""
@@ -105,28 +131,38 @@ class ApptainerRuntime:
         """Run a container to its end; on every way out its PID namespace is gone."""
         await trio.lowlevel.checkpoint_if_cancelled()
         image = await self._images.ready(container.image)
-        with map_exceptions({OSError: NodeError}, "cannot start apptainer"):
-            code = await self._see_to_its_end(self._start(container, image))
-            return self._blame(container) if code == FAILED else Exit(code)
+        limits, address_space = await self._divided(container.limits)
+        async with self._limiter.confine(replace(container, limits=limits)) as confinement:
+            with map_exceptions({OSError: NodeError}, "cannot start apptainer"):
+                code = await self._see_to_its_end(self._start(_Order(container, image, confinement, address_space)))
+                if refusal := confinement.refusal(code, container.stderr):
+                    raise NodeError(f"cannot limit what a container uses: {refusal}")
+                if code == FAILED:
+                    return self._blame(container)
+            return Exit(code, code != 0 and confinement.out_of_memory)
 
-    def _start(self, container: Container, image: Image) -> Child:
+    async def _divided(self, limits: Limits) -> tuple[Limits, int | None]:
+        """Take out what apptainer could not live with: a limit of its own address space, for want of a control group."""
+        if limits.memory is None or (await self._limiter.means(limits)).in_group("memory"):
+            return limits, None
+        return replace(limits, memory=None), limits.memory
+
+    def _start(self, order: _Order) -> Child:
+        container = order.container
         _make_mount_points(container)
-        with container.stdout.open("wb", 0) as stdout, container.stderr.open("wb", 0) as stderr:
-            command = Command(
-                self._argv(container, image),
-                {**environment(), **_environment(container)},
-                container.scratch,
-                stdout,
-                stderr,
-                container.name,
+        env = {**environment(), **_environment(container)}
+        with open_output(container.stdout) as stdout, open_output(container.stderr) as stderr:
+            argv = order.confinement.argv(self._argv(order), env)
+            return self._apptainer.children.spawn(
+                Command(argv, env, container.scratch, stdout, stderr, marker=container.name)
             )
-            return self._apptainer.children.spawn(command)
 
-    def _argv(self, container: Container, image: Image) -> list[str]:
-        args: list[str] = list(container.args)
-        action = image.action
-        if verbatim.needs_help(args, container.env):
-            args = verbatim.shell([f"/{RUNSCRIPT}"] if action == "run" else [], args, container.env)
+    def _argv(self, order: _Order) -> list[str]:
+        container, action = order.container, order.image.action
+        args: Sequence[str] = container.args
+        if verbatim.needs_help(args, container.env) or order.address_space is not None:
+            command = [f"/{RUNSCRIPT}"] if action == "run" else []
+            args = verbatim.shell(command, args, container.env, order.address_space)
             action = "exec"
         mounts = [Mount(container.scratch, HOME, writable=True), *container.mounts, *_protection()]
         return [
@@ -135,7 +171,7 @@ class ApptainerRuntime:
             *(action, "--containall", "--no-eval", "--no-privs", "--no-home", "--home", HOME, "--pwd", HOME),
             *("--no-mount", "sys", "--scratch", "/run"),
             *(option for mount in mounts for option in ("--mount", _mount(mount))),
-            image.path,
+            order.image.path,
             *args,
         ]
 

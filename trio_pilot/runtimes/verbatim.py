@@ -1,8 +1,10 @@
-"""Words that a container engine would change on their way to a container, and a shell in it that puts them right.
+"""A shell in a container, for what its engine cannot do: words that it would change on their way, and a limit of memory.
 
 Apptainer carries arguments and variables as JSON, which has no bytes that are not UTF-8; a shell of its own reads the
 variables, and takes CR LF for LF; and HOME is its own. Such words travel in the escapes of `printf %b`, which every
-POSIX shell has. All others need no shell in the image.
+POSIX shell has. And an engine may need more memory for itself than a task may have.
+
+Where there is nothing of this, no shell is needed in the image.
 """
 
 import os
@@ -14,6 +16,7 @@ NEVER_KEPT = ("HOME",)  # variables that the engine sets itself
 
 UNESCAPED = frozenset(range(0x20, 0x7F)) - {ord("\\")}  # bytes that stay as they are
 
+LIMIT = "ulimit -v {} 2> /dev/null || :"  # it cannot be set where there is a lower one already
 READ_WORDS = 'for word; do shift; word=$(printf %b. "$word"); set -- "$@" "${word%.}"; done; unset word'
 READ_VARIABLE = 'export {name}="$(printf %b. "${raw}")"; {name}="${{{name}%.}}"; unset {raw}'
 
@@ -31,11 +34,21 @@ def travelling(env: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def shell(command: Sequence[str], args: Sequence[str], env: Mapping[str, str]) -> list[str]:
-    """Give the command that puts arguments and variables right, and then becomes `command` with those arguments."""
+def shell(
+    command: Sequence[str], args: Sequence[str], env: Mapping[str, str], address_space: int | None = None
+) -> list[str]:
+    """Give the command that puts arguments and variables right, and then becomes `command` with those arguments.
+
+    Args:
+        command: what is to run; nothing: the first of the arguments.
+        args: its arguments.
+        env: the variables, as the task is to have them.
+        address_space: the bytes that each process may have.
+    """
     changed = [name for name, value in env.items() if _is_changed(name, value)]
     variables = [READ_VARIABLE.format(name=name, raw=PREFIX + name) for name in changed]
-    script = "; ".join([READ_WORDS, *variables, " ".join(["exec", *command, '"$@"'])])
+    limits = [] if address_space is None else [LIMIT.format(address_space // 1024)]
+    script = "; ".join([*limits, READ_WORDS, *variables, " ".join(["exec", "--", *command, '"$@"'])])
     return ["/bin/sh", "-c", script, "sh", *map(_escaped, args)]
 
 
