@@ -48,7 +48,7 @@ def shell(
     changed = [name for name, value in env.items() if _is_changed(name, value)]
     variables = [READ_VARIABLE.format(name=name, raw=PREFIX + name) for name in changed]
     limits = [] if address_space is None else [LIMIT.format(address_space // 1024)]
-    script = "; ".join([*limits, READ_WORDS, *variables, " ".join(["exec", "--", *command, '"$@"'])])
+    script = "; ".join([*limits, READ_WORDS, *variables, " ".join(["exec", *command, '"$@"'])])
     return ["/bin/sh", "-c", script, "sh", *map(_escaped, args)]
 
 
