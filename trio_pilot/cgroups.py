@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from trio_pilot.identity import PARENT, Identity, own, stat_of
+from trio_pilot.identity import DEAD_STATES, PARENT, STATE, Identity, own, stat_of
 
 PREFIX = "trio-pilot-"
 PAYLOAD, PILOT = "payload", "pilot"
@@ -318,7 +318,7 @@ def _remove(group: Path) -> bool:
     killed: set[int] = set()
     while True:
         _rmdir(group)
-        killed = {pid for pid in killed if not _is_reaped(pid)}
+        killed = {pid for pid in killed if not _is_seen_to(pid, killed)}
         if not killed and not group.exists():
             return True
         if time.monotonic() > deadline:
@@ -347,11 +347,15 @@ def _remove_empty(top: Path) -> None:
             one.rmdir()
 
 
-def _is_reaped(pid: int) -> bool:
-    """Reap a process that we have killed, if it has become our child; tell whether nobody has to any more."""
+def _is_seen_to(pid: int, killed: Collection[int]) -> bool:
+    """Tell whether nobody here has to reap a process that we have killed: it is gone, or dead and another's child.
+
+    What it leaves to us when it dies becomes our child a moment later than it was killed with it.
+    """
     with suppress(ChildProcessError):
         return os.waitpid(pid, os.WNOHANG)[0] == pid
-    return stat_of(pid) is None
+    facts = stat_of(pid)
+    return facts is None or (facts[STATE] in DEAD_STATES and int(facts[PARENT]) not in {*killed, os.getpid()})
 
 
 def _below(group: Path) -> Iterator[Path]:
