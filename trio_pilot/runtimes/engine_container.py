@@ -1,0 +1,198 @@
+"""One container at an engine, from before it is made until it is no more."""
+
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import trio
+
+from trio_pilot.errors import ContainerLostError, NodeError
+from trio_pilot.outputs import open_output
+from trio_pilot.runtimes import Container
+from trio_pilot.runtimes.engine_api import REQUEST_TIMEOUT, EngineAwayError, EngineRefusedError
+from trio_pilot.runtimes.engine_dialect import Dialect, Spec
+from trio_pilot.runtimes.engine_link import Link
+from trio_pilot.runtimes.engine_outputs import Demultiplexer, Ends
+from trio_pilot.scopes import Shelter
+
+NAME_PREFIX = "trio-pilot-"
+
+DONE, NOT_FOUND, CONFLICT = 200, 404, 409
+
+NOT_STARTED = ("created", "configured", "initialized")  # podman has three words for it
+GOING_ON = ("running", "paused", "restarting", "stopping")
+
+CREATE_GRACE = 5.0  # seconds more that a create in flight has when it is cancelled
+
+# To wait for a container's end is to ask for it again and again: an engine that stands still would let us wait for ever.
+# The first time we ask for so many seconds, then for as many as it has lasted, and no more than these.
+FIRST_WAIT, LONGEST_WAIT = 2.0, 60.0
+# An engine that has to look for the end itself looks in intervals of a hundredth of what it has lasted.
+SHORTEST_INTERVAL, LONGEST_INTERVAL = 0.01, 0.25
+
+FETCH_TIMEOUT = 60.0  # seconds for the output of a container
+LAST_FETCH_TIMEOUT = 2.0  # the same, of one that was cancelled
+
+# A create whose answer was lost may still be under way: it is not there yet, and in a moment it is.
+LOOK_INTERVAL = 0.5  # seconds between two looks at the name
+REMOVE_INTERVAL = 0.1  # seconds to the next try, after the engine could not
+
+
+class EngineContainer:
+    """A container, known by its name before it is made."""
+
+    def __init__(self, link: Link, dialect: Dialect, container: Container) -> None:
+        self.name = NAME_PREFIX + container.name
+        self._link = link
+        self._api = link.api
+        self._dialect = dialect
+        self._container = container
+        self._in_flight = 0  # creates that were not answered: they may yet have an effect
+        self._may_run = False
+
+    async def create(self, spec: Spec) -> None:
+        """Make it. Cancelled, a request that is under way has CREATE_GRACE seconds to its end.
+
+        Raises:
+            NodeError: the engine does not make it.
+        """
+        await _finish(lambda: self._link.persist(lambda: self._create(spec)), CREATE_GRACE)
+
+    async def _create(self, spec: Spec) -> None:
+        path, what = "/containers/create", "create a container"
+        self._in_flight += 1
+        try:
+            # A conflict is with ourselves: an answer was lost.
+            await self._api.call("POST", path, what, body=spec, accepted=[CONFLICT], name=self.name)
+        except EngineRefusedError:
+            self._in_flight -= 1
+            raise
+        self._in_flight -= 1
+
+    async def live(self) -> int:
+        """Start it, and wait until it ends; give its exit code.
+
+        Raises:
+            ContainerLostError: it has ended with the engine, or without anybody to tell how.
+            NodeError: it cannot be started, or the engine is gone for too long.
+        """
+        is_started = False
+        while True:
+            try:
+                if not is_started:
+                    self._may_run = True
+                    await self._call("POST", "/start", "start a container")
+                    is_started = True
+                code = await self._wait()
+            except EngineAwayError as error:
+                was_gone = await self._link.back(error)
+                state = await self._look()
+                is_started = state["Status"] not in NOT_STARTED
+                if not was_gone or not is_started or state["Status"] in GOING_ON:
+                    continue
+                code = self._judge(state)
+            self._may_run = False
+            return code
+
+    async def _wait(self) -> int:
+        begun = trio.current_time()
+        while True:
+            lasted = trio.current_time() - begun
+            interval = min(max(lasted / 100, SHORTEST_INTERVAL), LONGEST_INTERVAL)
+            with trio.move_on_after(min(max(lasted, FIRST_WAIT), LONGEST_WAIT)):
+                told = await self._call("POST", "/wait", "wait for a container", math.inf, **self._dialect.wait(interval))
+                return self._dialect.exit_code(told)
+            await self._api.ping()
+
+    async def _look(self) -> Mapping[str, Any]:
+        facts = await self.facts()
+        if facts is None:
+            self._may_run = False
+            raise ContainerLostError(f"{self._dialect.name} has come back without the container {self.name}")
+        state: Mapping[str, Any] = facts["State"]
+        return state
+
+    def _judge(self, state: Mapping[str, Any]) -> int:
+        """Judge the end of a container that nobody saw: a success is one, a failure may be the engine's."""
+        if state["ExitCode"] == 0 and state["Status"] in ("exited", "stopped"):
+            return 0
+        self._may_run = False
+        raise ContainerLostError(
+            f"the container {self.name} has ended with {self._dialect.name} (exit code {state['ExitCode']})"
+        )
+
+    async def facts(self) -> Mapping[str, Any] | None:
+        """Ask what there is to know of it; None if it is not there."""
+        path, what = f"/containers/{self.name}/json", "tell how a container is"
+        answer = await self._link.persist(lambda: self._api.call("GET", path, what, accepted=[NOT_FOUND]))
+        return None if answer.status == NOT_FOUND else answer.json()
+
+    async def fetch(self) -> None:
+        """Get what it has said into its files."""
+        with open_output(self._container.stdout) as stdout, open_output(self._container.stderr) as stderr:
+            ends = {1: Ends(stdout), 2: Ends(stderr)}
+            streams = Demultiplexer(ends)
+            path = f"{self._api.prefix}/containers/{self.name}/logs"
+            async with self._api.stream("GET", path, "tell what a container has said", stdout="1", stderr="1") as pieces:
+                async for piece in pieces:
+                    streams.feed(piece)
+            for end in ends.values():
+                end.close()
+
+    async def end(self, grace: float) -> None:
+        """End it if it runs, and remove it; the caller has a deadline for that, for it goes on until it is done."""
+        if self._may_run:
+            await self._stop(grace)
+            with suppress(NodeError, OSError), trio.move_on_after(LAST_FETCH_TIMEOUT):
+                await self.fetch()
+        await self._remove()
+
+    async def _stop(self, grace: float) -> None:
+        """Stop it. What the engine says does not matter: it is killed, if need be, as it is removed."""
+        whole = str(math.ceil(grace))
+        with suppress(NodeError):
+            if grace > 0:
+                await self._call("POST", "/stop", "stop a container", math.inf, t=whole, timeout=whole)
+            else:
+                await self._call("POST", "/kill", "kill a container")
+        self._may_run = False
+
+    async def _remove(self) -> None:
+        """Remove it, until it is not there. If a create may be under way, that has to be seen twice, and not at once."""
+        looks = 2 if self._in_flight else 1
+        while True:
+            status = await self._try_to_remove()
+            looks -= status == NOT_FOUND
+            if not looks or (status == DONE and not self._in_flight):
+                return
+            await trio.sleep(LOOK_INTERVAL if status == NOT_FOUND else REMOVE_INTERVAL)
+
+    async def _try_to_remove(self) -> int | None:
+        # Without a `timeout` podman would first ask it to go, and wait for 10 s.
+        path = f"/containers/{self.name}"
+        params: dict[str, Any] = {"force": "1", "v": "1", "timeout": "0"}
+        with suppress(NodeError):
+            answer = await self._api.call("DELETE", path, "remove a container", accepted=[NOT_FOUND, CONFLICT], **params)
+            return DONE if answer.status < 300 else answer.status
+        return None
+
+    async def _call(self, method: str, path: str, what: str, seconds: float = REQUEST_TIMEOUT, **params: Any) -> Any:
+        answer = await self._api.call(method, f"/containers/{self.name}{path}", what, seconds=seconds, **params)
+        return answer.json() if answer.content else None
+
+
+async def _finish(function: Callable[[], Awaitable[None]], seconds: float) -> None:
+    """Call a function; cancelled, it has so many seconds more."""
+    shelter = Shelter(seconds)
+    failure: NodeError | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(shelter.watch)
+        with shelter.linger():
+            try:
+                await function()
+            except NodeError as error:
+                failure = error
+        shelter.close()
+    if failure:
+        raise failure

@@ -1,0 +1,70 @@
+"""Patience with an engine that goes away: it may be restarted, or stand still for a while."""
+
+import random
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import trio
+
+from trio_pilot.errors import NodeError
+from trio_pilot.log import LOGGER
+from trio_pilot.runtimes.engine_api import EngineApi, EngineAwayError, EngineRefusedError, EngineSlowError
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between two looks whether it is back
+
+T = TypeVar("T")
+
+
+class Link:
+    """An engine, and how long it may be away."""
+
+    def __init__(self, api: EngineApi, patience: float) -> None:
+        self.api = api
+        self._patience = patience
+        self._is_away = False
+
+    async def persist(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Try until the engine has answered: so what is tried must do no harm the second time.
+
+        Raises:
+            NodeError: the engine says no, or has been away for too long.
+        """
+        deadline = None
+        while True:
+            try:
+                return await attempt()
+            except EngineAwayError as error:
+                deadline = deadline or trio.current_time() + self._patience
+                await self.back(error, deadline)
+
+    async def back(self, error: EngineAwayError, deadline: float | None = None) -> bool:
+        """Wait until the engine is back; tell whether it was really gone, and may be another now, or but slow.
+
+        Raises:
+            NodeError: it is not back in time.
+        """
+        if not self._is_away:
+            LOGGER.warning("%s; waiting for it", error)
+        self._is_away = True
+        with trio.move_on_at(deadline or trio.current_time() + self._patience):
+            gone = await self._until_it_answers()
+            self._is_away = False
+            return gone or not isinstance(error, EngineSlowError)
+        raise NodeError(
+            f"{self.api.name} has not been back for {self._patience:g} s (EWMS_PILOT_ENGINE_PATIENCE),"
+            f" is its daemon running? {error}"
+        ) from error
+
+    async def _until_it_answers(self) -> bool:
+        gone, pause = False, FIRST_PAUSE
+        while True:
+            try:
+                await self.api.ping()
+            except EngineAwayError as error:
+                gone = gone or not isinstance(error, EngineSlowError)
+            except EngineRefusedError:
+                pass  # it is starting, or stopping
+            else:
+                return gone
+            await trio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311
+            pause = min(2 * pause, LONGEST_PAUSE)

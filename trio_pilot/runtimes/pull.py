@@ -1,0 +1,142 @@
+"""Images: found at an engine, or pulled by it."""
+
+import json
+import random
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any
+
+import trio
+
+from trio_pilot.errors import NodeError
+from trio_pilot.log import LOGGER
+from trio_pilot.runtimes.engine_api import SHOWN, EngineApi, EngineRefusedError
+from trio_pilot.runtimes.engine_dialect import Dialect
+from trio_pilot.runtimes.engine_link import Link
+
+NOT_FOUND, TOO_MANY_REQUESTS = 404, 429
+
+SILENCE_TIMEOUT = 300.0  # seconds that a pull may make no progress; a large layer is unpacked without a word
+REPORT_INTERVAL = 10.0  # seconds between two lines of the log
+
+# A registry that has enough of us: thousands of pilots may have come at once, so they come again at different times.
+RATE_LIMIT_PATIENCE = 900.0  # seconds, in all
+FIRST_PAUSE, LONGEST_PAUSE = 5.0, 120.0
+RATE_LIMITED = "toomanyrequests"
+
+
+class RateLimitedError(NodeError):
+    """The registry asks for patience."""
+
+
+async def ready_image(link: Link, dialect: Dialect, image: str) -> str:
+    """Give the id of an image, which is pulled if it is not there.
+
+    Raises:
+        NodeError: it cannot be had.
+    """
+    if not image:
+        raise NodeError(f"{dialect.name} needs an image: set EWMS_PILOT_TASK_IMAGE, or give --task-image")
+    name = tagged(image)
+    found = await link.persist(lambda: _inspect(link.api, name))
+    if found is None:
+        await _pull_patiently(link.api, dialect, name)
+        found = await link.persist(lambda: _inspect(link.api, name))
+    if found is None:
+        raise NodeError(f"{dialect.name} has pulled the image {name}, and does not have it")
+    return found
+
+
+def tagged(image: str) -> str:
+    """Name an image with its tag; without one it would be pulled with all that it has."""
+    has_tag = "@" in image or ":" in image.rpartition("/")[2]
+    return image if has_tag else f"{image}:latest"
+
+
+async def _inspect(api: EngineApi, name: str) -> str | None:
+    answer = await api.call("GET", f"/images/{name}/json", f"look for the image {name}", accepted=[NOT_FOUND])
+    return None if answer.status == NOT_FOUND else str(answer.json()["Id"])
+
+
+async def _pull_patiently(api: EngineApi, dialect: Dialect, name: str) -> None:
+    deadline = trio.current_time() + RATE_LIMIT_PATIENCE
+    for pause in _pauses():
+        try:
+            await _pull(api, dialect, name)
+        except RateLimitedError as error:
+            if trio.current_time() + pause > deadline:
+                raise
+            LOGGER.warning("%s; trying again in %.0f s", error, pause)
+            await trio.sleep(pause)
+        else:
+            return
+
+
+def _pauses() -> Iterator[float]:
+    longest = FIRST_PAUSE
+    while True:
+        yield longest * random.uniform(0.5, 1)  # noqa: S311
+        longest = min(2 * longest, LONGEST_PAUSE)
+
+
+async def _pull(api: EngineApi, dialect: Dialect, name: str) -> None:
+    LOGGER.info("%s pulls the image %s", dialect.name, name)
+    progress = Progress(name)
+    prefix = dialect.pull_prefix or api.prefix
+    try:
+        async with api.stream("POST", f"{prefix}/images/create", f"pull the image {name}", fromImage=name) as pieces:
+            await _follow(pieces, progress)
+    except EngineRefusedError as error:
+        raise _error(name, error.said, error.status) from error
+    if progress.error:
+        raise _error(name, progress.error)
+
+
+async def _follow(pieces: AsyncIterator[bytes], progress: "Progress") -> None:
+    """See a line at a time of what the engine says, to the end: an error, too, is but a line."""
+    rest = b""
+    while True:
+        with trio.move_on_after(SILENCE_TIMEOUT) as patience:
+            piece = await anext(pieces, b"")
+        if patience.cancelled_caught:
+            progress.error = f"nothing has come for {SILENCE_TIMEOUT:g} s"
+            return
+        *lines, rest = (rest + piece).split(b"\n") if piece else (rest, b"")
+        for line in lines:
+            progress.see(line)
+        if not piece:
+            return
+
+
+def _error(name: str, text: str, status: int = 0) -> NodeError:
+    is_limit = status == TOO_MANY_REQUESTS or RATE_LIMITED in text
+    return (RateLimitedError if is_limit else NodeError)(f"the image {name} could not be pulled: {text}")
+
+
+class Progress:
+    """How far a pull is; says so now and then."""
+
+    def __init__(self, name: str) -> None:
+        self.error = ""  # the engine's words
+        self._name = name
+        self._layers: dict[str, tuple[int, int]] = {}
+        self._reported = trio.current_time()
+
+    def see(self, line: bytes) -> None:
+        """See what the engine says, mostly of a layer."""
+        if not line.strip():
+            return
+        try:
+            said = json.loads(line)
+            self.error = self.error or said.get("error", "")
+            self._count(said)
+        except (ValueError, TypeError, AttributeError):
+            self.error = self.error or f"the engine says {line[:SHOWN]!r}"
+
+    def _count(self, said: Mapping[str, Any]) -> None:
+        detail = said.get("progressDetail") or {}
+        if said.get("status") == "Downloading" and detail.get("total"):
+            self._layers[str(said.get("id"))] = int(detail.get("current", 0)), int(detail["total"])
+        if trio.current_time() >= self._reported + REPORT_INTERVAL:
+            self._reported = trio.current_time()
+            current, total = (sum(layer[index] for layer in self._layers.values()) / 2**20 for index in (0, 1))
+            LOGGER.info("pulling %s: %.0f of %.0f MiB, %s", self._name, current, total, said.get("status", "going on"))
