@@ -277,7 +277,7 @@ class Group:
     @property
     def out_of_memory(self) -> bool:
         """Whether a process in it was killed for want of memory."""
-        return any(_oom_kills(group / PAYLOAD) for group in self._places)
+        return any(map(_oom_kills, self._places))
 
     def remove(self) -> bool:
         """Remove them, with whatever is still in them; tell whether they are gone."""
@@ -285,10 +285,10 @@ class Group:
 
 
 def _oom_kills(group: Path) -> int:
-    """Give the number of kills; version 1 counts them in the very group of the process."""
-    for name in ("memory.events", "memory.oom_control"):
+    """Give the number of kills. Version 1 counts them in the very group of the process, version 2 in that of the limit."""
+    for counts in (group / "memory.events", group / PAYLOAD / "memory.oom_control"):
         with suppress(OSError):
-            found = re.search(r"^oom_kill (\d+)$", (group / name).read_text(), re.MULTILINE)
+            found = re.search(r"^oom_kill (\d+)$", counts.read_text(), re.MULTILINE)
             return int(found[1]) if found else 0
     return 0
 
