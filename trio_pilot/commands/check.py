@@ -16,13 +16,14 @@ from typing import Any
 
 import trio
 
+from trio_pilot import limits
 from trio_pilot.brokers import QueueAddress, open_sink, open_source
 from trio_pilot.commands import leaves
 from trio_pilot.commands.signals import run_until_signalled
 from trio_pilot.errors import BrokerError, NodeError, PilotError, SettingsError, map_exceptions
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import Runtime, bubblewrap
-from trio_pilot.runtimes.choice import OWN_ROOT, choose, open_runtime
+from trio_pilot.runtimes.choice import ENGINES, OWN_ROOT, choose, open_runtime
 from trio_pilot.settings import FIELDS, Settings, flag_of, variables_of
 from trio_pilot.workspace import open_workspace
 
@@ -108,6 +109,7 @@ def _checks(settings: Settings) -> list[Check]:
     tokens = [queue for queue in incoming + outgoing if queue.token]
     data_cure = "name another directory in EWMS_PILOT_DATA_DIR_PARENT_PATH_ON_HOST, or make room there"
     runtime_cure = "install it, or choose another in EWMS_PILOT_RUNTIME"
+    limits_cure = "leave it out, or run where control groups may be made, or with docker or podman"
     image_cure = "correct it; docker and podman take a tag, apptainer and bubblewrap an unpacked directory"
     found_cure = "correct it, or name its directory in EWMS_PILOT_EXTERNAL_DIRECTORIES"
     return [
@@ -115,6 +117,7 @@ def _checks(settings: Settings) -> list[Check]:
         *(Check("incoming", partial(_queue, open_source, queue), _broker_cure("INCOMING")) for queue in incoming),
         *(Check("outgoing", partial(_queue, open_sink, queue), _broker_cure("OUTGOING")) for queue in outgoing),
         Check("runtime", partial(_runtime, settings), runtime_cure),
+        Check("limits", partial(_limits, settings), limits_cure),
         *(Check(what, partial(_image, settings, image), image_cure) for what, image in _images(settings)),
         *(Check(what, partial(_command, settings, image, args), found_cure) for what, image, args in _commands(settings)),
         Check("data", partial(trio.to_thread.run_sync, _data, settings), data_cure),
@@ -171,6 +174,22 @@ async def _runtime(settings: Settings) -> str:
     why = "as set" if settings.runtime != "auto" else "auto: it works"
     passed_over = "".join(f"; {name} does not: {fault}" for name, fault in choice.passed_over)
     return f"{choice.name} ({why}{passed_over})"
+
+
+async def _limits(settings: Settings) -> str:
+    """Tell what enforces each limit. Without limits there is nothing to tell."""
+    if settings.limits == limits.NO_LIMITS:
+        raise UntoldError
+    try:
+        choice = await choose(settings.runtime, settings.task_image, settings.runtime_options)
+    except PilotError as error:
+        raise UntoldError from error
+    if choice.name in ENGINES:
+        return f"by {choice.name}"
+    by = await limits.how(settings.limits)
+    if missing := [f"--task-{kind}: {how}" for kind, how in by.items() if how.startswith(limits.NOT_ENFORCED)]:
+        raise NodeError("; ".join(missing))
+    return ", ".join(f"{kind}: {how}" for kind, how in by.items())
 
 
 @asynccontextmanager
