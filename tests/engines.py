@@ -26,8 +26,8 @@ STOP_TIMEOUT = 20.0
 API_TIMEOUT = 60.0
 
 IMAGE = "busybox:local"
-# What an image says beside its files; the scratch directory of a container is at /tmp.
-IMAGE_CHANGES = ("WORKDIR /tmp", "ENV PATH=/bin", "ENV HOME=/tmp")
+# What an image says beside its files: this one's tasks are at home in their scratch directory, which is at /tmp.
+IMAGE_CHANGES = ("WORKDIR /tmp", "ENV PATH=/bin", "ENV HOME=/tmp", "ENV TMPDIR=/tmp")
 
 LABEL = "trio-pilot.pilot"
 

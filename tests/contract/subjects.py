@@ -5,13 +5,25 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import pytest
 import trio
 
+from tests.engines import IMAGE
 from tests.runtimes_support import bubblewrap_fault, new_container
-from trio_pilot.runtimes import NOT_FOUND_REASONS, Container, Options, Runtime, apptainer, bubblewrap, process
+from trio_pilot.runtimes import (
+    NOT_FOUND_REASONS,
+    Container,
+    Options,
+    Runtime,
+    apptainer,
+    bubblewrap,
+    docker,
+    podman,
+    process,
+)
 from trio_pilot.runtimes.choice import Family
 from trio_pilot.testing import FakeRuntime
 
@@ -29,6 +41,7 @@ class Subject:
     options: Options = field(default_factory=Options)
     seconds: float = 0.007  # that a container takes which does nothing
     adds: str = ""  # names of variables that the runtime cannot but add, as a regular expression
+    takes_bytes: bool = True  # arguments and variables may be any bytes; else they must be UTF-8
     refusals: tuple[str, str] = (  # what is said of an image that is not there, and of one that is an empty file
         "must be an unpacked directory, or /: No such file or directory",
         "must be an unpacked directory, or /: Not a directory",
@@ -36,6 +49,10 @@ class Subject:
 
     def container(self, *args: str, **more: Any) -> Container:
         return new_container(self.directory, args, image=self.image, **more)
+
+    def carries(self, word: str) -> bool:
+        """Whether a word can be an argument, or the value of a variable."""
+        return self.takes_bytes or not any("\ud800" <= letter <= "\udfff" for letter in word)
 
     def seen(self, container: Container) -> str:
         """Name the scratch directory as the container sees it."""
@@ -113,11 +130,36 @@ def make_apptainer(request: pytest.FixtureRequest, directory: Path) -> Subject:
 def make_apptainer_sif(request: pytest.FixtureRequest, directory: Path) -> Subject:
     subject = make_apptainer(request, directory)
     subject.name, subject.image = "apptainer-sif", str(request.getfixturevalue("sif"))
-    subject.refusals = "is neither a directory nor a file", "cannot unpack the image"
+    subject.refusals = "is neither a directory nor a file", "is none that apptainer knows"
     subject.open = lambda options: apptainer.open_runtime(
         replace(options, only_directories=False, build_directory=directory / "images")
     )
     return subject
+
+
+def make_docker(request: pytest.FixtureRequest, directory: Path) -> Subject:
+    return _at_engine(request, directory, docker, "DOCKER_HOST", adds="HOSTNAME|SHLVL")
+
+
+def make_podman(request: pytest.FixtureRequest, directory: Path) -> Subject:
+    return _at_engine(request, directory, podman, "CONTAINER_HOST", adds="HOSTNAME|SHLVL|TERM|container")
+
+
+def _at_engine(request: pytest.FixtureRequest, directory: Path, family: ModuleType, variable: str, *, adds: str) -> Subject:
+    name = family.__name__.rpartition(".")[2]
+    engine = request.getfixturevalue(name)
+    request.getfixturevalue("monkeypatch").setenv(variable, f"unix://{engine.socket}")
+    return Subject(
+        name,
+        of(cast(Family, family)),
+        directory,
+        image=IMAGE,
+        a_plain_file="/etc/this-is-the-image",
+        seconds=0.2,
+        adds=adds,
+        takes_bytes=False,
+        refusals=("must be a name, ", "must be a name, "),
+    )
 
 
 SUBJECTS = {
@@ -127,11 +169,17 @@ SUBJECTS = {
     "bubblewrap-image": make_bubblewrap_image,
     "apptainer-directory": make_apptainer,
     "apptainer-sif": make_apptainer_sif,
+    "docker": make_docker,
+    "podman": make_podman,
 }
 REAL = [name for name in SUBJECTS if name != "fake"]  # the fake has no processes, files or mounts to show
 ISOLATING = [name for name in REAL if name != "process"]
+ENGINES = ["docker", "podman"]  # whose root is root, as far as an engine lets it
+WITHOUT_ROOT = [name for name in ISOLATING if name not in ENGINES]
 BUBBLEWRAPS = [name for name in REAL if name.startswith("bubblewrap")]
 
 all_of_them = pytest.mark.parametrize("subject", SUBJECTS, indirect=True)
 real_ones = pytest.mark.parametrize("subject", REAL, indirect=True)
+those_without_root = pytest.mark.parametrize("subject", WITHOUT_ROOT, indirect=True)
+engines = pytest.mark.parametrize("subject", ENGINES, indirect=True)
 isolating_ones = pytest.mark.parametrize("subject", ISOLATING, indirect=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.contract.subjects import Subject, all_of_them, isolating_ones, pretend, real_ones
+from tests.contract.subjects import Subject, all_of_them, isolating_ones, pretend, real_ones, those_without_root
 from tests.runtimes_support import (
     PATIENCE,
     bubblewrap_fault,
@@ -43,7 +43,9 @@ async def runtime(subject: Subject) -> AsyncIterator[Runtime]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
+def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "subject" in request.fixturenames:
+        request.getfixturevalue("subject")  # an engine is started once, and there to stay
     before, files = own_children(), open_files()
     yield
     assert own_children() <= before, "processes or zombies are left"
@@ -117,8 +119,9 @@ AWKWARD = [
 
 @real_ones
 async def test_arguments_arrive_exactly(subject: Subject, runtime: Runtime) -> None:
-    container = subject.container("sh", "-c", 'printf "<%s>\\0" "$@"', "sh", *AWKWARD)
-    assert await output(runtime, container) == b"".join(b"<%s>\0" % os.fsencode(one) for one in AWKWARD)
+    words = list(filter(subject.carries, AWKWARD))
+    container = subject.container("sh", "-c", 'printf "<%s>\\0" "$@"', "sh", *words)
+    assert await output(runtime, container) == b"".join(b"<%s>\0" % os.fsencode(one) for one in words)
 
 
 @real_ones
@@ -159,6 +162,10 @@ async def test_the_environment_is_built_from_nothing(
 @pytest.mark.parametrize("value", AWKWARD, ids=range(len(AWKWARD)))
 async def test_values_of_variables_arrive_exactly(subject: Subject, runtime: Runtime, value: str) -> None:
     container = subject.container("sh", "-c", 'printf "<%s>" "$VALUE"', env={"VALUE": value})
+    if not subject.carries(value):
+        with pytest.raises(NodeError, match="must be UTF-8"):
+            await run(runtime, container)
+        return
     assert await output(runtime, container) == b"<%s>" % os.fsencode(value)
 
 
@@ -203,7 +210,7 @@ async def test_a_task_sees_no_processes_but_its_own(subject: Subject, runtime: R
     assert f"/proc/{os.getpid()} " not in said
 
 
-@isolating_ones
+@those_without_root
 async def test_a_task_has_no_capabilities_and_cannot_undo_its_isolation(subject: Subject, runtime: Runtime) -> None:
     script = (
         "grep -E '^Cap(Inh|Prm|Eff|Amb)' /proc/self/status; mount -o remount,rw /bin && echo remounted;"
@@ -219,17 +226,20 @@ async def test_a_task_has_no_capabilities_and_cannot_undo_its_isolation(subject:
 @isolating_ones
 async def test_a_task_inherits_no_file_descriptors(subject: Subject, runtime: Runtime) -> None:
     # It might write to the pipe by which bubblewrap tells how it ended, say.
-    links = await output(runtime, subject.container("ls", "-l", "/proc/self/fd"))
-    assert b"/dev/null" in links
-    assert b"pipe:" not in links
-    assert b"socket:" not in links
-    assert b"anon_inode:" not in links
+    said = await output(runtime, subject.container("ls", "-l", "/proc/self/fd"))
+    links = dict(line.split()[-3::2] for line in said.decode().splitlines() if " -> " in line)
+    assert links.pop("0") == "/dev/null"
+    del links["1"], links["2"]  # its outputs, which may be pipes
+    assert all(re.fullmatch(r"/proc/\d+/fd", link) for link in links.values()), links  # what `ls` itself has open
 
 
 @isolating_ones
 async def test_a_task_has_a_run_and_dev_of_its_own(subject: Subject, runtime: Runtime) -> None:
     said = await output(
-        runtime, subject.container("sh", "-c", "ls /run; echo x > /dev/null; touch /dev/shm/x; test -e /dev/zero")
+        runtime,
+        subject.container(
+            "sh", "-c", "ls /run | grep -vx podman-init; echo x > /dev/null; touch /dev/shm/x; test -e /dev/zero"
+        ),
     )
     assert said == b""
 
@@ -313,7 +323,7 @@ async def test_a_mount_whose_directory_is_gone_is_the_nodes_fault(
     subject: Subject, runtime: Runtime, tmp_path: Path
 ) -> None:
     container = subject.container("true", mounts=[Mount(tmp_path / "gone", "/data")])
-    line = rf"^{runtime.name} could not make the container: .*/gone(: No such file or directory| doesn't exist)$"
+    line = rf"^{runtime.name} could not make the container: .*/gone(: [Nn]o such file or directory| doesn't exist|)$"
     with pytest.raises(NodeError, match=line):
         await run(runtime, container)
 

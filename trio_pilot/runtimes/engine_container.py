@@ -60,7 +60,7 @@ class EngineContainer:
         await _finish(lambda: self._link.persist(lambda: self._create(spec)), CREATE_GRACE)
 
     async def _create(self, spec: Spec) -> None:
-        path, what = "/containers/create", "create a container"
+        path, what = "/containers/create", "make the container"
         self._in_flight += 1
         try:
             # A conflict is with ourselves: an answer was lost.
@@ -82,7 +82,7 @@ class EngineContainer:
             try:
                 if not is_started:
                     self._may_run = True
-                    await self._call("POST", "/start", "start a container")
+                    await self._call("POST", "/start", "make the container")
                     is_started = True
                 code = await self._wait()
             except EngineAwayError as error:

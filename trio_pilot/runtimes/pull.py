@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
+from urllib.parse import quote
 
 import trio
 
@@ -34,8 +35,8 @@ async def ready_image(link: Link, dialect: Dialect, image: str) -> str:
     Raises:
         NodeError: it cannot be had.
     """
-    if not image:
-        raise NodeError(f"{dialect.name} needs an image: set EWMS_PILOT_TASK_IMAGE, or give --task-image")
+    if not image or image.startswith((".", "/")):
+        raise NodeError(f"the image {image} must be a name, such as debian:12: {dialect.name} runs no directories or files")
     name = tagged(image)
     found = await link.persist(lambda: _inspect(link.api, name))
     if found is None:
@@ -53,7 +54,9 @@ def tagged(image: str) -> str:
 
 
 async def _inspect(api: EngineApi, name: str) -> str | None:
-    answer = await api.call("GET", f"/images/{name}/json", f"look for the image {name}", accepted=[NOT_FOUND])
+    answer = await api.call(
+        "GET", f"/images/{quote(name, safe='/:@')}/json", f"look for the image {name}", accepted=[NOT_FOUND]
+    )
     return None if answer.status == NOT_FOUND else str(answer.json()["Id"])
 
 
