@@ -25,7 +25,7 @@ from trio_pilot.scopes import Shelter
 from trio_pilot.settings import Settings
 from trio_pilot.status import State, Status
 from trio_pilot.task import Tools, Worker, run_init
-from trio_pilot.workspace import Workspace, open_workspace
+from trio_pilot.workspace import Workspace, open_workspace, root_in
 
 
 class Drain:
@@ -81,8 +81,8 @@ async def serve(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(drain.heed, signals)
         async with guard as guardian:
+            guardian.watch("data", root_in(settings.data_dir_parent_path_on_host))
             with _open_workspace(settings) as workspace:
-                guardian.watch("data", workspace.root)
                 async with runtime as containers, sources as incoming, sinks as outgoing:
                     if containers.engine:
                         guardian.watch("engine", containers.engine)

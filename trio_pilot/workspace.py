@@ -20,7 +20,7 @@ from trio_pilot.runtimes import DATA_DIRECTORY, Mount
 from trio_pilot.trees import opened, remove_tree
 
 LOCK = ".lock"  # in a data directory that a pilot made; its pilots share a lock on it
-OWNER = ".pilot-"  # and what the names of its task directories begin with: a file that says whose they are, and is locked
+OWNER = ".pilot-"  # with what the names of its task directories begin with, and PILOT@NODE: a file that is locked
 PREFIX_DIGITS = 8  # of a UUID
 
 FORBIDDEN = tuple(map(Path, ("/proc", "/dev", "/sys", "/run", "/boot")))
@@ -56,6 +56,11 @@ class Workspace:
         return (hub, *own, *self.external)
 
 
+def root_in(parent: Path) -> Path:
+    """Name the data directory."""
+    return parent.resolve() / DATA_DIRECTORY
+
+
 @contextmanager
 def open_workspace(parent: Path, external: Sequence[Path], *, keep: bool = False) -> Iterator[Workspace]:
     """Make the data directory; the last pilot that leaves it removes it, unless it was there before.
@@ -67,7 +72,7 @@ def open_workspace(parent: Path, external: Sequence[Path], *, keep: bool = False
         SettingsError: a directory is not one that containers may see.
     """
     mounts = _checked(external)
-    root = parent.resolve() / DATA_DIRECTORY
+    root = root_in(parent)
     _refuse(root.resolve(), NEVER_WRITABLE + FORBIDDEN, "task directories cannot be made below")
     with _writing(root):
         lock = _enter(root)
@@ -122,7 +127,7 @@ def _enter(root: Path) -> IO[bytes] | None:
 
 
 def _make_root(root: Path) -> None:
-    new = root.with_name(f".{root.name}-{uuid.uuid4().hex}")
+    new = _beside(root)
     new.mkdir()
     try:
         (new / "data-hub").mkdir()
@@ -132,6 +137,11 @@ def _make_root(root: Path) -> None:
         shutil.rmtree(new, ignore_errors=True)
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another pilot was quicker
             raise
+
+
+def _beside(root: Path) -> Path:
+    """Make up the name of a data directory that is not one yet, or not any more: whoever finds it knows whose it is."""
+    return root.with_name(f".{root.name}-{identity.own()}-{uuid.uuid4().hex}")
 
 
 def _lock(directory: int) -> IO[bytes] | None:
@@ -166,16 +176,11 @@ def _try_to_write(root: Path) -> None:
 @contextmanager
 def _owning(workspace: Workspace) -> Iterator[None]:
     """Leave word of whose the task directories are, for when we have no time to remove them."""
-    owner = workspace.root / f"{OWNER}{workspace.prefix}"
-    new = owner.with_name(f"{owner.name}.new")
+    owner = workspace.root / f"{OWNER}{workspace.prefix}-{identity.own()}@{os.uname().nodename}"
     with _writing(workspace.root):
-        file = new.open("w")
+        file = owner.open("xb")
     with file:
-        with _writing(workspace.root):
-            _try_to_lock(file)
-            file.write(f"{identity.own()} {os.uname().nodename}")
-            file.flush()
-            new.rename(owner)
+        _try_to_lock(file)
         try:
             yield
         finally:
@@ -189,20 +194,24 @@ def sweep(root: Path) -> int:
     """
     removed = 0
     for owner in root.glob(f"{OWNER}*"):
-        with suppress(OSError), owner.open() as file:
-            if _is_orphaned(file):
-                removed += _remove_of(root, owner.name.removeprefix(OWNER).removesuffix(".new"))
+        with suppress(OSError), owner.open("rb") as file:
+            if _is_orphaned(owner, file):
+                removed += _remove_of(root, owner.name.removeprefix(OWNER)[:PREFIX_DIGITS])
                 owner.unlink()
     with suppress(OSError), (root / LOCK).open("r+b") as lock:
         _leave(root, lock)
+    for directory in root.parent.glob(f".{root.name}-*"):
+        pilot = Identity.parse(directory.name.removeprefix(f".{root.name}-").partition("-")[0])
+        if pilot and pilot.is_dead:
+            remove_tree(directory)
     return removed
 
 
-def _is_orphaned(file: IO[str]) -> bool:
-    """Tell whether the pilot that wrote a file is dead: it would hold the lock, which a crash takes from it."""
-    said, _, node = file.read().partition(" ")
+def _is_orphaned(owner: Path, file: IO[bytes]) -> bool:
+    """Tell whether the pilot that made a file is dead: it would hold the lock, which a crash takes from it."""
+    said, _, node = owner.name.rpartition("-")[2].partition("@")
     pilot = Identity.parse(said)
-    if pilot is None:  # dead before it had written it, or about to write it
+    if pilot is None:
         return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -211,7 +220,10 @@ def _is_orphaned(file: IO[str]) -> bool:
     except OSError:  # a file system without locks
         return pilot.is_dead
     # A lock tells of the processes of one kernel, where a file system is mounted with local locks only.
-    return pilot.boot == identity.own().boot or node == os.uname().nodename
+    here = identity.own()
+    if pilot.boot != here.boot:
+        return node == os.uname().nodename
+    return pilot.is_dead or pilot.namespace != here.namespace
 
 
 def _remove_of(root: Path, prefix: str) -> int:
@@ -225,6 +237,6 @@ def _leave(root: Path, lock: IO[bytes]) -> None:
     """Remove the data directory, if no other pilot is in it, nor a task directory that was to be kept."""
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if another pilot is there
     if {entry.name for entry in root.iterdir()} <= {LOCK, "data-hub"}:
-        gone = root.with_name(f".{root.name}-{uuid.uuid4().hex}")
+        gone = _beside(root)
         root.rename(gone)
         remove_tree(gone)

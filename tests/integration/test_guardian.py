@@ -82,7 +82,8 @@ def wait_until_nothing_is_left(pilots: PilotCommand, mark: str, containment: Con
 
 
 def leftovers(pilots: PilotCommand) -> list[Path]:
-    return [path for path in pilots.directory.rglob("*") if "ewms-pilot-data" in str(path)]
+    # Not with `rglob`: what is being removed meanwhile is an error to it.
+    return [Path(directory) for directory, *_ in os.walk(pilots.directory) if "ewms-pilot-data" in directory]
 
 
 def all_events_can_be_done(pilots: PilotCommand, events: range) -> None:

@@ -20,6 +20,7 @@ from trio_pilot.leftovers import MARKER, end_processes
 from trio_pilot.workspace import open_workspace
 
 NOBODY = replace(own(), started=own().started - 1)  # dead for sure
+NODE = os.uname().nodename
 BEFORE = replace(own(), boot="before")
 
 
@@ -58,13 +59,13 @@ def leave(parent: Path, name: str, said: str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     (root / ".lock").touch()
     (directory / "task-io" / "infile").touch()
-    (root / f".pilot-{name}").write_text(said)
+    (root / f".pilot-{name}-{said}").touch()
     return directory
 
 
 @pytest.mark.parametrize(
     "said",
-    [f"{NOBODY} here", f"{NOBODY} {os.uname().nodename}", f"{BEFORE} {os.uname().nodename}"],
+    [f"{NOBODY}@here", f"{NOBODY}@{NODE}", f"{BEFORE}@{NODE}"],
     ids=["of this boot", "of this machine", "of this machine before it was started anew"],
 )
 def test_the_directories_of_a_dead_pilot_are_removed(tmp_path: Path, said: str) -> None:
@@ -77,7 +78,7 @@ def test_the_directories_of_a_dead_pilot_are_removed(tmp_path: Path, said: str) 
         assert workspace.sweep(mine.root) == 0
 
 
-@pytest.mark.parametrize("said", [f"{BEFORE} another-machine", "", "nonsense"])
+@pytest.mark.parametrize("said", [f"{BEFORE}@another-machine", f"{own()}@{NODE}", "", "nonsense", "a@b"])
 def test_directories_of_which_it_is_not_sure_are_left_alone(tmp_path: Path, said: str) -> None:
     directory = leave(tmp_path, "01234567", said)
     with open_workspace(tmp_path, []) as mine:
@@ -94,9 +95,17 @@ def test_the_directories_of_a_living_pilot_are_left_alone(tmp_path: Path) -> Non
 
 
 def test_the_last_that_is_swept_takes_the_data_directory_with_it(tmp_path: Path) -> None:
-    leave(tmp_path, "01234567", f"{NOBODY} here")
+    leave(tmp_path, "01234567", f"{NOBODY}@here")
     assert workspace.sweep(tmp_path / "ewms-pilot-data") == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_data_directory_that_somebody_died_making_is_removed(tmp_path: Path) -> None:
+    dead, living = (tmp_path / f".ewms-pilot-data-{pilot}-{uuid.uuid4().hex}" for pilot in (NOBODY, own()))
+    for directory in (dead, living):
+        (directory / "data-hub").mkdir(parents=True)
+    assert workspace.sweep(tmp_path / "ewms-pilot-data") == 0
+    assert list(tmp_path.iterdir()) == [living]
 
 
 # Containers.
