@@ -36,6 +36,8 @@ FOR_BUILDING = re.compile(
 RUNSCRIPT = ".singularity.d/runscript"
 NO_RUNSCRIPT = "There is no runscript defined for this container"  # all that the one says that apptainer makes up
 
+UNKNOWN = "image format not recognized"
+
 PROBE = "/.trio-pilot-probe"  # a command that no image has: that it is missed is a container's word
 PROBE_TIMEOUT = 60.0  # seconds for a container that does nothing
 LOCK_INTERVAL = 0.2  # seconds between two looks at a lock that another pilot has
@@ -90,6 +92,8 @@ class Images:
         if reason is None:
             said = await self._apptainer.ask(["--silent", "inspect", "--runscript", str(path)], environment())
             return Image(str(path), _action(said.text if said.code == 0 else ""))
+        if UNKNOWN in reason:  # it would be built, as if it said how
+            raise NodeError(f"the image {name} is none that apptainer knows: {reason}")
         LOGGER.info("image %s is unpacked, for it cannot be mounted here: %s", name, reason)
         return await self._unpacked(str(path))
 
