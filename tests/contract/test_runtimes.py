@@ -375,7 +375,9 @@ class Marked:
         return self.container.scratch / name
 
     def processes(self) -> list[int]:
-        return sorted({*processes_with(self._mark), *processes_with(self.container.name)})
+        """List those of the container; podman's monitor of it is podman's, and ends when it has told of the end."""
+        found = {*processes_with(self._mark), *processes_with(self.container.name)}
+        return sorted(pid for pid in found if command_line(pid)[:1] != ["/usr/bin/conmon"])
 
     def sleepers(self) -> list[int]:
         """List those that sleep for good: no shell's children that come and go."""
