@@ -1,13 +1,15 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-from tests import servers
+from tests import engines, servers
 from tests.apptainer import open_apptainer
+from tests.runtimes_support import make_image
 
 SERVICES: list[str] = []
 
@@ -45,6 +47,30 @@ def apptainer() -> Iterator[Path]:
         with open_apptainer() as programs:
             SERVICES.append("Apptainer")
             yield programs
+    except servers.UnavailableError as error:
+        cannot(str(error))
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_image(tmp_path_factory.mktemp("image"))
+
+
+@pytest.fixture(scope="session")
+def docker(image: Path) -> Iterator[engines.Engine]:
+    yield from _running(engines.docker(image))
+
+
+@pytest.fixture(scope="session")
+def podman(image: Path) -> Iterator[engines.Engine]:
+    yield from _running(engines.podman(image))
+
+
+def _running(opening: AbstractContextManager[engines.Engine]) -> Iterator[engines.Engine]:
+    try:
+        with opening as engine:
+            SERVICES.append(engine.name)
+            yield engine
     except servers.UnavailableError as error:
         cannot(str(error))
 

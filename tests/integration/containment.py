@@ -1,11 +1,13 @@
 """The runtimes as a pilot's settings: which one, of which image, with which variables."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
+from tests.engines import IMAGE, Engine
 from tests.runtimes_support import bubblewrap_fault
 
 
@@ -33,7 +35,25 @@ def in_bubblewrap(_request: pytest.FixtureRequest) -> Containment:
     return Containment("bubblewrap")
 
 
+def in_apptainer(request: pytest.FixtureRequest) -> Containment:
+    programs, image = request.getfixturevalue("apptainer"), request.getfixturevalue("image")
+    return Containment("apptainer", str(image), {"PATH": f"{programs}:{os.environ['PATH']}"})
+
+
+def in_docker(request: pytest.FixtureRequest) -> Containment:
+    engine: Engine = request.getfixturevalue("docker")
+    return Containment("docker", IMAGE, {"DOCKER_HOST": f"unix://{engine.socket}"}, engine.containers)
+
+
+def in_podman(request: pytest.FixtureRequest) -> Containment:
+    engine: Engine = request.getfixturevalue("podman")
+    return Containment("podman", IMAGE, {"CONTAINER_HOST": f"unix://{engine.socket}"}, engine.containers)
+
+
 CONTAINMENTS: dict[str, Callable[[pytest.FixtureRequest], Containment]] = {
     "process": in_process,
     "bubblewrap": in_bubblewrap,
+    "apptainer": in_apptainer,
+    "docker": in_docker,
+    "podman": in_podman,
 }
