@@ -137,7 +137,7 @@ class ApptainerRuntime:
                 code = await self._see_to_its_end(self._start(_Order(container, image, confinement, address_space)))
                 if refusal := confinement.refusal(code, container.stderr):
                     raise NodeError(f"cannot limit what a container uses: {refusal}")
-                if code == FAILED:
+                if code == FAILED and not confinement.out_of_memory:
                     return self._blame(container)
             return Exit(code, code != 0 and confinement.out_of_memory)
 

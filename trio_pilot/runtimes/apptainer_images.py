@@ -21,6 +21,7 @@ from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import Options
 from trio_pilot.runtimes.apptainer_program import Apptainer, environment
+from trio_pilot.runtimes.choice import OWN_ROOT
 from trio_pilot.settings import APPTAINER_BUILD, APPTAINER_IMAGE
 from trio_pilot.trees import remove_tree
 
@@ -72,9 +73,11 @@ class Images:
         return self._ready[name]
 
     async def _get_ready(self, name: str) -> Image:
+        if name in OWN_ROOT:
+            raise NodeError(f"apptainer takes no {name or 'empty name'!r} as an image: name one, or choose another runtime")
         fault = await trio.to_thread.run_sync(_directory_fault, name)
         if fault is None:
-            return await trio.to_thread.run_sync(_directory, name)
+            return await self._directory(name)
         if self._options.only_directories:
             raise NodeError(
                 f"the image {name} must be an unpacked directory: {fault}"
@@ -84,11 +87,18 @@ class Images:
             return await self._unpacked(name)
         return await self._file(name)
 
+    async def _directory(self, name: str) -> Image:
+        image = await trio.to_thread.run_sync(_directory, name)
+        reason = await self._cannot_run(Path(image.path))
+        if reason:
+            raise NodeError(f"apptainer can make no container of the image {name}: {reason}")
+        return image
+
     async def _file(self, name: str) -> Image:
         path = Path(await trio.Path(name).absolute())
         if not await trio.Path(path).is_file():
             raise NodeError(f"the image {name} is neither a directory nor a file; of a registry it would be docker://{name}")
-        reason = await self._cannot_mount(path)
+        reason = await self._cannot_run(path)
         if reason is None:
             said = await self._apptainer.ask(["--silent", "inspect", "--runscript", str(path)], environment())
             return Image(str(path), _action(said.text if said.code == 0 else ""))
@@ -97,7 +107,7 @@ class Images:
         LOGGER.info("image %s is unpacked, for it cannot be mounted here: %s", name, reason)
         return await self._unpacked(str(path))
 
-    async def _cannot_mount(self, path: Path) -> str | None:
+    async def _cannot_run(self, path: Path) -> str | None:
         with trio.move_on_after(PROBE_TIMEOUT):
             return await probe(self._apptainer, path)
         return f"that took more than {PROBE_TIMEOUT:g} s"
@@ -113,7 +123,7 @@ class Images:
                     LOGGER.info("image %s: %s is used, where it was unpacked before", source, finished)
                 else:
                     await self._build(source, finished, lock)
-            return await trio.to_thread.run_sync(_directory, str(finished))
+            return await self._directory(str(finished))
 
     async def _build(self, source: str, finished: Path, lock: int) -> None:
         unfinished = finished.with_name(f"{finished.name}.building-{uuid.uuid4().hex}")
