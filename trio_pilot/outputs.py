@@ -1,8 +1,25 @@
-"""What a task says on its stdout and stderr, and how much of it is kept. Everything here blocks."""
+"""What a task says on its stdout and stderr, and how much of it is kept: the beginning, and until it has ended the end too.
+
+A task that says more than that is not hurt by it. Its outputs are open to append: when one is cut, its writer goes on from
+there. So the disk is filled with no more than what is written between two looks.
+"""
 
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+import trio
+
+from trio_pilot.disk import Disk
+from trio_pilot.last_words import MOST
+from trio_pilot.trees import opened
+
+TAIL = MOST  # bytes of the end that are kept meanwhile: the last words are taken from them
+
+INTERVAL = 1.0  # seconds between two looks
 
 
 def open_output(path: Path) -> IO[bytes]:
@@ -12,3 +29,63 @@ def open_output(path: Path) -> IO[bytes]:
 
 def _open_to_append(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_APPEND, 0o666)
+
+
+def cut(path: Path, most: int) -> None:
+    """Take the middle out of an output that has grown too long. Blocks; failing is no reason to stop.
+
+    What is written at this very moment may be lost, as the rest of the middle is.
+    """
+    with suppress(OSError):
+        size = path.lstat().st_size
+        if size > most + TAIL:
+            with opened(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK) as output:
+                tail = os.pread(output, TAIL, os.fstat(output).st_size - TAIL)
+                os.ftruncate(output, most)
+                os.write(output, tail)
+
+
+def finish(path: Path, most: int) -> None:
+    """Keep no more than the beginning of an output that is complete, and say so in it. Blocks."""
+    with suppress(OSError):
+        facts = path.lstat()
+        if facts.st_size > most and stat.S_ISREG(facts.st_mode):
+            with opened(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK) as output:
+                os.ftruncate(output, most)
+                os.write(output, b"\n[trio-pilot: output beyond %d bytes was dropped]\n" % most)
+
+
+class Outputs:
+    """The outputs of all running tasks, each kept from growing without end."""
+
+    def __init__(self, most: int, disk: Disk) -> None:
+        self._most = most
+        self._disk = disk
+        self._growing: set[Path] = set()
+        self._watching = trio.CancelScope()
+
+    async def watch(self) -> None:
+        """Look at the outputs now and then: run this beside the tasks."""
+        with self._watching:
+            while True:
+                await trio.sleep(INTERVAL)
+                for path in list(self._growing):
+                    await self._disk.call(TAIL, cut, path, self._most)
+
+    def close(self) -> None:
+        """End the watch: there is nothing left to look at."""
+        self._watching.cancel()
+
+    @contextmanager
+    def growing(self, *paths: Path) -> Iterator[None]:
+        """Keep outputs from growing without end while the body runs."""
+        self._growing.update(paths)
+        try:
+            yield
+        finally:
+            self._growing.difference_update(paths)
+
+    def finish(self, *paths: Path) -> None:
+        """Keep no more than the beginning of outputs that are complete. Blocks."""
+        for path in paths:
+            finish(path, self._most)

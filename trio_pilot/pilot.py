@@ -127,12 +127,14 @@ class Pilot:
         with closing(self._worker), self._drain.tasks:
             async with trio.open_nursery() as tasks:
                 tasks.start_soon(self._shelter.watch)
+                tasks.start_soon(self._worker.outputs.watch)
                 with self._drain.listening:
                     await self._initialise()
                     await self._take_events(tasks)
                 self._status.state.value = State.PENDING
                 await self._status.running.wait_value(0)
                 self._shelter.close()
+                self._worker.outputs.close()
         if self._node_error:
             raise self._node_error
 
@@ -145,7 +147,7 @@ class Pilot:
             init.start_soon(self._tools.guard.sweep)
             init.start_soon(self._tools.runtime.prepare, self._settings.task_image)
             if self._settings.init_image or self._settings.init_args:
-                init.start_soon(run_init, self._tools, self._settings)
+                init.start_soon(run_init, self._tools, self._settings, self._worker.outputs)
 
     async def _take_events(self, tasks: trio.Nursery) -> None:
         """Start a task for each event, until a free slot has waited in vain for as long as it should."""

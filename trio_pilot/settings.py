@@ -149,6 +149,7 @@ class Settings:
     external_directories: tuple[Path, ...] = setting(
         "", directories, "comma-separated directories that tasks may read, at the same path"
     )
+    max_output: int = setting("16m", size, "bytes kept of what a task writes to stdout, and to stderr")
     keep_all_task_files: bool = setting("false", boolean, "leave the directory of every task")
     container_debug: bool = setting("false", boolean, "have the runtime say more")
     apptainer_build_workdir: Path = setting(

@@ -24,7 +24,8 @@ from trio_pilot.guard import Guard
 from trio_pilot.last_words import last_words
 from trio_pilot.ledger import Ledger, Life
 from trio_pilot.log import LOGGER
-from trio_pilot.runtimes import DATA_DIRECTORY, Container, Limits, Runtime
+from trio_pilot.outputs import Outputs
+from trio_pilot.runtimes import DATA_DIRECTORY, Container, Exit, Limits, Runtime
 from trio_pilot.scopes import Shelter
 from trio_pilot.settings import Settings
 from trio_pilot.spares import Spares
@@ -83,6 +84,7 @@ class Worker:
         self._order = Order.task(settings)
         self._wire = WIRES[settings.wire]
         self._disk = Disk()
+        self.outputs = Outputs(settings.max_output, self._disk)
         self._spares = Spares()
         self._ledger = Ledger()
 
@@ -130,7 +132,7 @@ class Worker:
     async def _work(self, delivery: Delivery, files: TaskFiles) -> None:
         event = await self._disk.call(self._wire.size(delivery.body), self._stage, delivery, files)
         started = trio.current_time()
-        await run(self._tools, self._disk, self._order, files)
+        await run(self._tools, self._disk, self.outputs, self._order, files)
         self._status.run_times.add(trio.current_time() - started)
         with self._shelter.linger() as scope:
             body = await self._disk.call(staging.outfile_size(files), self._collect, event, files)
@@ -189,7 +191,7 @@ class Worker:
             LOGGER.warning("event %s not returned: %s", life.delivery.message_id, error)
 
 
-async def run(tools: Tools, disk: Disk, order: Order, files: TaskFiles) -> None:
+async def run(tools: Tools, disk: Disk, outputs: Outputs, order: Order, files: TaskFiles) -> None:
     """Run a container as ordered, to its end.
 
     Raises:
@@ -197,30 +199,41 @@ async def run(tools: Tools, disk: Disk, order: Order, files: TaskFiles) -> None:
             was killed for want of memory.
         NodeError: it could not be started.
     """
-    timeout = order.timeout or math.inf
-    with trio.move_on_after(timeout) as deadline:
-        ended = await tools.runtime.run(_container(tools, order, files))
+    timeout, ended, reason = order.timeout or math.inf, None, ""
+    with outputs.growing(files.stdout, files.stderr):
+        try:
+            with trio.move_on_after(timeout):
+                ended = await tools.runtime.run(_container(tools, order, files))
+        finally:
+            with trio.move_on_after(TIDY_TIMEOUT, shield=True):
+                reason = await disk.call(0, _conclude, outputs, files, ended)
     if order.dump:
         with trio.move_on_after(DUMP_TIMEOUT, shield=True):  # what it has made is not to be lost meanwhile
             await disk.call(math.inf, staging.dump, files)
-    if deadline.cancelled_caught:
+    if ended is None:
         raise ContainerTimeoutError(f"{order.alias} failed: [Timeout-Error] timed out after {timeout:g}s")
     if ended.out_of_memory:
         limit = f"more than {order.limits.memory} bytes" if order.limits.memory else "more than there was"
         raise ContainerOutOfMemoryError(f"{order.alias} failed (exit code {ended.code}): out of memory: it used {limit}")
     if ended.code:
-        reason = await disk.call(0, last_words, files.stderr)
         raise ContainerRunError(f"{order.alias} failed (exit code {ended.code}): {reason}")
 
 
-async def run_init(tools: Tools, settings: Settings) -> None:
+def _conclude(outputs: Outputs, files: TaskFiles, ended: Exit | None) -> str:
+    """Give the reason of a failure: it is at the end of what was said, which is not kept if that is too long."""
+    reason = last_words(files.stderr) if ended and ended.code else ""
+    outputs.finish(files.stdout, files.stderr)
+    return reason
+
+
+async def run_init(tools: Tools, settings: Settings, outputs: Outputs) -> None:
     """Run the init container; raises what `run` raises."""
     name = f"init-{tools.workspace.new_name().replace('-', '')}"
     files, disk = TaskFiles(tools.workspace.root / name, infile="", outfile=""), Disk()
     try:
         await disk.call(0, staging.make, files)
         await tools.runtime.prepare(settings.init_image)
-        await run(tools, disk, Order.init(settings), files)
+        await run(tools, disk, outputs, Order.init(settings), files)
     finally:
         if not settings.keep_all_task_files:
             with trio.move_on_after(TIDY_TIMEOUT, shield=True):
