@@ -8,7 +8,9 @@ import json
 import socket
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -17,6 +19,7 @@ from trio_pilot.identity import Identity, own
 from trio_pilot.leftovers import Theirs
 
 LABEL = "trio-pilot.pilot"  # the label of a container that says whose it is
+AT_ONCE = 8  # containers that are removed at once: each takes an engine some 0.2 s
 ENGINE_TIMEOUT = 10.0  # seconds for an engine to answer, and to remove a container
 
 
@@ -27,9 +30,15 @@ def remove_containers(engine: Path, theirs: Theirs) -> int:
         OSError: it does not answer.
     """
     found = [one["Id"] for one in _containers(engine) if (pilot := _owner(one)) and (theirs(pilot) or _is_past(one, pilot))]
-    for container in found:
-        _request(engine, "DELETE", f"/containers/{container}?force=1&v=1")
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        list(threads.map(partial(_remove, engine), found))
     return len(found)
+
+
+def _remove(engine: Path, container: str) -> None:
+    # Killed first, where it runs: else podman would ask it to go, and wait for 10 s.
+    _request(engine, "POST", f"/containers/{container}/kill")
+    _request(engine, "DELETE", f"/containers/{container}?force=1&v=1")
 
 
 def _containers(engine: Path) -> Iterable[Mapping[str, Any]]:

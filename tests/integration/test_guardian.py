@@ -86,9 +86,10 @@ def leftovers(pilots: PilotCommand) -> list[Path]:
     return [Path(directory) for directory, *_ in os.walk(pilots.directory) if "ewms-pilot-data" in directory]
 
 
-def all_events_can_be_done(pilots: PilotCommand, events: range) -> None:
+def all_events_can_be_done(pilots: PilotCommand, containment: Containment, events: range) -> None:
     """Each event is in the queue again, or its output is there; once, or again if the pilot died just before the ack."""
-    pilot = pilots.run("sh", "-c", 'cat "$0" > "$1"', "{{INFILE}}", "{{OUTFILE}}", max_concurrent_tasks=4)
+    copy = ("sh", "-c", 'cat "$0" > "$1"', "{{INFILE}}", "{{OUTFILE}}")
+    pilot = pilots.run(*copy, **containment.settings, max_concurrent_tasks=4)
     assert pilot.wait() == 0, pilot.stderr
     assert set(map(int, map(str, pilots.receive()))) == set(events)
     assert pilots.queue() == []
@@ -101,7 +102,7 @@ def test_a_pilot_that_is_killed_leaves_nothing(pilots: PilotCommand, containment
     until_sync(lambda: len(living(mark)) >= 1 + 2 * 4)
     pilot.kill()
     wait_until_nothing_is_left(pilots, mark, containment)
-    all_events_can_be_done(pilots, range(4))
+    all_events_can_be_done(pilots, containment, range(4))
 
 
 def test_the_control_groups_of_a_pilot_that_is_killed_are_gone(pilots: PilotCommand, mark: str) -> None:
@@ -132,7 +133,7 @@ def test_a_guardian_that_is_killed_is_followed_by_another(pilots: PilotCommand, 
     assert not pilot.ended
     pilot.kill()
     wait_until_nothing_is_left(pilots, mark, containment)
-    all_events_can_be_done(pilots, range(2))
+    all_events_can_be_done(pilots, containment, range(2))
 
 
 def test_what_a_pilot_and_its_guardian_leave_is_swept_by_the_next(pilots: PilotCommand, mark: str) -> None:
@@ -144,7 +145,7 @@ def test_what_a_pilot_and_its_guardian_leave_is_swept_by_the_next(pilots: PilotC
     os.kill(guardians(pilot)[0], signal.SIGKILL)
     pilot.kill()
     assert len(living(mark)) >= 2 * 4
-    all_events_can_be_done(pilots, range(2))
+    all_events_can_be_done(pilots, IN_PROCESS, range(2))
     assert living(mark) == []
     assert leftovers(pilots) == []
 
@@ -213,7 +214,7 @@ def kill_at_some_moment(pilots: PilotCommand, containment: Containment, mark: st
     pilot.kill()
     if whom == "pilot":
         wait_until_nothing_is_left(pilots, mark, containment)
-    all_events_can_be_done(pilots, events)
+    all_events_can_be_done(pilots, containment, events)
     wait_until_nothing_is_left(pilots, mark, containment)
 
 

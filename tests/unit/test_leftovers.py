@@ -133,6 +133,11 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
             assert self.path.startswith("/containers/json?all=1&filters=%7B%22label%22%3A%20%5B%22trio-pilot.pilot%22%5D%7D")
             self.answer(200, json.dumps(list(engine.containers.values())).encode())
 
+        def do_POST(self) -> None:
+            name, _, what = self.path.removeprefix("/containers/").partition("/")
+            assert what == "kill"
+            self.answer(204 if engine.containers[name]["State"] == "running" else 409)
+
         def do_DELETE(self) -> None:
             name, _, options = self.path.removeprefix("/containers/").partition("?")
             assert options == "force=1&v=1"
