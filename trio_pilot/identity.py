@@ -1,5 +1,6 @@
 """Who a pilot is, in words that it leaves on all it starts, so that another can tell whether it is still there."""
 
+import errno
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -41,7 +42,18 @@ class Identity:
         if (self.boot, self.namespace) != (here.boot, here.namespace):
             return False
         facts = stat_of(self.pid)
-        return facts is None or facts[STATE] in DEAD_STATES or int(facts[STARTED]) != self.started
+        if facts is None:
+            return not _is_hidden(self.pid)
+        return facts[STATE] in DEAD_STATES or int(facts[STARTED]) != self.started
+
+
+def _is_hidden(pid: int) -> bool:
+    """Tell whether there is a process that /proc does not show: another user's, where it is mounted with `hidepid`."""
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return error.errno == errno.EPERM
+    return True
 
 
 @cache

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from trio_pilot import identity
 from trio_pilot.identity import Identity, own, stat_of
 
 
@@ -51,4 +52,10 @@ def test_another_process_with_the_number_of_one_that_is_gone_is_not_taken_for_it
 
 @pytest.mark.parametrize("somebody", [replace(own(), started=0, boot="another"), replace(own(), started=0, namespace=1)])
 def test_of_whom_nothing_can_be_known_it_is_not_said_that_he_is_dead(somebody: Identity) -> None:
+    assert not somebody.is_dead
+
+
+def test_who_is_hidden_from_us_is_not_said_to_be_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    somebody = replace(own(), pid=1)
+    monkeypatch.setattr(identity, "stat_of", lambda _pid: None)
     assert not somebody.is_dead
