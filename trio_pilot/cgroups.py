@@ -185,7 +185,7 @@ class Groups:
         """Remove what has been made, as far as it is empty, and leave the rest as it was."""
         for hierarchy in self._usable:
             if hierarchy.unified:
-                self._leave(hierarchy)
+                _go_back(hierarchy.top, self._enabled[hierarchy.here])
             _remove_empty(hierarchy.top)
 
     def _open(self, hierarchy: Hierarchy) -> None:
@@ -201,14 +201,15 @@ class Groups:
             if not (hierarchy.top / MAIN_FILES[controller][hierarchy.unified]).exists():
                 raise FileNotFoundError(errno.ENOENT, f"it has no {MAIN_FILES[controller][hierarchy.unified]}")
 
-    def _leave(self, hierarchy: Hierarchy) -> None:
-        """Go back to where we were, unless another pilot has its groups there by now."""
-        with suppress(OSError):
-            _control(hierarchy.top, "-", hierarchy.controllers)
-            others = [entry for entry in hierarchy.here.glob(f"{PREFIX}*") if entry != hierarchy.top]
-            if not others:
-                _control(hierarchy.here, "-", self._enabled[hierarchy.here])
-                _move(_processes(hierarchy.top / PILOT), hierarchy.here)
+
+def _go_back(top: Path, enabled: Collection[str]) -> None:
+    """Have the processes of a pilot where they were, unless another pilot has its groups there by now."""
+    here, members = top.parent, _processes(top / PILOT)
+    with suppress(OSError):
+        _control(top, "-", _words(top / "cgroup.subtree_control"))
+        if [entry for entry in here.glob(f"{PREFIX}*") if entry != top] == []:
+            _control(here, "-", enabled)
+            _move(members, here)
 
 
 def _enable(hierarchy: Hierarchy, controllers: Collection[str]) -> None:
@@ -295,20 +296,23 @@ def _oom_kills(group: Path) -> int:
 
 def sweep(theirs: Callable[[Identity], bool]) -> int:
     """Remove the groups of some pilots, and kill what is in them; give the number of containers that there were."""
-    found = 0
-    for hierarchy in hierarchies():
-        for top in _tops(hierarchy.mount):
-            pilot = Identity.parse(top.name.removeprefix(PREFIX))
-            if pilot and theirs(pilot):
-                containers = [group for group in _below(top) if group.parent == top and group.name != PILOT]
-                found += sum([_remove(group) for group in containers])
-                _remove_empty(top)
+    tops = [top for hierarchy in hierarchies() for top in _tops(hierarchy.mount)]
+    return sum(_sweep(top) for top in tops if (pilot := Identity.parse(top.name.removeprefix(PREFIX))) and theirs(pilot))
+
+
+def _sweep(top: Path) -> int:
+    containers = [group for group in top.glob("*") if group.is_dir() and group.name != PILOT]
+    found = sum([_remove(group) for group in containers])
+    if _processes(top / PILOT):  # of its family, such as its guardian; had others enabled controllers, it would not be here
+        _go_back(top, _words(top.parent / "cgroup.subtree_control"))
+    _remove_empty(top)
     return found
 
 
 def _tops(mount: Path) -> Iterator[Path]:
     for directory, names, _ in os.walk(mount):
-        yield from (Path(directory, name) for name in names if name.startswith(PREFIX))
+        found = (Path(directory, name) for name in names if name.startswith(PREFIX))
+        yield from (top for top in found if os.access(top, os.W_OK))  # the others are another user's
         names[:] = [name for name in names if not name.startswith(PREFIX)]
 
 

@@ -28,6 +28,8 @@ SHELL, SHELL_NAME = "/bin/sh", "trio-pilot"  # the name is how the shell begins 
 NOT_ENTERED = 125  # the shell's exit code if it could not set a limit for itself
 OF_SHELLS = ("PWD", "OLDPWD", "SHLVL")  # variables that shells add
 
+CALL_TIMEOUT = cgroups.REMOVE_TIMEOUT + 1.0  # seconds for what has a deadline of its own
+
 THREADS = 17  # number of threads in /proc/PID/stat, counted as in `identity`
 CONTROLLERS = {"memory": "memory", "cpus": "cpu", "pids": "pids"}  # of each of the limits
 
@@ -85,7 +87,7 @@ class Limiter:
     async def close(self) -> None:
         """Remove what was made for all containers."""
         if self._means:
-            with trio.CancelScope(shield=True):  # a few calls to the kernel
+            with trio.move_on_after(CALL_TIMEOUT, shield=True):
                 await trio.to_thread.run_sync(self._means.close)
 
 
@@ -160,16 +162,16 @@ class _Confined(Confinement):
 
     async def __aexit__(self, *_: object) -> None:
         if self._group:
-            with trio.CancelScope(shield=True):  # which has a deadline of its own: cgroups.REMOVE_TIMEOUT
+            with trio.move_on_after(CALL_TIMEOUT, shield=True):
                 if not await trio.to_thread.run_sync(self._group.remove):
                     LOGGER.error("the control group of %s cannot be removed", self._container.name)
 
     def _prepare(self, means: Means) -> None:
-        settings = list(_settings(self._container.limits, self._extra_pids, means))
-        if settings:
+        rlimits = list(_rlimits(self._container.limits, self._extra_pids, means))
+        if settings := list(_settings(self._container.limits, self._extra_pids, means)):
             self._group = means.groups.make(self._container.name, settings)
             self._steps += [f"echo 0 > {shlex.quote(str(entrance))}" for entrance in self._group.entrances]
-        self._steps += _rlimits(self._container.limits, self._extra_pids, means)
+        self._steps += rlimits
 
     def argv(self, argv: Sequence[str], env: Mapping[str, str]) -> Sequence[str]:
         """Have a shell set the limits for itself, and become the program."""

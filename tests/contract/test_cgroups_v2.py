@@ -25,18 +25,21 @@ INIT = textwrap.dedent("""\
     mkdir /run/groups /run/code /run/test; mount -t cgroup2 none /run/groups
     mount --bind {repository} /run/code; mount --bind {directory} /run/test; cd /run/code
     echo '+memory +cpu +pids' > /run/groups/cgroup.subtree_control
-    run() {{  # NAME [COMMAND...]
-        echo 0 > /run/groups/$1/cgroup.procs; shift
-        PYTHONPATH=/run/code TMPDIR=/run timeout 60 "$@" {python} /run/test/inside.py 2> /run/errors || cat /run/errors
+    run() {{  # NAME SCRIPT [COMMAND...]
+        name=$1 script=$2; shift 2
+        echo 0 > /run/groups/$name/cgroup.procs
+        PYTHONPATH=/run/code TMPDIR=/run timeout 60 "$@" {python} /run/test/$script 2> /run/errors || cat /run/errors
         echo 0 > /run/groups/cgroup.procs
     }}
-    for name in alone together delegated; do mkdir /run/groups/$name; done
-    run alone
+    for name in alone together delegated killed; do mkdir /run/groups/$name; done
+    run alone inside.py
     sh -c 'echo 0 > /run/groups/together/cgroup.procs; exec sleep 1000' &
     until grep -q . /run/groups/together/cgroup.procs; do sleep 0.01; done
-    run together
+    run together inside.py
     chown -R 65534 /run/groups/delegated
-    run delegated {unprivileged}
+    run delegated inside.py {unprivileged}
+    run killed killed.py
+    for _ in $(seq 200); do test -e /run/swept && break; sleep 0.05; done
     echo o > /proc/sysrq-trigger; sleep 60
 """)
 
@@ -78,6 +81,41 @@ INSIDE = textwrap.dedent("""\
 """)
 
 
+# A pilot that is killed, and its guardian.
+KILLED = textwrap.dedent("""\
+    import json, os, signal, subprocess, sys, time
+    from pathlib import Path
+    from trio_pilot import cgroups
+    from trio_pilot.identity import Identity, own
+
+    HERE = Path("/run/groups/killed")
+
+    def wait(condition):
+        deadline = time.monotonic() + 20
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def live():
+        (entrance,) = cgroups.Groups().make("container", [cgroups.pids(10)]).entrances
+        subprocess.Popen(["sh", "-c", f"echo 0 > {entrance}; exec sleep 1000"])
+        wait(entrance.read_text)
+        subprocess.Popen([sys.executable, __file__, str(own())])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def guard(pilot):
+        wait(lambda: pilot.is_dead)
+        before = [str(path) for path in HERE.rglob("trio-pilot-*")]
+        found = {"before": before, "swept": cgroups.sweep(lambda one: one == pilot)}
+        found["left"] = [str(path) for path in HERE.rglob("trio-pilot-*")]
+        found["back"] = str(os.getpid()) in (HERE / "cgroup.procs").read_text().split()
+        found["controllers"] = (HERE / "cgroup.subtree_control").read_text()
+        print("FOUND", HERE.name, json.dumps(found), flush=True)
+        Path("/run/swept").touch()
+
+    guard(Identity.parse(sys.argv[1])) if sys.argv[1:] else live()
+""")
+
+
 @pytest.fixture(scope="session")
 def found(need: Callable[[str, str], None], tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     """Boot it, and collect what was found in each of its groups."""
@@ -87,13 +125,14 @@ def found(need: Callable[[str, str], None], tmp_path_factory: pytest.TempPathFac
     assert bubblewrap_fault() is None
     directory = tmp_path_factory.mktemp("uml")
     (directory / "inside.py").write_text(INSIDE)
+    (directory / "killed.py").write_text(KILLED)
     init = directory / "init"
     names = {"repository": REPOSITORY, "directory": directory, "python": sys.executable}
     init.write_text(INIT.format(**names, unprivileged=shlex.join(UNPRIVILEGED)))
     init.chmod(0o755)
     said = boot(init)
     results = {line.split()[1]: json.loads(line.split(" ", 2)[2]) for line in said.splitlines() if line.startswith("FOUND")}
-    assert results.keys() == {"alone", "together", "delegated"}, said
+    assert results.keys() == {"alone", "together", "delegated", "killed"}, said
     return results
 
 
@@ -128,7 +167,7 @@ def test_the_payload_is_in_a_group_of_its_own_of_which_a_container_sees_nothing(
     assert found["alone"]["bubblewrap"]["where"]["stdout"] == "0::/\n"
 
 
-@pytest.mark.parametrize("where", ["alone", "together", "delegated"])
+@pytest.mark.parametrize("where", ["alone", "together", "delegated", "killed"])
 def test_a_pilot_leaves_its_group_as_it_was(found: Mapping[str, Any], where: str) -> None:
     assert found[where]["left"] == []
     assert found[where]["back"]
@@ -143,3 +182,8 @@ def test_others_in_the_group_are_left_alone_and_rlimits_taken(found: Mapping[str
     assert how["pids"].startswith("not enforced")
     assert found["together"]["process"]["memory"]["code"] == 1
     assert found["together"]["process"]["all"]["code"] == 42
+
+
+def test_the_guardian_of_a_killed_pilot_finds_its_containers(found: Mapping[str, Any]) -> None:
+    assert len(found["killed"]["before"]) == 1
+    assert found["killed"]["swept"] == 1
