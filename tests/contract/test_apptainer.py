@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ import trio
 from tests.contract.subjects import Subject, make_apptainer
 from tests.contract.test_runtimes import AWKWARD, READY, Marked
 from tests.runtimes_support import PATIENCE, UNPRIVILEGED, needs_root, new_container, own_children, until
+from trio_pilot import leftovers
 from trio_pilot.errors import NodeError
+from trio_pilot.identity import STATE, own, stat_of
 from trio_pilot.last_words import last_words
 from trio_pilot.runtimes import Container, Exit, Limits, Mount, Options, apptainer, verbatim
 from trio_pilot.runtimes.apptainer_program import fatal
@@ -389,24 +392,29 @@ async def test_one_that_hangs_is_no_runtime(tmp_path: Path, monkeypatch: pytest.
 # How it can be found, and ended.
 
 
-def environments(session: int) -> dict[str, bytes]:
-    """Give the environment of each process of a session, by its name."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and os.getsid(int(entry.name)) == session:
-            found[(entry / "comm").read_text().strip()] = (entry / "environ").read_bytes()
+def names_below(pids: Iterable[int]) -> set[str]:
+    """Give the names of living processes, and of those below them."""
+    found: set[str] = set()
+    for pid in pids:
+        facts = stat_of(pid)
+        if facts and facts[STATE] != "Z":
+            with suppress(OSError):
+                found.add(Path(f"/proc/{pid}/comm").read_text().strip())
+                children = [task.read_text().split() for task in Path(f"/proc/{pid}/task").glob("*/children")]
+                found |= names_below(int(child) for some in children for child in some)
     return found
 
 
-async def test_the_name_of_a_container_is_in_the_environment_of_all_that_apptainer_starts(subject: Subject) -> None:
-    marked = Marked(subject, "sh", "-c", f"{READY}; while :; do sleep 1000; done")
+@pytest.mark.parametrize("payload", ["sleep 1000", "exec env -i sh -c 'sleep 1000; true'"])
+async def test_all_that_is_of_a_container_is_found_from_outside(subject: Subject, payload: str) -> None:
+    marked = Marked(subject, "sh", "-c", f"{READY}; {payload}")
     async with apptainer.open_runtime(OPTIONS) as runtime, trio.open_nursery() as nursery:
         nursery.start_soon(runtime.run, marked.container)
-        await until(lambda: marked.sleepers() and marked.file("ready").exists())
-        found = environments(os.getsid(marked.sleepers()[0]))
-        nursery.cancel_scope.cancel()
-    assert {"starter", "appinit", "sh", "sleep"} <= found.keys()
-    assert [name for name, told in found.items() if marked.container.name.encode() not in told] == []
+        await until(marked.file("ready").exists)
+        await until(lambda: "sleep" in names_below(own_children()))
+        assert {"starter", "appinit", "sleep"} <= names_below(own_children())
+        assert leftovers.end_processes(lambda pilot: pilot == own()) >= 4
+        assert names_below(own_children()) & {"starter", "appinit", "sleep"} == set()
 
 
 async def test_a_task_lives_for_longer_than_the_threads_of_trio(subject: Subject) -> None:

@@ -1,8 +1,9 @@
 """The runtime by the apptainer command (1.1 and later): nearly everything of a container's own, and no privileges.
 
 A container is a tree below the pilot: apptainer's starter, the first process of a PID namespace, the payload. The kernel
-kills each with its parent (PR_SET_PDEATHSIG), except for the starter, which has cleared that. All carry the container's name
-in their environment: the starter and the first process as a part of the settings that they got there.
+kills each with its parent (PR_SET_PDEATHSIG), except for the starter, which has cleared that, and for the helper that keeps
+a .sif file mounted for a user who is not root. Of them all only the payload has the pilot's marker in its environment, and
+may clean that. So a shell that has the marker leads the session which they are all in.
 """
 
 import errno
@@ -30,11 +31,13 @@ from trio_pilot.runtimes.apptainer_program import MOST_SAID, Apptainer, environm
 
 HOME = "/tmp"  # noqa: S108 -- the container's own: its scratch directory is mounted there
 
+LEADER = "/bin/sh", "-c", '"$@"; exit $?', "apptainer"  # it waits, where `exec` would make it apptainer
+
 FAILED = 255  # apptainer's own exit code, whatever the reason
 
-# Threads of the starter and the namespace's first process at their most, when they start: 20 with 2 CPUs, as measured; they
-# are programs in Go, which has more where there are more CPUs.
-APPTAINERS_OWN = 16 + 8 * min(os.cpu_count() or 1, 8)
+# The shell, and the threads of the starter and the namespace's first process at their most, when they start: 20 with 2 CPUs,
+# as measured. They are programs in Go, which has more where there are more CPUs.
+APPTAINERS_OWN = 17 + 8 * min(os.cpu_count() or 1, 8)
 
 PROBE_TIMEOUT = 20.0  # seconds for a container that does nothing
 
@@ -152,7 +155,7 @@ class ApptainerRuntime:
         _make_mount_points(container)
         env = {**environment(), **_environment(container)}
         with open_output(container.stdout) as stdout, open_output(container.stderr) as stderr:
-            argv = order.confinement.argv(self._argv(order), env)
+            argv = order.confinement.argv([*LEADER, *self._argv(order)], env)
             return self._apptainer.children.spawn(
                 Command(argv, env, container.scratch, stdout, stderr, marker=container.name)
             )
@@ -203,9 +206,14 @@ class ApptainerRuntime:
 
 
 def _terminate(child: Child) -> None:
-    """Send SIGTERM to the starter, which hands it on to the payload."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.kill(child.pid, signal.SIGTERM)
+    """Send SIGTERM to the starter, which hands it on to the payload; to the shell, if there is none yet."""
+    starter: list[str] = []
+    with suppress(OSError):
+        starter = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+        for pid in starter:
+            os.kill(int(pid), signal.SIGTERM)
+    if not starter:
+        child.signal_group(signal.SIGTERM)
 
 
 def _environment(container: Container) -> dict[str, str]:
