@@ -182,7 +182,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 @contextmanager
-def docker(root: Path) -> Iterator[Engine]:
+def docker(root: Path, *more: str) -> Iterator[Engine]:
     """Run a dockerd, with an image made of the directory `root`."""
     need("dockerd", "docker.io")
     need("runc", "runc")
@@ -193,6 +193,7 @@ def docker(root: Path) -> Iterator[Engine]:
             *("--exec-opt", "native.cgroupdriver=cgroupfs"),
             # The bridge would change this machine's iptables.
             *("--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-masq=false", "--userland-proxy=false"),
+            *more,
         ]
         importing = "/v1.40/images/create?fromSrc=-&repo={}&tag={}".format(*IMAGE.split(":"))
         with _running(Engine("docker", directory, command, importing), root) as engine:

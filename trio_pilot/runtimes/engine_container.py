@@ -63,11 +63,12 @@ class EngineContainer:
         path, what = "/containers/create", "make the container"
         self._in_flight += 1
         try:
-            # A conflict is with ourselves: an answer was lost.
-            await self._api.call("POST", path, what, body=spec, accepted=[CONFLICT], name=self.name)
+            await self._api.call("POST", path, what, body=spec, name=self.name)
         except EngineRefusedError:
-            self._in_flight -= 1
-            raise
+            # It was made before, by a create whose answer was lost.
+            if self._in_flight == 1 or await self.facts() is None:
+                self._in_flight -= 1
+                raise
         self._in_flight -= 1
 
     async def live(self) -> int:

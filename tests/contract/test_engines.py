@@ -1,0 +1,435 @@
+"""What goes wrong between a pilot and an engine, or with the engine itself."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+import trio
+
+from tests import engines
+from tests.conftest import cannot
+from tests.contract.subjects import ENGINES, Subject
+from tests.engine_proxy import EngineProxy, engine_proxy
+from tests.engines import IMAGE, Engine
+from tests.runtimes_support import (
+    PATIENCE,
+    PilotCommand,
+    new_container,
+    open_files,
+    own_children,
+    processes_with,
+    until,
+)
+from tests.servers import UnavailableError
+from trio_pilot.engine_leftovers import remove_containers
+from trio_pilot.errors import ContainerLostError, NodeError
+from trio_pilot.identity import own
+from trio_pilot.last_words import last_words
+from trio_pilot.runtimes import (
+    Container,
+    Exit,
+    Limits,
+    Options,
+    Runtime,
+    docker,
+    engine,
+    engine_api,
+    engine_container,
+    podman,
+)
+from trio_pilot.runtimes.choice import Family
+from trio_pilot.runtimes.engine import EngineRuntime
+from trio_pilot.runtimes.engine_outputs import MOST, MOST_TAIL
+
+OPTIONS = Options(kill_grace=0.3, engine_patience=20)
+
+VARIABLES = {"docker": "DOCKER_HOST", "podman": "CONTAINER_HOST"}
+FAMILIES = {"docker": cast(Family, docker), "podman": cast(Family, podman)}
+
+at_both = pytest.mark.parametrize("subject", ENGINES, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    for name in {"subject", "own_docker", "lasting_docker"} & set(request.fixturenames):
+        request.getfixturevalue(name)
+    before, files = len(own_children()), open_files()
+    yield
+    assert len(own_children()) <= before, "processes or zombies are left"  # an engine may be another by now
+    assert open_files() <= files, "file descriptors are left open"
+
+
+@pytest.fixture
+def here(request: pytest.FixtureRequest, subject: Subject) -> Iterator[Engine]:
+    found: Engine = request.getfixturevalue(subject.name)
+    yield found
+    assert found.containers() == []
+
+
+@pytest.fixture
+async def proxy(here: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[EngineProxy]:
+    async with engine_proxy(here.socket, tmp_path) as proxy:
+        monkeypatch.setenv(VARIABLES[here.name], f"unix://{proxy.socket}")
+        yield proxy
+
+
+@pytest.fixture
+async def runtime(proxy: EngineProxy, subject: Subject) -> AsyncIterator[Runtime]:
+    async with subject.open(OPTIONS) as runtime:
+        assert runtime.engine == proxy.socket
+        await runtime.prepare(subject.image)
+        yield runtime
+
+
+async def end_of(runtime: Runtime, container: Container) -> Exit:
+    with trio.fail_after(2 * PATIENCE):
+        return await runtime.run(container)
+
+
+# Answers that are lost, and that do not come.
+
+REQUESTS = {
+    "create": r"^POST .*/containers/create",
+    "start": r"^POST .*/start",
+    "wait": r"^POST .*/wait",
+    "logs": r"^GET .*/logs",
+    "inspect": r"^GET .*/containers/.*/json",
+    "stop": r"^POST .*/stop",
+    "remove": r"^DELETE ",
+}
+
+SHORT = ("sh", "-c", "echo once >> times; sleep 0.5; echo said; echo more >&2")
+
+
+@at_both
+@pytest.mark.parametrize("request_", ["create", "start", "wait", "logs", "remove"])
+async def test_an_answer_that_is_lost_costs_neither_the_result_nor_a_second_run(
+    subject: Subject, runtime: Runtime, proxy: EngineProxy, request_: str
+) -> None:
+    container = subject.container(*SHORT)
+    lost = proxy.next(REQUESTS[request_], "lose")
+    assert await end_of(runtime, container) == Exit(0)
+    assert lost.begun.is_set()
+    assert container.stdout.read_text() == "said\n"
+    assert container.stderr.read_text() == "more\n"
+    assert (container.scratch / "times").read_text() == "once\n"
+
+
+@at_both
+@pytest.mark.parametrize("request_", ["create", "start", "wait", "logs", "inspect", "stop", "remove"])
+async def test_cancelled_at_any_stage_nothing_is_left(
+    subject: Subject,
+    here: Engine,
+    runtime: Runtime,
+    proxy: EngineProxy,
+    request_: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The answer to one request never comes.
+    monkeypatch.setattr(engine_container, "CREATE_GRACE", 0.2)
+    monkeypatch.setattr(engine, "END_TIMEOUT", 2.0)
+    held = proxy.next(REQUESTS[request_], "hold")
+    is_long = request_ in ("create", "start", "wait", "stop")
+    container = subject.container("sh", "-c", f"touch ready; {'exec sleep 1000' if is_long else 'exit 3'}")
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(runtime.run, container)
+            if request_ in ("wait", "stop"):  # podman says nothing at all until there is something to say
+                await until(lambda: proxy.count("POST") >= 3 and (container.scratch / "ready").exists())
+            else:
+                await held.begun.wait()
+            nursery.cancel_scope.cancel()
+    assert proxy.has_had(REQUESTS[request_])
+    await until(lambda: not here.containers())
+    await until(lambda: not processes_with(container.name))  # podman's monitor is the last
+
+
+@at_both
+async def test_a_create_that_comes_late_leaves_nothing(
+    subject: Subject, here: Engine, runtime: Runtime, proxy: EngineProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_container, "CREATE_GRACE", 0.1)
+    late = proxy.next(REQUESTS["create"], "late")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(runtime.run, subject.container("true"))
+        await late.begun.wait()
+        nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):
+            await until(lambda: proxy.count("DELETE"))
+        late.release.set()  # it was looked for once, in vain
+    assert here.containers() == []
+    assert proxy.count("DELETE") >= 3
+
+
+@at_both
+async def test_a_container_that_cannot_be_removed_is_removed_later(
+    subject: Subject, here: Engine, runtime: Runtime, proxy: EngineProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "END_TIMEOUT", 0.2)
+    monkeypatch.setattr(engine_api, "REQUEST_TIMEOUT", 0.5)
+    held = [proxy.next(REQUESTS["remove"], "late") for _ in range(2)]
+    assert await end_of(runtime, subject.container("true")) == Exit(0)
+    assert len(here.containers()) == 1
+    for one in held:
+        one.release.set()
+    await until(lambda: not here.containers())
+
+
+# What the containers are.
+
+
+@at_both
+async def test_a_container_says_whose_it_is(subject: Subject, here: Engine, runtime: Runtime) -> None:
+    container = subject.container("sh", "-c", "touch ready; until test -e enough; do sleep 0.01; done")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(runtime.run, container)
+        await until((container.scratch / "ready").exists)
+        assert here.containers() == [f"trio-pilot-{container.name}"]
+        (container.scratch / "enough").touch()
+
+
+@at_both
+async def test_limits_are_the_engines(subject: Subject, runtime: Runtime) -> None:
+    groups = "/sys/fs/cgroup"
+    script = f"cat {groups}/memory/memory.limit_in_bytes {groups}/pids/pids.max {groups}/cpu/cpu.cfs_quota_us"
+    script_v2 = f"cat {groups}/memory.max {groups}/pids.max; cut -d' ' -f1 {groups}/cpu.max"
+    container = subject.container("sh", "-c", f"if test -e {groups}/pids.max; then {script_v2}; else {script}; fi")
+    limited = replace(container, limits=Limits(memory=64 * 2**20, cpus=0.5, pids=20))
+    assert await end_of(runtime, limited) == Exit(0)
+    assert container.stdout.read_text().split() == [str(64 * 2**20), "21", "50000"]
+
+
+@at_both
+async def test_death_for_want_of_memory_is_told(subject: Subject, runtime: Runtime) -> None:
+    container = replace(subject.container("tail", "/dev/zero"), limits=Limits(memory=64 * 2**20))
+    assert await end_of(runtime, container) == Exit(137, out_of_memory=True)
+
+
+@at_both
+async def test_death_by_sigkill_is_not_for_want_of_memory(subject: Subject, runtime: Runtime) -> None:
+    assert await end_of(runtime, subject.container("sh", "-c", "kill -9 $$")) == Exit(137)
+
+
+@at_both
+async def test_options_reach_the_container(subject: Subject, proxy: EngineProxy) -> None:
+    options = replace(OPTIONS, network="none", user="1234:77", shm_size=3 * 2**20)
+    script = "id -u; id -g; df -k /dev/shm | tail -n 1 | awk '{print $2}'; ls /sys/class/net"
+    async with subject.open(options) as runtime:
+        assert runtime.engine == proxy.socket
+        container = subject.container("sh", "-c", script)
+        container.scratch.chmod(0o777)
+        assert await end_of(runtime, container) == Exit(0)
+    assert container.stdout.read_text().split() == ["1234", "77", "3072", "lo"]
+
+
+@at_both
+async def test_a_task_cannot_undo_its_isolation(subject: Subject, runtime: Runtime) -> None:
+    script = "mount -o remount,rw /sys || umount -l /proc || echo 0 > /proc/sys/kernel/sysrq || echo no"
+    container = subject.container("sh", "-c", script)
+    assert await end_of(runtime, container) == Exit(0)
+    assert container.stdout.read_text() == "no\n"
+
+
+@at_both
+async def test_of_very_much_output_the_end_is_kept(subject: Subject, runtime: Runtime) -> None:
+    container = subject.container("sh", "-c", "dd if=/dev/zero bs=1M count=250 >&2; echo the end >&2; exit 3")
+    assert await end_of(runtime, container) == Exit(3)
+    assert last_words(container.stderr).endswith("the end")
+    assert container.stderr.stat().st_size <= MOST + MOST_TAIL
+
+
+@at_both
+async def test_an_engine_that_is_not_there_is_a_fault(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family: Family = FAMILIES[subject.name]
+    assert await family.fault(OPTIONS) is None
+    monkeypatch.setenv(VARIABLES[subject.name], f"unix://{tmp_path}/none.sock")
+    assert "none.sock did not be there" in str(await family.fault(OPTIONS))
+    monkeypatch.setenv(VARIABLES[subject.name], "tcp://localhost:2375")
+    assert "must be unix:// and the path of a socket, not 'tcp://localhost:2375'" in str(await family.fault(OPTIONS))
+    with pytest.raises(NodeError, match="must be unix://"):
+        async with subject.open(OPTIONS):
+            pass
+
+
+# An engine that is restarted, away, or stands still.
+
+
+@pytest.fixture
+def own_docker(image: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """Run a dockerd for one test alone; when it is killed, its successor kills its containers."""
+    with of_one_test(engines.docker(image), monkeypatch) as own:
+        yield own
+
+
+@pytest.fixture
+def lasting_docker(image: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """Run a dockerd for one test alone, whose containers live on when it does not."""
+    with of_one_test(engines.docker(image, "--live-restore"), monkeypatch) as own:
+        yield own
+
+
+@contextmanager
+def of_one_test(opening: AbstractContextManager[Engine], monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    try:
+        with opening as own:
+            monkeypatch.setenv("DOCKER_HOST", f"unix://{own.socket}")
+            yield own
+            assert own.containers() == []
+    except UnavailableError as error:
+        cannot(str(error))
+
+
+class Task:
+    """A container that is told what to do, and its end."""
+
+    def __init__(self, directory: Path, script: str) -> None:
+        self.container = new_container(directory, ["sh", "-c", f"touch ready; {script}"], image=IMAGE)
+        self.end: Exit | NodeError | None = None
+
+    def file(self, name: str) -> Path:
+        return self.container.scratch / name
+
+    async def run(self, runtime: Runtime) -> None:
+        try:
+            self.end = await end_of(runtime, self.container)
+        except NodeError as error:
+            self.end = error
+
+
+UNTIL_ENOUGH = "until test -e enough; do sleep 0.02; done"
+
+
+@asynccontextmanager
+async def running(task: Task, options: Options = OPTIONS) -> AsyncIterator[EngineRuntime]:
+    """Have a task run at docker; wait for its end."""
+    async with docker.open_runtime(options) as runtime:
+        await runtime.prepare(IMAGE)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(task.run, runtime)
+            await until(task.file("ready").exists)
+            yield runtime
+
+
+async def test_a_container_that_outlives_its_engine_is_waited_for_again(lasting_docker: Engine, tmp_path: Path) -> None:
+    task = Task(tmp_path, f"{UNTIL_ENOUGH}; echo said; exit 3")
+    async with running(task):
+        lasting_docker.kill()
+        lasting_docker.start()
+        task.file("enough").touch()
+    assert task.end == Exit(3)
+    assert task.container.stdout.read_text() == "said\n"
+
+
+async def test_a_success_is_one_though_the_engine_was_away(lasting_docker: Engine, tmp_path: Path) -> None:
+    task = Task(tmp_path, f"{UNTIL_ENOUGH}; touch done")
+    async with running(task):
+        lasting_docker.kill()
+        task.file("enough").touch()
+        await until(task.file("done").exists)
+        await until(lambda: not processes_with(task.container.name))
+        lasting_docker.start()
+    assert task.end == Exit(0)
+
+
+async def test_a_failure_while_the_engine_was_away_is_the_nodes(lasting_docker: Engine, tmp_path: Path) -> None:
+    task = Task(tmp_path, f"{UNTIL_ENOUGH}; touch done; exit 3")
+    async with running(task):
+        lasting_docker.kill()
+        task.file("enough").touch()
+        await until(task.file("done").exists)
+        lasting_docker.start()
+    assert isinstance(task.end, ContainerLostError)
+
+
+async def test_a_container_that_is_gone_with_its_engine_is_lost(own_docker: Engine, tmp_path: Path) -> None:
+    task, after = Task(tmp_path, "sleep 1000"), Task(tmp_path, "exit 4")
+    async with running(task) as runtime:
+        own_docker.kill()
+        own_docker.start()
+        await until(lambda: task.end)
+        await after.run(runtime)
+    assert isinstance(task.end, ContainerLostError)
+    assert after.end == Exit(4)
+
+
+async def test_what_comes_while_an_engine_is_away_waits_for_it(own_docker: Engine, tmp_path: Path) -> None:
+    waiting = Task(tmp_path, "exit 4")
+    async with docker.open_runtime(OPTIONS) as runtime, trio.open_nursery() as nursery:
+        await runtime.prepare(IMAGE)
+        own_docker.terminate()
+        nursery.start_soon(waiting.run, runtime)
+        await trio.sleep(3.0)
+        assert waiting.end is None
+        own_docker.start()
+    assert waiting.end == Exit(4)
+
+
+async def test_an_engine_that_is_away_for_too_long_is_the_nodes_fault(own_docker: Engine, tmp_path: Path) -> None:
+    task = Task(tmp_path, UNTIL_ENOUGH)
+    async with running(task, replace(OPTIONS, engine_patience=0.5)):
+        own_docker.terminate()
+        await until(lambda: task.end)
+        own_docker.start()
+        task.file("enough").touch()
+    assert isinstance(task.end, NodeError)
+    assert not isinstance(task.end, ContainerLostError)
+    assert "docker has not been back for 0.5 s (EWMS_PILOT_ENGINE_PATIENCE), is its daemon running?" in str(task.end)
+
+
+async def test_a_container_ends_as_it_does_though_its_engine_stands_still(own_docker: Engine, tmp_path: Path) -> None:
+    task = Task(tmp_path, f"{UNTIL_ENOUGH}; exit 3")
+    async with running(task):
+        own_docker.freeze()
+        task.file("enough").touch()
+        await trio.sleep(engine_container.FIRST_WAIT + engine_api.PING_TIMEOUT + 1)
+        assert task.end is None
+        own_docker.thaw()
+    assert task.end == Exit(3)
+
+
+async def test_an_engine_that_stands_still_does_not_hold_the_pilot(
+    own_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "END_TIMEOUT", 0.5)
+    monkeypatch.setattr(engine, "LAST_TIMEOUT", 0.5)
+    task = Task(tmp_path, UNTIL_ENOUGH)
+    with trio.fail_after(PATIENCE), trio.CancelScope() as scope:
+        async with running(task):
+            own_docker.freeze()
+            begun = trio.current_time()
+            scope.cancel()
+    assert trio.current_time() - begun < OPTIONS.kill_grace + 0.5 + 0.5 + 2
+    own_docker.thaw()
+    remove_containers(own_docker.socket, lambda pilot: pilot == own())  # as the guardian does
+    await until(lambda: not own_docker.containers())
+
+
+async def test_a_container_that_could_not_be_removed_is_as_soon_as_the_engine_goes_on(
+    own_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "END_TIMEOUT", 0.5)
+    task = Task(tmp_path, "sleep 1000")
+    async with docker.open_runtime(OPTIONS) as runtime:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(task.run, runtime)
+            await until(task.file("ready").exists)
+            own_docker.freeze()
+            nursery.cancel_scope.cancel()
+        own_docker.thaw()
+        await until(lambda: not own_docker.containers())
+
+
+async def test_twenty_events_go_through_docker(own_docker: Engine, tmp_path: Path) -> None:
+    with PilotCommand(tmp_path) as pilot:
+        pilot.send(*range(20))
+        script = 'cp "$EWMS_TASK_INFILE" "$EWMS_TASK_OUTFILE"'
+        running = pilot.run("sh", "-c", script, runtime="docker", task_image=IMAGE, max_concurrent_tasks=4)
+        assert running.wait() == 0, running.stderr
+        assert sorted(map(str, pilot.receive())) == sorted(map(str, range(20)))
+        assert not pilot.data.exists()
+    assert own_docker.containers() == []
