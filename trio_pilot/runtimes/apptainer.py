@@ -27,11 +27,9 @@ from trio_pilot.limits import Confinement, Limiter
 from trio_pilot.outputs import open_output
 from trio_pilot.runtimes import Container, Exit, Limits, Mount, Options, cannot_run, verbatim
 from trio_pilot.runtimes.apptainer_images import RUNSCRIPT, Image, Images, probe
-from trio_pilot.runtimes.apptainer_program import MOST_SAID, Apptainer, environment, fatal
+from trio_pilot.runtimes.apptainer_program import LEADER, MOST_SAID, Apptainer, environment, fatal
 
 HOME = "/tmp"  # noqa: S108 -- the container's own: its scratch directory is mounted there
-
-LEADER = "/bin/sh", "-c", '"$@"; exit $?', "apptainer"  # it waits, where `exec` would make it apptainer
 
 FAILED = 255  # apptainer's own exit code, whatever the reason
 

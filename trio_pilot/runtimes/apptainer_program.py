@@ -17,6 +17,10 @@ LEAST_VERSION = (1, 1)  # --no-eval is of 1.1, without which a shell sees the ar
 
 NOT_FOUND = "there is no apptainer on PATH: install it (its package is apptainer), or put its bin directory there"
 
+# A shell that keeps the pilot's marker in its environment, where apptainer drops it: it waits, where `exec` would make it
+# apptainer. All that apptainer starts is in its session.
+LEADER = "/bin/sh", "-c", '"$@"; exit $?', "apptainer"
+
 KILL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 MOST_SAID = 65536  # bytes of output to look at
 
@@ -69,7 +73,7 @@ class Apptainer:
         """
         with map_exceptions({OSError: NodeError}, f"cannot start {self.path}"), tempfile.TemporaryFile() as output:
             marker = f"apptainer-{uuid.uuid4()}"
-            command = Command([self.path, *args], env, Path.cwd(), output, output, marker, pass_fds)
+            command = Command([*LEADER, self.path, *args], env, Path.cwd(), output, output, marker, pass_fds)
             child = self.children.spawn(command)
             try:
                 code = await child.wait()
