@@ -120,10 +120,14 @@ async def test_a_docker_image_is_unpacked_once_and_has_its_entrypoint(
 
 
 async def test_an_unpacked_docker_image_has_its_entrypoint_whatever_the_words(
-    subject: Subject, options: Options, archive: str
+    subject: Subject, options: Options, archive: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    home = subject.directory / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
     async with apptainer.open_runtime(options) as runtime:
         await runtime.prepare(archive)
+    assert not [path for path in home.rglob("*") if path.is_file()]  # no layers are kept there
     (root,) = (entry for parent in options.build_directory.iterdir() for entry in parent.iterdir() if entry.is_dir())
     args = ["printf", "<%s>", *AWKWARD]
     container = new_container(subject.directory, args, image=str(root), env={"HOME": "/etc"})
@@ -284,11 +288,27 @@ async def test_secrets_that_a_shell_puts_right_are_on_no_command_line(subject: S
 # What went wrong.
 
 
-async def test_a_payload_that_says_what_apptainer_says_ended_by_itself(subject: Subject) -> None:
-    container = subject.container(
-        "sh", "-c", "echo began >&2; echo 'FATAL:   stat /x: no such file or directory' >&2; exit 255"
-    )
+@pytest.mark.parametrize(
+    "line", ["FATAL:   the disk is on fire", "FATAL: no", "some of its own\nFATAL:   container creation failed: of its own"]
+)
+async def test_a_payload_that_speaks_as_apptainer_does_ended_by_itself(subject: Subject, line: str) -> None:
+    container = subject.container("sh", "-c", f"echo '{line}' >&2; exit 255")
     assert await end_of(OPTIONS, container) == Exit(255)
+
+
+async def test_apptainer_that_stops_to_work_is_the_nodes_fault(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken"
+    script = (
+        f'[ ! -e {broken} ] || {{ echo "FATAL:   no space left" >&2; exit 255; }}; exec {shutil.which("apptainer")} "$@"'
+    )
+    pretend(tmp_path, monkeypatch, "apptainer", script)
+    async with apptainer.open_runtime(OPTIONS) as runtime:
+        await runtime.prepare(subject.image)
+        broken.touch()
+        with pytest.raises(NodeError, match=r"^apptainer could not make the container: no space left$"):
+            await runtime.run(subject.container("true"))
 
 
 async def test_with_debugging_on_all_is_as_without(subject: Subject) -> None:
@@ -311,6 +331,7 @@ async def test_with_debugging_on_all_is_as_without(subject: Subject) -> None:
         ("DEBUG   [U=0,P=4711]       startup()    starting\nFATAL   [U=0,P=1]          StageTwo()  why\n", "why"),
         ("VERBOSE [U=0,P=4711]       setKeyIfNotAlreadyOverridden()Forwarding X\nFATAL:   why", "why"),
         ("the payload's own\nFATAL:   why\n", None),
+        ("FATAL: why\n", None),
         ("FATAL\n", None),
         ("", None),
     ],

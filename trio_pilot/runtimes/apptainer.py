@@ -26,7 +26,7 @@ from trio_pilot.leftovers import MARKER
 from trio_pilot.limits import Confinement, Limiter
 from trio_pilot.outputs import open_output
 from trio_pilot.runtimes import Container, Exit, Limits, Mount, Options, cannot_run, verbatim
-from trio_pilot.runtimes.apptainer_images import RUNSCRIPT, Image, Images, probe
+from trio_pilot.runtimes.apptainer_images import PROBE, RUNSCRIPT, Image, Images, probe
 from trio_pilot.runtimes.apptainer_program import LEADER, MOST_SAID, Apptainer, environment, fatal
 
 HOME = "/tmp"  # noqa: S108 -- the container's own: its scratch directory is mounted there
@@ -51,6 +51,7 @@ CANNOT_EXECUTE = re.compile(
     r"(no such file or directory|not a directory|permission denied|is a directory|exec format error)",
     re.DOTALL,
 )
+CANNOT_MAKE = "container creation failed"  # how it begins what no payload would say
 REASONS = {
     "not a directory": errno.ENOTDIR,
     "permission denied": errno.EACCES,
@@ -135,11 +136,12 @@ class ApptainerRuntime:
         limits, address_space = await self._divided(container.limits)
         async with self._limiter.confine(replace(container, limits=limits)) as confinement:
             with map_exceptions({OSError: NodeError}, "cannot start apptainer"):
-                code = await self._see_to_its_end(self._start(_Order(container, image, confinement, address_space)))
+                order = _Order(container, image, confinement, address_space)
+                code = await self._see_to_its_end(self._start(order))
                 if refusal := confinement.refusal(code, container.stderr):
                     raise NodeError(f"cannot limit what a container uses: {refusal}")
                 if code == FAILED and not confinement.out_of_memory:
-                    return self._blame(container)
+                    return await self._blame(order)
             return Exit(code, code != 0 and confinement.out_of_memory)
 
     async def _divided(self, limits: Limits) -> tuple[Limits, int | None]:
@@ -186,8 +188,9 @@ class ApptainerRuntime:
                 self._kill_grace,
             )
 
-    def _blame(self, container: Container) -> Exit:
+    async def _blame(self, order: _Order) -> Exit:
         """Tell a payload that ends with 255 from one that cannot be executed, and that from no container at all."""
+        container = order.container
         with container.stderr.open("rb") as stderr:
             said = stderr.read(MOST_SAID).decode(errors="replace")
         reason = fatal(said, among_others=self._debug)
@@ -195,12 +198,23 @@ class ApptainerRuntime:
             return Exit(FAILED)
         refused = CANNOT_EXECUTE.fullmatch(reason)
         if not refused and not NO_COMMAND.fullmatch(reason):
+            if not reason.startswith(CANNOT_MAKE) and await self._could_be_made(order):
+                return Exit(FAILED)
             raise NodeError(f"apptainer could not make the container: {reason}")
         why = os.strerror(REASONS.get(refused[1], errno.ENOENT) if refused else errno.ENOENT)
         blame = f"{container.args[0]}: {why}"
         with container.stderr.open("ab", 0) as stderr:
             stderr.write(os.fsencode(f"{blame}\n"))
         return cannot_run(blame)
+
+    async def _could_be_made(self, order: _Order) -> bool:
+        """Try the same container with a command that it has not: if it is missed, all else was well."""
+        container = replace(order.container, args=(PROBE,))
+        attempt = replace(order, container=container, image=replace(order.image, action="exec"))
+        with trio.move_on_after(PROBE_TIMEOUT):
+            said = await self._apptainer.ask(self._argv(attempt)[1:], {**environment(), **_environment(container)})
+            return PROBE in said.reason
+        return False
 
 
 def _terminate(child: Child) -> None:

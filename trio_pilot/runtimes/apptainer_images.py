@@ -136,7 +136,7 @@ class Images:
             root = unfinished / "root"
             env = {**_environment(os.environ), "APPTAINER_TMPDIR": str(unfinished / "tmp")}
             # It holds the lock too: it may outlive us.
-            said = await self._apptainer.ask(["build", "--fix-perms", "--sandbox", str(root), source], env, [lock])
+            said = await self._apptainer.ask([*_build(env), "--sandbox", str(root), source], env, [lock])
             if said.code:
                 raise NodeError(f"cannot unpack the image {source}: {said.reason}")
             root.rename(finished)
@@ -211,6 +211,11 @@ def _try_to_lock(lock: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _build(env: Mapping[str, str]) -> list[str]:
+    """Keep nothing but the image, unless the user has named a place."""
+    return ["build", "--fix-perms", *([] if "APPTAINER_CACHEDIR" in env else ["--disable-cache"])]
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:

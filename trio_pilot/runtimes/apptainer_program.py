@@ -24,8 +24,8 @@ LEADER = "/bin/sh", "-c", '"$@"; exit $?', "apptainer"
 KILL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 MOST_SAID = 65536  # bytes of output to look at
 
-# `FATAL:   why`, with --debug `FATAL   [U=0,P=1]          StageTwo()                    why`
-LINE = re.compile(r"(?P<level>[A-Z]+)(?::\s+|\s+\[U=\d+,P=\d+\]\s+\S*?\(\)\s*)(?P<text>.*)", re.DOTALL)
+# `FATAL:   why`, with the level in nine characters; with --debug `FATAL   [U=0,P=1]          StageTwo()           why`
+LINE = re.compile(r"(?P<level>[A-Z]+)(?:: {1,5}(?<=.{9})(?=\S)|\s+\[U=\d+,P=\d+\]\s+\S*?\(\)\s*)(?P<text>.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
