@@ -26,6 +26,7 @@ class EngineProxy:
 
     def __init__(self, target: Path, socket: Path) -> None:
         self.socket = socket
+        self.is_patient = False  # keeps connections until there is an engine to take them
         self.requests: list[str] = []
         self._target = target
         self._faults: list[Fault] = []
@@ -44,7 +45,7 @@ class EngineProxy:
         return any(re.search(pattern, request) for request in self.requests)
 
     async def forward(self, client: trio.SocketStream) -> None:
-        server = await trio.open_unix_socket(self._target)
+        server = await self._connect()
         connection = _Connection(self, client, server)
         try:
             async with trio.open_nursery() as nursery:
@@ -53,6 +54,15 @@ class EngineProxy:
         finally:
             client.socket.close()
             server.socket.close()
+
+    async def _connect(self) -> trio.SocketStream:
+        while True:
+            try:
+                return await trio.open_unix_socket(self._target)
+            except OSError:
+                if not self.is_patient:
+                    raise
+                await trio.sleep(0.05)
 
     def fault_of(self, data: bytes | bytearray) -> Fault | None:
         found = REQUEST_LINE.match(data)

@@ -119,9 +119,9 @@ class Engine:
                     process.stdout.close()
         self._daemon = self._keeper = None
 
-    def containers(self) -> list[str]:
-        """List the containers that are there for a pilot, in any state."""
-        filters = urllib.parse.quote(json.dumps({"label": [LABEL]}))
+    def containers(self, *states: str) -> list[str]:
+        """List the containers that are there for a pilot, in any state or one of these."""
+        filters = urllib.parse.quote(json.dumps({"label": [LABEL], **({"status": states} if states else {})}))
         found: list[dict[str, Any]] = json.loads(self.api("GET", f"/v1.40/containers/json?all=1&filters={filters}"))
         return sorted(name.removeprefix("/") for container in found for name in container["Names"])
 

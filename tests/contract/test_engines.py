@@ -305,29 +305,35 @@ UNTIL_ENOUGH = "until test -e enough; do sleep 0.02; done"
 
 
 @asynccontextmanager
-async def running(task: Task, options: Options = OPTIONS) -> AsyncIterator[EngineRuntime]:
+async def running(task: Task, at: Engine, options: Options = OPTIONS) -> AsyncIterator[EngineRuntime]:
     """Have a task run at docker; wait for its end."""
     async with docker.open_runtime(options) as runtime:
         await runtime.prepare(IMAGE)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(task.run, runtime)
-            await until(task.file("ready").exists)
+            await until(lambda: task.file("ready").exists() and at.containers("running"))  # and it knows
             yield runtime
 
 
-async def test_a_container_that_outlives_its_engine_is_waited_for_again(lasting_docker: Engine, tmp_path: Path) -> None:
+async def test_a_container_that_outlives_its_engine_is_waited_for_again(
+    lasting_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = Task(tmp_path, f"{UNTIL_ENOUGH}; echo said; exit 3")
-    async with running(task):
-        lasting_docker.kill()
-        lasting_docker.start()
-        task.file("enough").touch()
+    async with engine_proxy(lasting_docker.socket, tmp_path) as proxy:
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{proxy.socket}")
+        async with running(task, lasting_docker):
+            lasting_docker.kill()
+            lasting_docker.start()
+            proxy.requests.clear()
+            await until(lambda: proxy.has_had(REQUESTS["wait"]))
+            task.file("enough").touch()
     assert task.end == Exit(3)
     assert task.container.stdout.read_text() == "said\n"
 
 
 async def test_a_success_is_one_though_the_engine_was_away(lasting_docker: Engine, tmp_path: Path) -> None:
     task = Task(tmp_path, f"{UNTIL_ENOUGH}; touch done")
-    async with running(task):
+    async with running(task, lasting_docker):
         lasting_docker.kill()
         task.file("enough").touch()
         await until(task.file("done").exists)
@@ -338,7 +344,7 @@ async def test_a_success_is_one_though_the_engine_was_away(lasting_docker: Engin
 
 async def test_a_failure_while_the_engine_was_away_is_the_nodes(lasting_docker: Engine, tmp_path: Path) -> None:
     task = Task(tmp_path, f"{UNTIL_ENOUGH}; touch done; exit 3")
-    async with running(task):
+    async with running(task, lasting_docker):
         lasting_docker.kill()
         task.file("enough").touch()
         await until(task.file("done").exists)
@@ -346,15 +352,31 @@ async def test_a_failure_while_the_engine_was_away_is_the_nodes(lasting_docker: 
     assert isinstance(task.end, ContainerLostError)
 
 
-async def test_a_container_that_is_gone_with_its_engine_is_lost(own_docker: Engine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["kill", "terminate"])
+async def test_a_container_that_is_gone_with_its_engine_is_lost(own_docker: Engine, tmp_path: Path, how: str) -> None:
     task, after = Task(tmp_path, "sleep 1000"), Task(tmp_path, "exit 4")
-    async with running(task) as runtime:
-        own_docker.kill()
+    async with running(task, own_docker) as runtime:
+        await trio.to_thread.run_sync(getattr(own_docker, how))
         own_docker.start()
         await until(lambda: task.end)
         await after.run(runtime)
     assert isinstance(task.end, ContainerLostError)
     assert after.end == Exit(4)
+
+
+async def test_a_restart_that_nobody_sees_but_by_its_end_is_seen(
+    own_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As with systemd, which keeps connections for the next engine: it answers as if nothing had been.
+    task = Task(tmp_path, "sleep 1000")
+    async with engine_proxy(own_docker.socket, tmp_path) as proxy:
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{proxy.socket}")
+        async with running(task, own_docker):
+            proxy.is_patient = True
+            await trio.to_thread.run_sync(own_docker.terminate)
+            own_docker.start()
+            await until(lambda: task.end)
+    assert isinstance(task.end, ContainerLostError)
 
 
 async def test_what_comes_while_an_engine_is_away_waits_for_it(own_docker: Engine, tmp_path: Path) -> None:
@@ -371,7 +393,7 @@ async def test_what_comes_while_an_engine_is_away_waits_for_it(own_docker: Engin
 
 async def test_an_engine_that_is_away_for_too_long_is_the_nodes_fault(own_docker: Engine, tmp_path: Path) -> None:
     task = Task(tmp_path, UNTIL_ENOUGH)
-    async with running(task, replace(OPTIONS, engine_patience=0.5)):
+    async with running(task, own_docker, replace(OPTIONS, engine_patience=0.5)):
         own_docker.terminate()
         await until(lambda: task.end)
         own_docker.start()
@@ -383,10 +405,10 @@ async def test_an_engine_that_is_away_for_too_long_is_the_nodes_fault(own_docker
 
 async def test_a_container_ends_as_it_does_though_its_engine_stands_still(own_docker: Engine, tmp_path: Path) -> None:
     task = Task(tmp_path, f"{UNTIL_ENOUGH}; exit 3")
-    async with running(task):
+    async with running(task, own_docker):
         own_docker.freeze()
         task.file("enough").touch()
-        await trio.sleep(engine_container.FIRST_WAIT + engine_api.PING_TIMEOUT + 1)
+        await trio.sleep(engine_container.FIRST_PING + engine_api.PING_TIMEOUT + 1)
         assert task.end is None
         own_docker.thaw()
     assert task.end == Exit(3)
@@ -399,7 +421,7 @@ async def test_an_engine_that_stands_still_does_not_hold_the_pilot(
     monkeypatch.setattr(engine, "LAST_TIMEOUT", 0.5)
     task = Task(tmp_path, UNTIL_ENOUGH)
     with trio.fail_after(PATIENCE), trio.CancelScope() as scope:
-        async with running(task):
+        async with running(task, own_docker):
             own_docker.freeze()
             begun = trio.current_time()
             scope.cancel()

@@ -91,5 +91,6 @@ DOCKER = Dialect(
     spec=spec,
     wait=lambda _interval: {},
     exit_code=_exit_code,
+    ends_its_containers=True,
     tells_of_memory=True,
 )

@@ -74,8 +74,11 @@ async def open_engine(dialect: Dialect, options: Options) -> AsyncIterator["Engi
     async with EngineApi(dialect.name, socket_of(dialect)) as api:
         await _open(api, dialect)
         async with trio.open_nursery() as nursery:
+            link = Link(api, options.engine_patience)
+            if dialect.ends_its_containers:
+                nursery.start_soon(link.witness.watch)
             try:
-                yield EngineRuntime(Link(api, options.engine_patience), dialect, options, nursery)
+                yield EngineRuntime(link, dialect, options, nursery)
             finally:
                 nursery.cancel_scope.cancel()
 

@@ -22,6 +22,10 @@ class EngineAwayError(NodeError):
     """The engine cannot be reached, or hung up: nobody knows what became of the request."""
 
 
+class EngineUnreachableError(EngineAwayError):
+    """There is no connection: nothing has become of the request."""
+
+
 class EngineSlowError(EngineAwayError):
     """The engine has not answered in time; it may yet."""
 
@@ -56,15 +60,9 @@ class EngineApi:
         self.name = name
         self.socket = socket
         self.prefix = ""  # of all paths: the version of the API that is spoken
-        self._client = httpx.AsyncClient(
-            # Each container that runs holds a connection. Each timeout is the caller's. A Unix socket needs no certificates.
-            transport=httpx.AsyncHTTPTransport(
-                uds=str(socket), verify=False, limits=httpx.Limits(max_connections=None, max_keepalive_connections=None)
-            ),
-            base_url="http://engine",
-            timeout=None,  # noqa: S113
-            trust_env=False,
-        )
+        self._client = _client(socket, kept=None)
+        # An engine that is being stopped still answers on the connections that it has.
+        self._pinger = _client(socket, kept=0)
 
     async def __aenter__(self) -> Self:
         return self
@@ -73,10 +71,11 @@ class EngineApi:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self._client.aclose()
+        await self._pinger.aclose()
 
     async def ping(self) -> Answer:
-        """Ask whether it is there. Raises EngineAwayError."""
-        return await self._request("GET", "/_ping", "be there", seconds=PING_TIMEOUT)
+        """Ask whether it is there, and takes new connections. Raises EngineAwayError."""
+        return await self._request(self._pinger, "GET", "/_ping", "be there", seconds=PING_TIMEOUT)
 
     async def call(
         self,
@@ -106,11 +105,12 @@ class EngineApi:
             EngineAwayError: it is not there, or the connection was lost.
         """
         return await self._request(
-            method, self.prefix + path, what, body=body, seconds=seconds, accepted=accepted, params=params
+            self._client, method, self.prefix + path, what, body=body, seconds=seconds, accepted=accepted, params=params
         )
 
     async def _request(
         self,
+        client: httpx.AsyncClient,
         method: str,
         path: str,
         what: str,
@@ -121,7 +121,7 @@ class EngineApi:
         params: Mapping[str, Any] | None = None,
     ) -> Answer:
         with self._seam(what), trio.fail_after(seconds):
-            said = await self._client.request(
+            said = await client.request(
                 method, path, params=params, content=_json(body), headers={"Content-Type": "application/json"}
             )
         answer = Answer(said.status_code, said.headers, said.content)
@@ -150,9 +150,24 @@ class EngineApi:
     @contextmanager
     def _seam(self, what: str) -> Iterator[None]:
         text = f"{self.name} at {self.socket} did not {what}"
-        theirs: dict[type[Exception], type[NodeError]] = {httpx.HTTPError: EngineAwayError, OSError: EngineAwayError}
+        theirs: dict[type[Exception], type[NodeError]] = {
+            httpx.ConnectError: EngineUnreachableError,
+            httpx.HTTPError: EngineAwayError,
+            OSError: EngineAwayError,
+        }
         with map_exceptions(theirs, text), map_exceptions({trio.TooSlowError: EngineSlowError}, f"{text} in time"):
             yield
+
+
+def _client(socket: Path, kept: int | None) -> httpx.AsyncClient:
+    """Make a client that keeps so many connections, or all. Each timeout is the caller's."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=kept)
+    return httpx.AsyncClient(
+        transport=httpx.AsyncHTTPTransport(uds=str(socket), verify=False, limits=limits),  # nothing is encrypted
+        base_url="http://engine",
+        timeout=None,  # noqa: S113
+        trust_env=False,
+    )
 
 
 def _json(body: Any) -> bytes | None:

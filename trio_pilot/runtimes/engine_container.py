@@ -10,7 +10,14 @@ import trio
 from trio_pilot.errors import ContainerLostError, NodeError
 from trio_pilot.outputs import open_output
 from trio_pilot.runtimes import Container
-from trio_pilot.runtimes.engine_api import REQUEST_TIMEOUT, EngineAwayError, EngineRefusedError
+from trio_pilot.runtimes.engine_api import (
+    REQUEST_TIMEOUT,
+    EngineApi,
+    EngineAwayError,
+    EngineRefusedError,
+    EngineSlowError,
+    EngineUnreachableError,
+)
 from trio_pilot.runtimes.engine_dialect import Dialect, Spec
 from trio_pilot.runtimes.engine_link import Link
 from trio_pilot.runtimes.engine_outputs import Demultiplexer, Ends
@@ -22,12 +29,13 @@ DONE, NOT_FOUND, CONFLICT = 200, 404, 409
 
 NOT_STARTED = ("created", "configured", "initialized")  # podman has three words for it
 GOING_ON = ("running", "paused", "restarting", "stopping")
+ENDED = ("exited", "stopped")
 
 CREATE_GRACE = 5.0  # seconds more that a create in flight has when it is cancelled
 
-# To wait for a container's end is to ask for it again and again: an engine that stands still would let us wait for ever.
-# The first time we ask for so many seconds, then for as many as it has lasted, and no more than these.
-FIRST_WAIT, LONGEST_WAIT = 2.0, 60.0
+# While a container runs, the engine is asked whether it is there: one that stands still would let us wait for ever. For the
+# first time after so many seconds, then when it has lasted twice as long, and so on, but at least as often as the last says.
+FIRST_PING, LONGEST_PING = 2.0, 60.0
 # An engine that has to look for the end itself looks in intervals of a hundredth of what it has lasted.
 SHORTEST_INTERVAL, LONGEST_INTERVAL = 0.01, 0.25
 
@@ -80,48 +88,62 @@ class EngineContainer:
         """
         is_started = False
         while True:
+            ends = self._link.witness.ends
             try:
                 if not is_started:
-                    self._may_run = True
-                    await self._call("POST", "/start", "make the container")
+                    await self._start()
                     is_started = True
                 code = await self._wait()
+                if code:
+                    await self._api.ping()
             except EngineAwayError as error:
                 was_gone = await self._link.back(error)
-                state = await self._look()
-                is_started = state["Status"] not in NOT_STARTED
-                if not was_gone or not is_started or state["Status"] in GOING_ON:
-                    continue
-                code = self._judge(state)
-            self._may_run = False
-            return code
+            else:
+                was_gone = self._link.witness.ends > ends
+                if not code or not was_gone:
+                    self._may_run = False
+                    return code
+            if was_gone and not await self._is_running():
+                return 0
+            is_started = is_started or was_gone or not await self._waits_for_its_start()
+
+    async def _start(self) -> None:
+        # An engine that was killed in the middle of it does not know of it: so it is not asked a second time.
+        self._may_run = True
+        while True:
+            try:
+                await self._call("POST", "/start", "make the container")
+            except EngineUnreachableError as error:
+                await self._link.back(error)
+            else:
+                return
+
+    async def _waits_for_its_start(self) -> bool:
+        """Look, after the engine stood still as it was to be started. It is not to be waited for: docker would say 0."""
+        facts = await self.facts()
+        return facts is not None and facts["State"]["Status"] in NOT_STARTED
+
+    async def _is_running(self) -> bool:
+        """Look, after the engine was gone; if it has ended, judge what nobody saw: a success is one.
+
+        Raises:
+            ContainerLostError: a failure may be the engine's; and one that is not there was not seen to end.
+        """
+        facts = await self.facts()
+        state = facts["State"] if facts else {"Status": "removed"}
+        if state["Status"] in GOING_ON:
+            return True
+        self._may_run = False
+        if state["Status"] in ENDED and state["ExitCode"] == 0:
+            return False
+        how = f"exit code {state['ExitCode']}" if state["Status"] in ENDED else state["Status"]
+        raise ContainerLostError(f"the container {self.name} was lost with {self._dialect.name} ({how})")
 
     async def _wait(self) -> int:
         begun = trio.current_time()
-        while True:
-            lasted = trio.current_time() - begun
-            interval = min(max(lasted / 100, SHORTEST_INTERVAL), LONGEST_INTERVAL)
-            with trio.move_on_after(min(max(lasted, FIRST_WAIT), LONGEST_WAIT)):
-                told = await self._call("POST", "/wait", "wait for a container", math.inf, **self._dialect.wait(interval))
-                return self._dialect.exit_code(told)
-            await self._api.ping()
-
-    async def _look(self) -> Mapping[str, Any]:
-        facts = await self.facts()
-        if facts is None:
-            self._may_run = False
-            raise ContainerLostError(f"{self._dialect.name} has come back without the container {self.name}")
-        state: Mapping[str, Any] = facts["State"]
-        return state
-
-    def _judge(self, state: Mapping[str, Any]) -> int:
-        """Judge the end of a container that nobody saw: a success is one, a failure may be the engine's."""
-        if state["ExitCode"] == 0 and state["Status"] in ("exited", "stopped"):
-            return 0
-        self._may_run = False
-        raise ContainerLostError(
-            f"the container {self.name} has ended with {self._dialect.name} (exit code {state['ExitCode']})"
-        )
+        while (code := await _Waiting(self._api, self.name, self._dialect, begun).end()) is None:
+            pass
+        return code
 
     async def facts(self) -> Mapping[str, Any] | None:
         """Ask what there is to know of it; None if it is not there."""
@@ -181,6 +203,52 @@ class EngineContainer:
     async def _call(self, method: str, path: str, what: str, seconds: float = REQUEST_TIMEOUT, **params: Any) -> Any:
         answer = await self._api.call(method, f"/containers/{self.name}{path}", what, seconds=seconds, **params)
         return answer.json() if answer.content else None
+
+
+class _Waiting:
+    """Waits for the end of a container, and sees to it that the engine is there to tell it."""
+
+    def __init__(self, api: EngineApi, name: str, dialect: Dialect, begun: float) -> None:
+        self._api = api
+        self._name = name
+        self._dialect = dialect
+        self._begun = begun
+        self._code: int | None = None
+        self._failures: list[NodeError] = []
+
+    async def end(self) -> int | None:
+        """Give the exit code; None if it is to be asked for in another way from now on. Raises what the engine does."""
+        params = self._params()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._first, self._ask, params, nursery.cancel_scope)
+            nursery.start_soon(self._first, self._see_to_the_engine, params, nursery.cancel_scope)
+        # A connection that was lost says more than an answer that does not come.
+        for failure in sorted(self._failures, key=lambda one: isinstance(one, EngineSlowError)):
+            raise failure
+        return self._code
+
+    async def _first(self, function: Callable[[Spec], Awaitable[None]], params: Spec, both: trio.CancelScope) -> None:
+        try:
+            await function(params)
+        except NodeError as error:
+            self._failures.append(error)
+        both.cancel()
+
+    async def _ask(self, params: Spec) -> None:
+        path, what = f"/containers/{self._name}/wait", "wait for a container"
+        answer = await self._api.call("POST", path, what, seconds=math.inf, **params)
+        self._code = self._dialect.exit_code(answer.json())
+
+    async def _see_to_the_engine(self, params: Spec) -> None:
+        while self._params() == params:
+            await trio.sleep(min(max(self._lasted(), FIRST_PING), LONGEST_PING))
+            await self._api.ping()
+
+    def _params(self) -> Spec:
+        return self._dialect.wait(min(max(self._lasted() / 100, SHORTEST_INTERVAL), LONGEST_INTERVAL))
+
+    def _lasted(self) -> float:
+        return trio.current_time() - self._begun
 
 
 async def _finish(function: Callable[[], Awaitable[None]], seconds: float) -> None:

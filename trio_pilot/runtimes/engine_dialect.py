@@ -45,6 +45,7 @@ class Dialect:
     wait: Callable[[float], Mapping[str, str]]
     """What is asked to be told of the end of a container, so many seconds sooner or later."""
     exit_code: Callable[[Any], int]  # from the answer to that
+    ends_its_containers: bool  # when it is stopped, or killed and started again
     tells_of_memory: bool  # whether OOMKilled can be relied on
 
 

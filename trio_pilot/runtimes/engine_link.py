@@ -9,6 +9,7 @@ import trio
 from trio_pilot.errors import NodeError
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes.engine_api import EngineApi, EngineAwayError, EngineRefusedError, EngineSlowError
+from trio_pilot.runtimes.engine_witness import Witness
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between two looks whether it is back
 
@@ -20,6 +21,7 @@ class Link:
 
     def __init__(self, api: EngineApi, patience: float) -> None:
         self.api = api
+        self.witness = Witness(api.socket)
         self._patience = patience
         self._is_away = False
 

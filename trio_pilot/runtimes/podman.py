@@ -115,5 +115,6 @@ PODMAN = Dialect(
     spec=spec,
     wait=_wait,
     exit_code=_exit_code,
+    ends_its_containers=False,
     tells_of_memory=False,  # it does not see it where control groups are half of version 1, half of version 2
 )
