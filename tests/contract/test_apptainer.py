@@ -285,6 +285,25 @@ async def test_secrets_that_a_shell_puts_right_are_on_no_command_line(subject: S
     assert "a-secret" not in await output(OPTIONS, container)
 
 
+# What is out of reach.
+
+
+async def test_a_task_cannot_set_what_is_the_kernels(subject: Subject) -> None:
+    script = "cd /proc/sys/vm && value=$(cat swappiness) && echo $value > swappiness && echo written"
+    container = subject.container("sh", "-c", f"{script}; test ! -e /sys/kernel")
+    assert await output(OPTIONS, container) == ""
+
+
+async def test_what_an_image_has_in_run_is_not_seen(subject: Subject) -> None:
+    image = subject.directory / "other"
+    shutil.copytree(subject.image, image, symlinks=True)
+    (image / "run").mkdir(exist_ok=True)
+    (image / "run/left.pid").touch()
+    container = new_container(subject.directory, ["sh", "-c", "ls /run && echo > /run/mine.pid"], image=str(image))
+    assert await output(OPTIONS, container) == ""
+    assert not (image / "run/mine.pid").exists()
+
+
 # What went wrong.
 
 
