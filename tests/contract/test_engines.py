@@ -216,13 +216,13 @@ async def test_death_by_sigkill_is_not_for_want_of_memory(subject: Subject, runt
 @at_both
 async def test_options_reach_the_container(subject: Subject, proxy: EngineProxy) -> None:
     options = replace(OPTIONS, network="none", user="1234:77", shm_size=3 * 2**20)
-    script = "id -u; id -g; df -k /dev/shm | tail -n 1 | awk '{print $2}'; ls /sys/class/net"
+    script = "id -u; id -g; df -k /dev/shm | tail -n 1 | awk '{print $2}'; ls /sys/class/net; grep -om1 127.0.0.1 /etc/hosts"
     async with subject.open(options) as runtime:
         assert runtime.engine == proxy.socket
         container = subject.container("sh", "-c", script)
         container.scratch.chmod(0o777)
         assert await end_of(runtime, container) == Exit(0)
-    assert container.stdout.read_text().split() == ["1234", "77", "3072", "lo"]
+    assert container.stdout.read_text().split() == ["1234", "77", "3072", "lo", "127.0.0.1"]
 
 
 @at_both

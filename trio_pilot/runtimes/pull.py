@@ -83,31 +83,28 @@ def _pauses() -> Iterator[float]:
 
 async def _pull(api: EngineApi, dialect: Dialect, name: str) -> None:
     LOGGER.info("%s pulls the image %s", dialect.name, name)
-    progress = Progress(name)
-    prefix = dialect.pull_prefix or api.prefix
+    progress, prefix = Progress(name), dialect.pull_prefix or api.prefix
     try:
-        async with api.stream("POST", f"{prefix}/images/create", f"pull the image {name}", fromImage=name) as pieces:
-            await _follow(pieces, progress)
+        with trio.move_on_after(SILENCE_TIMEOUT) as patience:
+            async with api.stream("POST", f"{prefix}/images/create", f"pull the image {name}", fromImage=name) as pieces:
+                await _follow(pieces, progress, patience)
     except EngineRefusedError as error:
         raise _error(name, error.said, error.status) from error
+    if patience.cancelled_caught:
+        raise _error(name, f"nothing has come for {SILENCE_TIMEOUT:g} s")
     if progress.error:
         raise _error(name, progress.error)
 
 
-async def _follow(pieces: AsyncIterator[bytes], progress: "Progress") -> None:
+async def _follow(pieces: AsyncIterator[bytes], progress: "Progress", patience: trio.CancelScope) -> None:
     """See a line at a time of what the engine says, to the end: an error, too, is but a line."""
     rest = b""
-    while True:
-        with trio.move_on_after(SILENCE_TIMEOUT) as patience:
-            piece = await anext(pieces, b"")
-        if patience.cancelled_caught:
-            progress.error = f"nothing has come for {SILENCE_TIMEOUT:g} s"
-            return
-        *lines, rest = (rest + piece).split(b"\n") if piece else (rest, b"")
+    async for piece in pieces:
+        patience.deadline = trio.current_time() + SILENCE_TIMEOUT
+        *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
             progress.see(line)
-        if not piece:
-            return
+    progress.see(rest)
 
 
 def _error(name: str, text: str, status: int = 0) -> NodeError:

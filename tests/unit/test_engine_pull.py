@@ -1,0 +1,186 @@
+import itertools
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.runtimes_support import until
+from trio_pilot.errors import NodeError
+from trio_pilot.runtimes import pull
+from trio_pilot.runtimes.docker import DOCKER
+from trio_pilot.runtimes.engine_api import EngineApi
+from trio_pilot.runtimes.engine_link import Link
+from trio_pilot.runtimes.pull import ready_image, tagged
+
+Reply = Callable[[trio.SocketStream], Awaitable[None]]
+
+ID = "sha256:" + "0" * 64
+
+
+async def send(stream: trio.SocketStream, status: str, body: bytes) -> None:
+    await stream.send_all(b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status.encode(), len(body), body))
+
+
+def lines(*said: object, end: bytes = b"0\r\n\r\n") -> Reply:
+    """Reply with a stream of JSON, in pieces that are no lines."""
+    text = b"".join(json.dumps(one).encode() + b"\r\n" for one in said)
+
+    async def reply(stream: trio.SocketStream) -> None:
+        await stream.send_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for start in range(0, len(text), 7):
+            piece = text[start : start + 7]
+            await stream.send_all(b"%x\r\n%s\r\n" % (len(piece), piece))
+        await stream.send_all(end)
+
+    return reply
+
+
+def refusal(status: str, message: str) -> Reply:
+    async def reply(stream: trio.SocketStream) -> None:
+        await send(stream, status, json.dumps({"message": message}).encode())
+
+    return reply
+
+
+async def silence(_stream: trio.SocketStream) -> None:
+    await trio.sleep_forever()
+
+
+class FakeEngine:
+    """Has no image until a pull has gone to its end."""
+
+    def __init__(self, replies: Iterable[Reply]) -> None:
+        self.asked: list[str] = []
+        self._replies = iter(replies)
+        self._has_it = False
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        async with stream:
+            while head := bytes(await stream.receive_some()):
+                self.asked.append(head.split(b" HTTP/1.1")[0].decode())
+                if head.startswith(b"POST"):
+                    await next(self._replies)(stream)
+                    self._has_it = True
+                    return
+                if self._has_it:
+                    await send(stream, "200 OK", json.dumps({"Id": ID}).encode())
+                else:
+                    await send(stream, "404 Not Found", b'{"message": "no such image"}')
+
+
+@asynccontextmanager
+async def fake(directory: Path, *replies: Reply) -> AsyncIterator[tuple[FakeEngine, Link]]:
+    engine = FakeEngine(replies)
+    listener = trio.socket.socket(trio.socket.AF_UNIX)
+    await listener.bind(str(directory / "sock"))
+    listener.listen(10)
+    async with trio.open_nursery() as nursery, EngineApi("docker", directory / "sock") as api:
+        nursery.start_soon(trio.serve_listeners, engine.serve, [trio.SocketListener(listener)])
+        yield engine, Link(api, patience=5)
+        nursery.cancel_scope.cancel()
+
+
+async def prepare(link: Link, image: str = "debian:12") -> str:
+    with trio.fail_after(10):
+        return await ready_image(link, DOCKER, image)
+
+
+async def failure(link: Link) -> str:
+    with pytest.raises(NodeError) as caught:
+        await prepare(link)
+    return str(caught.value)
+
+
+LAYER = {"status": "Downloading", "id": "a", "progressDetail": {"current": 2**20, "total": 2**21}}
+DONE = {"status": "Status: Downloaded newer image"}
+LIMIT = "toomanyrequests: You have reached your pull rate limit"
+
+
+async def test_an_image_that_is_not_there_is_pulled(tmp_path: Path) -> None:
+    async with fake(tmp_path, lines(LAYER, DONE)) as (engine, link):
+        assert await prepare(link) == ID
+        assert await prepare(link) == ID
+    look = "GET /images/debian:12/json"
+    assert engine.asked == [look, "POST /images/create?fromImage=debian%3A12", look, look]
+
+
+@pytest.mark.parametrize(
+    ("image", "name"),
+    [
+        ("debian", "debian:latest"),
+        ("debian:12", "debian:12"),
+        ("localhost:5000/a/b", "localhost:5000/a/b:latest"),
+        ("localhost:5000/a/b:c", "localhost:5000/a/b:c"),
+        ("a/b@sha256:0", "a/b@sha256:0"),
+    ],
+)
+def test_a_name_without_a_tag_means_the_latest(image: str, name: str) -> None:
+    assert tagged(image) == name
+
+
+async def test_progress_is_told_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pull, "REPORT_INTERVAL", 0)
+    caplog.set_level("INFO", "trio_pilot")
+    async with fake(tmp_path, lines(LAYER, {"status": "Extracting", "id": "a"}, DONE)) as (_, link):
+        await prepare(link)
+    assert "pulling debian:12: 1 of 2 MiB, Downloading" in caplog.messages
+    assert "pulling debian:12: 1 of 2 MiB, Extracting" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        (lines(LAYER, {"error": "unauthorized: ask", "errorDetail": {"message": "unauthorized: ask"}}), "unauthorized: ask"),
+        (refusal("404 Not Found", "pull access denied for debian"), "pull access denied for debian"),
+        (refusal("500 Internal Server Error", "no such host"), "no such host"),
+        (lines(["not", "an", "object"]), 'the engine says b\'["not", "an", "object"]'),
+    ],
+)
+async def test_an_error_is_told_in_the_engines_words_and_at_once(tmp_path: Path, reply: Reply, words: str) -> None:
+    async with fake(tmp_path, reply) as (engine, link):
+        assert (await failure(link)).startswith(f"the image debian:12 could not be pulled: {words}")
+    assert len(engine.asked) == 2
+
+
+async def test_a_connection_that_drops_is_an_error(tmp_path: Path) -> None:
+    async with fake(tmp_path, lines(LAYER, end=b"")) as (_, link):
+        assert "did not pull the image debian:12" in await failure(link)
+
+
+async def test_silence_is_an_error_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pull, "SILENCE_TIMEOUT", 0.05)
+    async with fake(tmp_path, silence) as (_, link):
+        assert await failure(link) == "the image debian:12 could not be pulled: nothing has come for 0.05 s"
+
+
+async def test_a_registry_that_has_enough_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pull, "FIRST_PAUSE", 0.01)
+    limits = [refusal("429 Too Many Requests", "slow down"), refusal("500 Server Error", LIMIT), lines({"error": LIMIT})]
+    async with fake(tmp_path, *limits, lines(DONE)) as (engine, link):
+        assert await prepare(link) == ID
+    assert len(engine.asked) == 1 + 4 + 1
+
+
+def test_who_is_to_wait_waits_longer_and_longer_and_not_as_others_do() -> None:
+    first, again = (list(itertools.islice(pull._pauses(), 7)) for _ in range(2))
+    for pause, longest in zip(first, (5, 10, 20, 40, 80, 120, 120), strict=True):
+        assert longest / 2 <= pause <= longest
+    assert first != again
+
+
+async def test_a_registry_that_has_enough_for_good_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pull, "RATE_LIMIT_PATIENCE", 0.0)
+    async with fake(tmp_path, lines({"error": LIMIT})) as (_, link):
+        assert await failure(link) == f"the image debian:12 could not be pulled: {LIMIT}"
+
+
+async def test_a_pull_can_be_cancelled(tmp_path: Path) -> None:
+    async with fake(tmp_path, silence) as (engine, link), trio.open_nursery() as nursery:
+        nursery.start_soon(prepare, link)
+        await until(lambda: len(engine.asked) == 2)
+        nursery.cancel_scope.cancel()
