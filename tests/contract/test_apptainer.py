@@ -1,5 +1,6 @@
 """What apptainer does beyond the contract of all runtimes."""
 
+import fcntl
 import hashlib
 import io
 import json
@@ -187,6 +188,21 @@ async def test_what_a_killed_pilot_has_half_unpacked_is_removed(subject: Subject
     assert await output(options, new_container(subject.directory, SAY, image=archive)) == ENTERED
     assert finished.exists()
     assert not half.exists()
+
+
+async def test_what_a_killed_pilot_has_half_unpacked_of_another_image_is_removed_unless_it_lives(
+    subject: Subject, options: Options, archive: str
+) -> None:
+    assert await output(options, new_container(subject.directory, SAY, image=archive)) == ENTERED
+    (finished,) = (entry for entry in options.build_directory.glob("*/*") if entry.is_dir())
+    dead, living = finished.with_name("dead.building-0"), finished.with_name("living.building-0")
+    (dead / "root").mkdir(parents=True)
+    (living / "root").mkdir(parents=True)
+    shutil.rmtree(finished)
+    with finished.with_name("living.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert await output(options, new_container(subject.directory, SAY, image=archive)) == ENTERED
+    assert (dead.exists(), living.exists()) == (False, True)
 
 
 @pytest.mark.parametrize(

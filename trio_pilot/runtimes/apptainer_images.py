@@ -37,6 +37,8 @@ FOR_BUILDING = re.compile(
 RUNSCRIPT = ".singularity.d/runscript"
 NO_RUNSCRIPT = "There is no runscript defined for this container"  # all that the one says that apptainer makes up
 
+UNFINISHED = ".building-"  # in the name of an image that is
+
 UNKNOWN = "image format not recognized"
 
 PROBE = "/.trio-pilot-probe"  # a command that no image has: that it is missed is a container's word
@@ -126,12 +128,11 @@ class Images:
             return await self._directory(str(finished))
 
     async def _build(self, source: str, finished: Path, lock: int) -> None:
-        unfinished = finished.with_name(f"{finished.name}.building-{uuid.uuid4().hex}")
+        unfinished = finished.with_name(f"{finished.name}{UNFINISHED}{uuid.uuid4().hex}")
         LOGGER.info("image %s: being unpacked to %s", source, finished)
         begun = trio.current_time()
         try:
-            for left in finished.parent.glob(f"{finished.name}.building-*"):  # by a pilot that was killed: the lock is ours
-                await trio.to_thread.run_sync(remove_tree, left)
+            await trio.to_thread.run_sync(_remove_halves, finished)
             (unfinished / "tmp").mkdir(parents=True)
             root = unfinished / "root"
             env = {**_environment(os.environ), "APPTAINER_TMPDIR": str(unfinished / "tmp")}
@@ -189,6 +190,18 @@ def _key(source: str) -> str:
         facts = file.stat()
         said += [str(file.absolute()), str(facts.st_size), str(facts.st_mtime_ns)]
     return hashlib.sha256(os.fsencode("\0".join(said))).hexdigest()[:32]
+
+
+def _remove_halves(image: Path) -> None:
+    """Remove what killed pilots have left: of an image whose lock is ours, and of others whose lock nobody has."""
+    for half in image.parent.glob(f"*{UNFINISHED}*"):
+        key = half.name.partition(UNFINISHED)[0]
+        lock = os.open(half.with_name(f"{key}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if key == image.name or _try_to_lock(lock):
+                remove_tree(half)
+        finally:
+            os.close(lock)
 
 
 @asynccontextmanager
