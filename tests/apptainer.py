@@ -29,11 +29,11 @@ TIMEOUT = 300.0  # seconds for each step; it takes a few for them all
 @contextmanager
 def open_apptainer() -> Iterator[Path]:
     """Have an apptainer; give the directory that is to be on PATH."""
-    for program, package in NEEDED:
-        need(program, package)
     if found := shutil.which("apptainer"):
         yield Path(found).parent
         return
+    for program, package in NEEDED:
+        need(program, package)
     if os.geteuid() != 0 or not KEYRING.exists():
         raise UnavailableError("there is no apptainer on PATH, and only root on Debian can make one run here")
     directory = Path(tempfile.mkdtemp(prefix="trio-pilot-apptainer-"))
