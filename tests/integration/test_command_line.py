@@ -84,8 +84,8 @@ def test_the_version_is_told(command: Run) -> None:
         ("--prefetch two", "--prefetch must be an integer ≥ 1, not 'two'"),
         ("run --prefetch 0", "--prefetch must be an integer ≥ 1, not '0'"),
         (
-            "--runtime docker",
-            "--runtime must be one of auto, bubblewrap, process (docker is not in this version yet), not 'docker'",
+            "--runtime lxc",
+            "--runtime must be one of auto, docker, podman, apptainer, bubblewrap, process, not 'lxc'",
         ),
         ("--config missing.toml", "there is no settings file missing.toml"),
         ("", "EWMS_PILOT_TASK_ARGS must say what to run for each event: set it, or give --task-args"),
