@@ -375,9 +375,9 @@ class Marked:
         return self.container.scratch / name
 
     def processes(self) -> list[int]:
-        """List those of the container; podman's monitor of it is podman's, and ends when it has told of the end."""
+        """List those of the container, as far as they are still there; podman's monitor of it is podman's, and ends soon."""
         found = {*processes_with(self._mark), *processes_with(self.container.name)}
-        return sorted(pid for pid in found if command_line(pid)[:1] != ["/usr/bin/conmon"])
+        return sorted(pid for pid in found if command_line(pid)[:1] not in ([], ["/usr/bin/conmon"]))
 
     def sleepers(self) -> list[int]:
         """List those that sleep for good: no shell's children that come and go."""
