@@ -42,6 +42,10 @@ cgroup_manager = "cgroupfs"
 events_logger = "none"
 """
 
+CONTAINERS_CONF_ROOTLESS = CONTAINERS_CONF[CONTAINERS_CONF.index("netns") :]
+
+SOMEBODY = 23456  # a user
+
 # The first process of the namespaces: it reaps, and leaves when it is killed with its parent.
 KEEPER = "mount -t tmpfs tmpfs /dev/shm && echo ready && sleep infinity & wait"
 
@@ -49,12 +53,13 @@ KEEPER = "mount -t tmpfs tmpfs /dev/shm && echo ready && sleep infinity & wait"
 class Engine:
     """A daemon that runs containers, and the namespaces that it lives in."""
 
-    def __init__(self, name: str, directory: Path, command: Sequence[str], importing: str) -> None:
+    def __init__(self, name: str, directory: Path, command: Sequence[str], importing: str, preparation: str = ":") -> None:
         self.name = name
         self.directory = directory
         self.socket = directory / f"{name}.sock"
         self._command = command
         self._importing = importing  # what to ask of it to import IMAGE
+        self._preparation = preparation  # of the namespaces, for a shell
         self._log = directory / "output.log"
         self._keeper: subprocess.Popen[bytes] | None = None
         self._daemon: subprocess.Popen[bytes] | None = None
@@ -146,7 +151,7 @@ class Engine:
     def _make_namespaces(self) -> "subprocess.Popen[bytes]":
         unshare = ["unshare", "--pid", "--fork", "--mount", "--propagation", "slave", "--mount-proc", "--kill-child"]
         keeper = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", *unshare, "sh", "-c", KEEPER],
+            ["setpriv", "--pdeathsig", "KILL", *unshare, "sh", "-c", f"{self._preparation} && {KEEPER}"],
             start_new_session=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -213,6 +218,33 @@ def podman(root: Path) -> Iterator[Engine]:
         ]
         importing = f"/v4.0.0/libpod/images/import?reference=localhost/{IMAGE}"
         with _running(Engine("podman", directory, command, importing), root) as engine:
+            yield engine
+
+
+@contextmanager
+def rootless_podman(root: Path) -> Iterator[Engine]:
+    """Run podman's service for a user, who is known in its namespaces only."""
+    for program, package in (("podman", "podman"), ("runc", "runc"), ("newuidmap", "uidmap"), ("catatonit", "catatonit")):
+        need(program, package)
+    with _directory("podman") as directory:
+        files = {
+            "passwd": f"{Path('/etc/passwd').read_text()}pilot:x:{SOMEBODY}:{SOMEBODY}::{directory}:/bin/sh\n",
+            "subuid": "pilot:300000:65536\n",
+            "subgid": "pilot:300000:65536\n",
+            "containers.conf": "[containers]\n" + CONTAINERS_CONF_ROOTLESS,
+            "storage.conf": f'[storage]\ndriver = "overlay"\ngraphroot = "{directory}/data"\nrunroot = "{directory}/run"\n',
+        }
+        for name, content in files.items():
+            (directory / name).write_text(content)
+        os.chown(directory, SOMEBODY, SOMEBODY)
+        bound = " && ".join(f"mount --bind {directory}/{name} /etc/{name}" for name in ("passwd", "subuid", "subgid"))
+        command = [
+            *("setpriv", f"--reuid={SOMEBODY}", f"--regid={SOMEBODY}", "--clear-groups", "env", f"HOME={directory}"),
+            *(f"XDG_RUNTIME_DIR={directory}", f"CONTAINERS_STORAGE_CONF={directory}/storage.conf"),
+            *("podman", "system", "service", "--time", "0", f"unix://{directory}/podman.sock"),
+        ]
+        importing = f"/v4.0.0/libpod/images/import?reference=localhost/{IMAGE}"
+        with _running(Engine("podman", directory, command, importing, bound), root) as engine:
             yield engine
 
 

@@ -1,5 +1,6 @@
 """What goes wrong between a pilot and an engine, or with the engine itself."""
 
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -455,3 +456,28 @@ async def test_twenty_events_go_through_docker(own_docker: Engine, tmp_path: Pat
         assert sorted(map(str, pilot.receive())) == sorted(map(str, range(20)))
         assert not pilot.data.exists()
     assert own_docker.containers() == []
+
+
+@pytest.fixture
+def everybodys() -> Iterator[Path]:
+    """Give a directory that any user can reach; pytest's are for one alone."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
+async def test_a_users_own_podman_does_the_same(image: Path, everybodys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "id -u; touch ready; "
+    ended, endless = (new_container(everybodys, ["sh", "-c", script + end], image=IMAGE) for end in ("exit 3", "sleep 1000"))
+    for container in (ended, endless):
+        container.scratch.chmod(0o777)
+    with of_one_test(engines.rootless_podman(image), monkeypatch) as own:
+        monkeypatch.setenv("CONTAINER_HOST", f"unix://{own.socket}")
+        async with podman.open_runtime(OPTIONS) as runtime, trio.open_nursery() as nursery:
+            await runtime.prepare(IMAGE)
+            assert await end_of(runtime, ended) == Exit(3)
+            nursery.start_soon(runtime.run, endless)
+            await until((endless.scratch / "ready").exists)
+            nursery.cancel_scope.cancel()
+    assert ended.stdout.read_text() == "0\n"
+    assert (ended.scratch / "ready").stat().st_uid == engines.SOMEBODY

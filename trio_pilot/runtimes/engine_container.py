@@ -71,7 +71,8 @@ class EngineContainer:
         path, what = "/containers/create", "make the container"
         self._in_flight += 1
         try:
-            await self._api.call("POST", path, what, body=spec, name=self.name)
+            answer = await self._api.call("POST", path, what, body=spec, name=self.name)
+            self._link.pass_on(answer.json().get("Warnings") or [])
         except EngineRefusedError:
             # It was made before, by a create whose answer was lost.
             if self._in_flight == 1 or await self.facts() is None:

@@ -1,7 +1,7 @@
 """Patience with an engine that goes away: it may be restarted, or stand still for a while."""
 
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
 
 import trio
@@ -24,6 +24,14 @@ class Link:
         self.witness = Witness(api.socket)
         self._patience = patience
         self._is_away = False
+        self._warnings: set[str] = set()
+
+    def pass_on(self, warnings: Iterable[str]) -> None:
+        """Say once what the engine says of each container: that it cannot keep to a limit, say."""
+        for warning in warnings:
+            if warning not in self._warnings:
+                self._warnings.add(warning)
+                LOGGER.warning("%s warns: %s", self.api.name, warning)
 
     async def persist(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Try until the engine has answered: so what is tried must do no harm the second time.
