@@ -36,8 +36,9 @@ def end_processes(theirs: Theirs) -> int:
     their parent.
     """
     killed: set[int] = set()
+    sessions: set[int] = set()  # for all looks: what is forked during one may be all that is left of a session at the next
     deadline = time.monotonic() + KILL_TIMEOUT
-    while (found := _find(theirs)) and time.monotonic() < deadline:
+    while (found := _find(theirs, sessions)) and time.monotonic() < deadline:
         for pid in found:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
@@ -46,10 +47,10 @@ def end_processes(theirs: Theirs) -> int:
     return len(killed)
 
 
-def _find(theirs: Theirs) -> set[int]:
+def _find(theirs: Theirs, sessions: set[int]) -> set[int]:
     processes = list(_processes())
     marked = [one for one in processes if one.pilot and theirs(one.pilot)]
-    sessions = {one.session for one in marked} - {os.getsid(0)}
+    sessions |= {one.session for one in marked} - {os.getsid(0)}
     found = {one.pid for one in processes if one.session in sessions} | {one.pid for one in marked}
     while below := {one.pid for one in processes if one.parent in found} - found:
         found |= below

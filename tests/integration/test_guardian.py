@@ -52,7 +52,7 @@ def sleepers(mark: str) -> list[int]:
 
 
 def guardians(pilot: Running) -> list[int]:
-    return [pid for pid in children(pilot.pid) if any("guardian" in word for word in command_line(pid))]
+    return [pid for pid in children(pilot.pid) if any("trio_pilot.guardian" in word for word in command_line(pid))]
 
 
 def children(parent: int) -> list[int]:
@@ -191,7 +191,7 @@ def test_the_guardian_knows_no_secrets_and_goes_with_the_pilot(pilots: PilotComm
     pilot = start(pilots, IN_PROCESS, mark, broker_token="a-token")
     until_sync(lambda: guardians(pilot))
     (guardian,) = guardians(pilot)
-    until_sync(lambda: "guardian" in "".join(command_line(guardian)))
+    until_sync(lambda: "trio_pilot.guardian" in "".join(command_line(guardian)))
     assert Path(f"/proc/{guardian}/environ").read_bytes() == b""
     assert "a-token" not in " ".join(command_line(guardian))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

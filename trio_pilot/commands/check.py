@@ -110,7 +110,7 @@ def _checks(settings: Settings) -> list[Check]:
     data_cure = "name another directory in EWMS_PILOT_DATA_DIR_PARENT_PATH_ON_HOST, or make room there"
     runtime_cure = "install it, or choose another in EWMS_PILOT_RUNTIME"
     limits_cure = "leave it out, or run where control groups may be made, or with docker or podman"
-    image_cure = "correct it; docker and podman take a tag, apptainer and bubblewrap an unpacked directory"
+    image_cure = "correct it; docker and podman take a tag, bubblewrap and (as set) apptainer an unpacked directory"
     found_cure = "correct it, or name its directory in EWMS_PILOT_EXTERNAL_DIRECTORIES"
     return [
         Check("settings", partial(_settings, settings), "the README lists all settings"),
