@@ -170,12 +170,10 @@ async def test_a_container_that_cannot_be_removed_is_removed_later(
     subject: Subject, here: Engine, runtime: Runtime, proxy: EngineProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "END_TIMEOUT", 0.2)
-    monkeypatch.setattr(engine_api, "REQUEST_TIMEOUT", 0.5)
-    held = [proxy.next(REQUESTS["remove"], "late") for _ in range(2)]
+    lost = proxy.next(REQUESTS["remove"], "late")  # and never
     assert await end_of(runtime, subject.container("true")) == Exit(0)
+    assert lost.begun.is_set()
     assert len(here.containers()) == 1
-    for one in held:
-        one.release.set()
     await until(lambda: not here.containers())
 
 
@@ -413,6 +411,22 @@ async def test_a_container_ends_as_it_does_though_its_engine_stands_still(own_do
         assert task.end is None
         own_docker.thaw()
     assert task.end == Exit(3)
+
+
+async def test_an_engine_that_stands_still_for_too_long_is_the_nodes_fault(
+    own_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_container, "FIRST_PING", 0.1)
+    monkeypatch.setattr(engine_api, "PING_TIMEOUT", 0.2)
+    monkeypatch.setattr(engine, "END_TIMEOUT", 0.5)
+    task = Task(tmp_path, UNTIL_ENOUGH)
+    async with running(task, own_docker, replace(OPTIONS, engine_patience=0.5)):
+        own_docker.freeze()
+        await until(lambda: task.end)
+        own_docker.thaw()
+        await until(lambda: not own_docker.containers())
+    assert isinstance(task.end, NodeError)
+    assert "has not been back for 0.5 s" in str(task.end)
 
 
 async def test_an_engine_that_stands_still_does_not_hold_the_pilot(
