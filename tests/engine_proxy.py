@@ -8,6 +8,7 @@ from pathlib import Path
 
 import trio
 
+FAILURE = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 22\r\n\r\n{\"message\": \"no more\"}"
 REQUEST_LINE = re.compile(rb"^(GET|POST|DELETE) (\S+) HTTP/1.1\r\n")
 
 
@@ -16,7 +17,7 @@ class Fault:
     """What becomes of the next request that matches, `METHOD PATH?QUERY`, or of its answer."""
 
     pattern: str
-    how: str  # lose: the answer; hold: the answer, until released; late: the request, until released
+    how: str  # fail: it, when released; lose: the answer; hold: the answer, until released; late: the request, until released
     begun: trio.Event = field(default_factory=trio.Event)
     release: trio.Event = field(default_factory=trio.Event)
 
@@ -27,6 +28,7 @@ class EngineProxy:
     def __init__(self, target: Path, socket: Path) -> None:
         self.socket = socket
         self.is_patient = False  # keeps connections until there is an engine to take them
+        self.refused = 0  # connections, for want of an engine
         self.requests: list[str] = []
         self._target = target
         self._faults: list[Fault] = []
@@ -45,7 +47,12 @@ class EngineProxy:
         return any(re.search(pattern, request) for request in self.requests)
 
     async def forward(self, client: trio.SocketStream) -> None:
-        server = await self._connect()
+        try:
+            server = await self._connect()
+        except OSError:
+            self.refused += 1
+            client.socket.close()
+            return
         connection = _Connection(self, client, server)
         try:
             async with trio.open_nursery() as nursery:
@@ -88,8 +95,11 @@ class _Connection:
         try:
             async for data in self._client:
                 self._fault = self._proxy.fault_of(data) or self._fault
-                if self._fault and self._fault.how == "late":
+                if self._fault and self._fault.how in ("late", "fail"):
                     await self._be_late(self._fault)
+                if self._fault and self._fault.how == "fail":
+                    await self._client.send_all(FAILURE)
+                    break
                 await self._server.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass

@@ -378,6 +378,25 @@ async def test_a_restart_that_nobody_sees_but_by_its_end_is_seen(
     assert isinstance(task.end, ContainerLostError)
 
 
+async def test_what_an_engine_that_is_being_stopped_refuses_is_lost(
+    own_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = Task(tmp_path, "exit 4")
+    async with engine_proxy(own_docker.socket, tmp_path) as proxy:
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{proxy.socket}")
+        async with docker.open_runtime(OPTIONS) as runtime:
+            await runtime.prepare(IMAGE)
+            fault = proxy.next(REQUESTS["start"], "fail")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(refused.run, runtime)
+                await fault.begun.wait()
+                own_docker.terminate()  # which it was about
+                fault.release.set()
+                await until(lambda: proxy.refused)
+                own_docker.start()
+    assert isinstance(refused.end, ContainerLostError)
+
+
 async def test_what_comes_while_an_engine_is_away_waits_for_it(own_docker: Engine, tmp_path: Path) -> None:
     waiting = Task(tmp_path, "exit 4")
     async with docker.open_runtime(OPTIONS) as runtime, trio.open_nursery() as nursery:

@@ -73,10 +73,11 @@ class EngineContainer:
         try:
             answer = await self._api.call("POST", path, what, body=spec, name=self.name)
             self._link.pass_on(answer.json().get("Warnings") or [])
-        except EngineRefusedError:
+        except EngineRefusedError as error:
             # It was made before, by a create whose answer was lost.
             if self._in_flight == 1 or await self.facts() is None:
                 self._in_flight -= 1
+                await self._link.excuse(error)
                 raise
         self._in_flight -= 1
 
@@ -116,6 +117,9 @@ class EngineContainer:
                 await self._call("POST", "/start", "make the container")
             except EngineUnreachableError as error:
                 await self._link.back(error)
+            except EngineRefusedError as error:
+                await self._link.excuse(error)
+                raise
             else:
                 return
 

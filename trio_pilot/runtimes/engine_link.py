@@ -6,12 +6,14 @@ from typing import TypeVar
 
 import trio
 
-from trio_pilot.errors import NodeError
+from trio_pilot.errors import ContainerLostError, NodeError
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes.engine_api import EngineApi, EngineAwayError, EngineRefusedError, EngineSlowError
 from trio_pilot.runtimes.engine_witness import Witness
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between two looks whether it is back
+
+SERVER_ERROR = 500  # of HTTP, and above
 
 T = TypeVar("T")
 
@@ -64,6 +66,21 @@ class Link:
             f"{self.api.name} has not been back for {self._patience:g} s (EWMS_PILOT_ENGINE_PATIENCE),"
             f" is its daemon running? {error}"
         ) from error
+
+    async def excuse(self, refusal: EngineRefusedError) -> None:
+        """Find out whether an engine has failed because it is being stopped; it is, if it takes no new connections.
+
+        Raises:
+            ContainerLostError: so it is; but it is back by now.
+            NodeError: it is not back in time.
+        """
+        if refusal.status < SERVER_ERROR:
+            return
+        try:
+            await self.api.ping()
+        except EngineAwayError as error:
+            await self.back(error)
+            raise ContainerLostError(f"{self.api.name} was stopped: {refusal}") from refusal
 
     async def _until_it_answers(self) -> bool:
         gone, pause = False, FIRST_PAUSE
