@@ -121,6 +121,19 @@ def own_children() -> set[int]:
     return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
 
 
+def new_children(before: set[int]) -> list[str]:
+    """Say of each child that was not there before what it is."""
+    return [f"{pid} {_words_of(pid)}" for pid in own_children() - before]
+
+
+def _words_of(pid: int) -> str:
+    try:
+        facts = Path(f"/proc/{pid}/stat").read_text(errors="replace").split()
+    except OSError:
+        return "gone meanwhile"
+    return " ".join([*facts[1:6], *command_line(pid)])
+
+
 def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 

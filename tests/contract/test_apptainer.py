@@ -23,7 +23,7 @@ import trio
 
 from tests.contract.subjects import Subject, make_apptainer
 from tests.contract.test_runtimes import AWKWARD, READY, Marked
-from tests.runtimes_support import PATIENCE, UNPRIVILEGED, needs_root, new_container, own_children, until
+from tests.runtimes_support import PATIENCE, UNPRIVILEGED, needs_root, new_children, new_container, own_children, until
 from trio_pilot import leftovers
 from trio_pilot.errors import NodeError
 from trio_pilot.identity import STATE, own, stat_of
@@ -49,7 +49,7 @@ def options(tmp_path: Path) -> Options:
 def nothing_is_left() -> Iterator[None]:
     before = own_children()
     yield
-    assert own_children() <= before
+    assert new_children(before) == []
 
 
 async def end_of(options: Options, container: Container) -> Exit:

@@ -17,7 +17,7 @@ import trio
 
 from tests.contract.subjects import BUBBLEWRAPS, Subject
 from tests.contract.test_runtimes import AWKWARD, Marked
-from tests.runtimes_support import PATIENCE, UNPRIVILEGED, command_line, own_children, until
+from tests.runtimes_support import PATIENCE, UNPRIVILEGED, command_line, new_children, own_children, until
 from trio_pilot import cgroups, limits
 from trio_pilot.errors import NodeError
 from trio_pilot.identity import Identity, own
@@ -66,7 +66,7 @@ def no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 def nothing_is_left() -> Iterator[None]:
     before = own_children()
     yield
-    assert own_children() <= before
+    assert new_children(before) == []
     assert groups_of(own()) == []
 
 

@@ -19,6 +19,7 @@ from tests.runtimes_support import (
     PATIENCE,
     bubblewrap_fault,
     command_line,
+    new_children,
     new_container,
     open_files,
     own_children,
@@ -48,7 +49,7 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
         request.getfixturevalue("subject")  # an engine is started once, and there to stay
     before, files = own_children(), open_files()
     yield
-    assert own_children() <= before, "processes or zombies are left"
+    assert new_children(before) == []
     assert open_files() <= files, "file descriptors are left open"
 
 
@@ -417,7 +418,7 @@ async def test_cancelled_at_any_moment_nothing_is_left(subject: Subject, runtime
         with trio.fail_after(PATIENCE), trio.move_on_after(moment):
             assert (await runtime.run(marked.container)).code == 0
         assert marked.processes() == []
-        assert own_children() <= before
+        assert new_children(before) == []
 
 
 @real_ones
@@ -548,7 +549,7 @@ async def test_neither_file_descriptors_nor_zombies_grow(subject: Subject, runti
     for script in itertools.islice(scripts, subject.repetitions()):
         await run(runtime, subject.container("sh", "-c", script))
     assert open_files() == files
-    assert own_children() <= children
+    assert new_children(children) == []
 
 
 async def test_tasks_live_for_longer_than_the_threads_of_trio(tmp_path: Path, image: Path) -> None:
