@@ -8,7 +8,7 @@ from pathlib import Path
 
 import trio
 
-FAILURE = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 22\r\n\r\n{\"message\": \"no more\"}"
+FAILURE = b'HTTP/1.1 500 Internal Server Error\r\nContent-Length: 22\r\n\r\n{"message": "no more"}'
 REQUEST_LINE = re.compile(rb"^(GET|POST|DELETE) (\S+) HTTP/1.1\r\n")
 
 
@@ -17,7 +17,8 @@ class Fault:
     """What becomes of the next request that matches, `METHOD PATH?QUERY`, or of its answer."""
 
     pattern: str
-    how: str  # fail: it, when released; lose: the answer; hold: the answer, until released; late: the request, until released
+    # fail: it, when released; lose: the answer; hold: the answer, until released; late: the request, until released
+    how: str
     begun: trio.Event = field(default_factory=trio.Event)
     release: trio.Event = field(default_factory=trio.Event)
 
