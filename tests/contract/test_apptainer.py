@@ -514,7 +514,8 @@ def contract(directory: Path, chosen: str, prefix: Sequence[object] = ()) -> str
         *(*prefix, *UNPRIVILEGED, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
         *(f"--basetemp={directory}/nested", "tests/contract/test_runtimes.py", "-k", chosen),
     ]
-    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/nonexistent", "TRIO_PILOT_NO_SKIP": "1"}
+    ours = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}  # with a report that is root's
+    env = {**ours, "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/nonexistent", "TRIO_PILOT_NO_SKIP": "1"}
     done = subprocess.run(
         list(map(str, command)),
         cwd=Path(__file__).parents[2],

@@ -208,18 +208,22 @@ def kill_at_some_moment(pilots: PilotCommand, containment: Containment, mark: st
     args = ("sh", "-c", BUSY, mark, "{{INFILE}}", "{{OUTFILE}}")
     pilot = pilots.start(*args, **containment.settings, max_concurrent_tasks=4, timeout_queue_incoming=60)
     time.sleep(random.uniform(0, 0.8))
-    if whom == "both" and (found := guardians(pilot)):
-        pilot.signal(signal.SIGSTOP)
+    if whom != "pilot" and (found := guardians(pilot)):
+        if whom == "both":
+            pilot.signal(signal.SIGSTOP)  # so that it starts no other
         os.kill(found[0], signal.SIGKILL)
+        if whom == "guardian":
+            until_sync(lambda: pilot.ended or guardians(pilot) not in ([], found), "another guardian")
+    assert not pilot.ended, pilot.stderr
     pilot.kill()
-    if whom == "pilot":
+    if whom != "both":
         wait_until_nothing_is_left(pilots, mark, containment)
     all_events_can_be_done(pilots, containment, events)
     wait_until_nothing_is_left(pilots, mark, containment)
 
 
-@pytest.mark.parametrize("whom", ["pilot", "both"])
-@pytest.mark.parametrize("_number", range(3))
+@pytest.mark.parametrize("whom", ["pilot", "guardian", "both"])
+@pytest.mark.parametrize("_number", range(2))
 def test_killed_at_any_moment_it_leaves_nothing_and_loses_nothing(
     pilots: PilotCommand, containment: Containment, mark: str, whom: str, _number: int
 ) -> None:
@@ -227,7 +231,7 @@ def test_killed_at_any_moment_it_leaves_nothing_and_loses_nothing(
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("whom", ["pilot", "both"])
+@pytest.mark.parametrize("whom", ["pilot", "guardian", "both"])
 @pytest.mark.parametrize("_number", range(50))
 def test_killed_at_any_of_many_moments_it_leaves_nothing_and_loses_nothing(
     pilots: PilotCommand, containment: Containment, mark: str, whom: str, _number: int
