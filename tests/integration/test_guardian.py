@@ -223,9 +223,8 @@ def kill_at_some_moment(pilots: PilotCommand, containment: Containment, mark: st
 
 
 @pytest.mark.parametrize("whom", ["pilot", "guardian", "both"])
-@pytest.mark.parametrize("_number", range(2))
 def test_killed_at_any_moment_it_leaves_nothing_and_loses_nothing(
-    pilots: PilotCommand, containment: Containment, mark: str, whom: str, _number: int
+    pilots: PilotCommand, containment: Containment, mark: str, whom: str
 ) -> None:
     kill_at_some_moment(pilots, containment, mark, whom)
 
