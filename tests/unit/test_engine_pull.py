@@ -104,7 +104,9 @@ async def test_an_image_that_is_not_there_is_pulled(tmp_path: Path) -> None:
         assert await prepare(link) == ID
         assert await prepare(link) == ID
     look = "GET /images/debian:12/json"
-    assert engine.asked == [look, "POST /images/create?fromImage=debian%3A12", look, look]
+    # A connection that the engine closes just as it is used again costs a ping.
+    asked = [one for one in engine.asked if one != "GET /_ping"]
+    assert asked == [look, "POST /images/create?fromImage=debian%3A12", look, look]
 
 
 @pytest.mark.parametrize(
