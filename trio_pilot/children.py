@@ -25,8 +25,8 @@ from typing import IO, ClassVar
 
 import trio
 
-from trio_pilot import identity
-from trio_pilot.leftovers import MARKER
+from trio_pilot.identity import ENV_END, ENV_START, FLAGS, THREADS, stat_of
+from trio_pilot.leftovers import MARKER, mark
 from trio_pilot.log import LOGGER
 
 # Seconds that killing and reaping a process tree may take. SIGKILL acts at once, but for a process in the kernel's hands
@@ -36,7 +36,6 @@ REAP_INTERVAL = 0.002  # seconds between looks for what became an orphan by the 
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 PF_EXITING = 0x4  # linux/sched.h
-STAT_FIELDS = {"flags": 9, "num_threads": 20, "env_start": 50, "env_end": 51}  # proc(5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +97,7 @@ class Child:
     def __init__(self, process: "subprocess.Popen[bytes]", marker: str, children: Children) -> None:
         self.pid = process.pid
         self._process = process
-        self._marker = f"{MARKER}={_mark(marker)}".encode()
+        self._marker = f"{MARKER}={mark(marker)}".encode()
         self._children = children
         self._pidfd = os.pidfd_open(process.pid)
 
@@ -169,7 +168,7 @@ def _popen(command: Command) -> "subprocess.Popen[bytes]":
             stdin=subprocess.DEVNULL,
             stdout=command.stdout,
             stderr=command.stderr,
-            env={**command.env, MARKER: _mark(command.marker)},
+            env={**command.env, MARKER: mark(command.marker)},
             cwd=command.cwd,
             pass_fds=command.pass_fds,
             start_new_session=True,
@@ -178,10 +177,6 @@ def _popen(command: Command) -> "subprocess.Popen[bytes]":
         if program and error.filename == program:
             error.filename = command.argv[0]  # as it was called
         raise
-
-
-def _mark(marker: str) -> str:
-    return f"{identity.own()}/{marker}"
 
 
 @cache
@@ -220,19 +215,26 @@ _INHERITED = frozenset(_own_children())
 
 def _is_dying(pid: int) -> bool:
     """Tell whether a process is on its way out, or a zombie; but its first thread may end before the others."""
-    return bool(_fact(pid, "flags") & PF_EXITING) and _fact(pid, "num_threads") <= 1
+    facts = _facts(pid)
+    return bool(int(facts[FLAGS]) & PF_EXITING) and int(facts[THREADS]) <= 1
 
 
 def _environment(pid: int) -> bytes | None:
-    """Give the environment of a process, None in the middle of execve(2): it looks empty then."""
-    environment = Path(f"/proc/{pid}/environ").read_bytes()
-    is_empty = _fact(pid, "env_start") == _fact(pid, "env_end") > 0
+    """Give the environment of a process; None in the middle of execve(2), where it looks empty, and of one just dead."""
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes()
+    except ProcessLookupError:  # what it has started may be our orphan by now: look again
+        return None
+    facts = _facts(pid)
+    is_empty = int(facts[ENV_START]) == int(facts[ENV_END]) > 0
     return environment if environment or is_empty else None
 
 
-def _fact(pid: int, name: str) -> int:
-    """Give a number of /proc/pid/stat; proc(5) counts from 1, and the name before the third may have spaces in it."""
-    return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[STAT_FIELDS[name] - 3])
+def _facts(pid: int) -> list[str]:
+    """Give the fields of /proc/PID/stat. Raises FileNotFoundError if it is gone."""
+    if (facts := stat_of(pid)) is None:
+        raise FileNotFoundError(pid)
+    return facts
 
 
 def _kill_and_reap(pid: int) -> None:

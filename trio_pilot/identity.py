@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 # Fields of /proc/PID/stat after the name, proc(5): its third is the first of these.
-STATE, PARENT, SESSION, STARTED = 0, 1, 3, 19
+STATE, PARENT, SESSION, FLAGS, THREADS, STARTED, ENV_START, ENV_END = 0, 1, 3, 6, 17, 19, 47, 48
 DEAD_STATES = ("Z", "X", "x")
 
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from trio_pilot.identity import DEAD_STATES, PARENT, SESSION, STATE, Identity, stat_of
+from trio_pilot.identity import DEAD_STATES, PARENT, SESSION, STATE, Identity, own, stat_of
 
 MARKER = "TRIO_PILOT_CONTAINER"  # the environment variable by which a container's processes are known: PILOT/CONTAINER
 
@@ -19,6 +19,11 @@ KILL_TIMEOUT = 5.0  # seconds for SIGKILL to act; a process in the kernel's hand
 KILL_INTERVAL = 0.01  # seconds between two looks
 
 Theirs = Callable[[Identity], bool]
+
+
+def mark(container: str) -> str:
+    """Give the value of MARKER for a container of ours."""
+    return f"{own()}/{container}"
 
 
 @dataclass(frozen=True, slots=True)

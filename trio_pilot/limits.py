@@ -17,7 +17,7 @@ import trio
 
 from trio_pilot import cgroups
 from trio_pilot.errors import NodeError, map_exceptions
-from trio_pilot.identity import stat_of
+from trio_pilot.identity import THREADS, stat_of
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import NOT_EXECUTABLE, NOT_FOUND, Container, Limits
 
@@ -30,7 +30,6 @@ OF_SHELLS = ("PWD", "OLDPWD", "SHLVL")  # variables that shells add
 
 CALL_TIMEOUT = cgroups.REMOVE_TIMEOUT + 1.0  # seconds for what has a deadline of its own
 
-THREADS = 17  # number of threads in /proc/PID/stat, counted as in `identity`
 CONTROLLERS = {"memory": "memory", "cpus": "cpu", "pids": "pids"}  # of each of the limits
 
 

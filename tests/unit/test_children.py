@@ -183,6 +183,12 @@ async def test_a_chain_of_processes_that_run_away_is_caught(children: Children, 
     assert processes_with(str(tmp_path)) == []
 
 
+def test_what_a_process_that_has_just_died_left_is_looked_for_again() -> None:
+    with subprocess.Popen(["true"]) as process:
+        until_sync(lambda: module._is_dying(process.pid))
+        assert module._environment(process.pid) is None
+
+
 async def test_no_pidfd_is_leaked(children: Children, tmp_path: Path) -> None:
     before = open_files()
     for _ in range(20):

@@ -19,10 +19,9 @@ from pathlib import Path, PurePath
 
 import trio
 
-from trio_pilot import identity
 from trio_pilot.children import Child, Command
 from trio_pilot.errors import NodeError, map_exceptions
-from trio_pilot.leftovers import MARKER
+from trio_pilot.leftovers import MARKER, mark
 from trio_pilot.limits import Confinement, Limiter
 from trio_pilot.outputs import open_output
 from trio_pilot.runtimes import Container, Exit, Limits, Mount, Options, cannot_run, verbatim
@@ -233,7 +232,7 @@ def _environment(container: Container) -> dict[str, str]:
     for name in container.env:
         if not VARIABLE.fullmatch(name):
             raise NodeError(f"apptainer cannot set a variable named {name!r}: use letters, digits and underscores")
-    marker = {MARKER: f"{identity.own()}/{container.name}"}
+    marker = {MARKER: mark(container.name)}
     travelling = {"TMPDIR": HOME, **verbatim.travelling(container.env), **marker}
     return {f"APPTAINERENV_{name}": value for name, value in travelling.items()}
 
