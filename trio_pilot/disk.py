@@ -12,10 +12,13 @@ from typing import TypeVar
 
 import trio
 
+from trio_pilot.log import LOGGER
+
 T = TypeVar("T")
 
 SMALL = 65536  # bytes that are read, written, parsed or compressed in well under a millisecond
 AT_ONCE = 0.05  # seconds; a busy machine may take so long to go on, a disk that works does not
+FINISH_TIMEOUT = 30.0  # seconds that tidying up after a task may take; on a healthy disk it takes none
 DISTRUST = 10.0  # seconds for which a disk is called in threads after it was slow
 
 
@@ -27,9 +30,24 @@ class Disk:
 
     async def call(self, size: float, function: Callable[..., T], *arguments: object) -> T:
         """Call a function that handles `size` bytes. A cancelled caller waits for it: what it makes must not be left."""
-        if size > SMALL or time.monotonic() < self._slow_until:
+        if self._would_hold_us_up(size):
             return await trio.to_thread.run_sync(function, *arguments)
         await trio.lowlevel.checkpoint_if_cancelled()
+        return self._at_once(function, *arguments)
+
+    async def finish(self, size: float, function: Callable[..., T], *arguments: object) -> T | None:
+        """Call a function that tidies up, cancelled or not; None if it was not done in FINISH_TIMEOUT."""
+        if not self._would_hold_us_up(size):
+            return self._at_once(function, *arguments)
+        with trio.move_on_after(FINISH_TIMEOUT, shield=True):
+            return await trio.to_thread.run_sync(function, *arguments, abandon_on_cancel=True)
+        LOGGER.error("the disk hangs: %s is not done with %s", function.__name__, arguments)
+        return None
+
+    def _would_hold_us_up(self, size: float) -> bool:
+        return size > SMALL or time.monotonic() < self._slow_until
+
+    def _at_once(self, function: Callable[..., T], *arguments: object) -> T:
         started = time.monotonic()
         try:
             return function(*arguments)

@@ -28,7 +28,7 @@ class Spares:
         with suppress(IndexError, OSError):  # there is none, or somebody has tidied up
             spare = self._clean.pop()
             spare.root.rename(files.root)
-            (files.io / spare.infile).rename(files.infile_path)
+            os.rename(f"{files.io}/{spare.infile}", files.infile_path)  # noqa: PTH104 -- a Path costs as much again
             return
         staging.make(files)
 
@@ -54,11 +54,15 @@ def _is_as_new(files: TaskFiles) -> bool:
     mode = stat.S_IMODE(files.root.stat().st_mode)
     return (
         mode & stat.S_IRWXU == stat.S_IRWXU
-        and list(files.io.iterdir()) == [files.infile_path]
-        and not any(files.scratch.iterdir())
-        and all(_is_plain(path, stat.S_IFDIR | mode) for path in (files.io, files.scratch, files.stdout.parent))
+        and _names(files.io) == [files.infile]
+        and not _names(files.scratch)
+        and all(_is_plain(path, stat.S_IFDIR | mode) for path in (files.io, files.scratch, files.outputs))
         and all(_is_plain(path, stat.S_IFREG | mode & 0o666) for path in (files.infile_path, files.stdout, files.stderr))
     )
+
+
+def _names(directory: Path) -> list[str]:
+    return os.listdir(directory)  # noqa: PTH208 -- a Path for each costs more than the look
 
 
 def _is_plain(path: Path, mode: int) -> bool:

@@ -45,14 +45,19 @@ class TaskFiles:
         return self.root / "scratch"
 
     @cached_property
+    def outputs(self) -> Path:
+        """Where the container's stdout and stderr are."""
+        return self.root / "outputs"
+
+    @cached_property
     def stdout(self) -> Path:
         """What the container writes to its stdout."""
-        return self.root / "outputs" / "stdoutfile"
+        return self.outputs / "stdoutfile"
 
     @cached_property
     def stderr(self) -> Path:
         """What the container writes to its stderr."""
-        return self.root / "outputs" / "stderrfile"
+        return self.outputs / "stderrfile"
 
 
 def make(files: TaskFiles) -> None:
@@ -62,7 +67,7 @@ def make(files: TaskFiles) -> None:
         NodeError: the disk does not take them.
     """
     with map_exceptions({OSError: NodeError}, f"cannot make the task directory {files.root}"):
-        for directory in (files.root, files.scratch, files.stdout.parent, *([files.io] if files.infile else [])):
+        for directory in (files.root, files.scratch, files.outputs, *([files.io] if files.infile else [])):
             directory.mkdir()
 
 

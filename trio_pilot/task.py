@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import trio
 
@@ -35,7 +34,6 @@ from trio_pilot.wire import WIRES, Message
 from trio_pilot.workspace import Workspace
 
 DUMP_TIMEOUT = 30.0  # seconds to wait for a reader of our own stdout and stderr
-TIDY_TIMEOUT = 30.0  # seconds that removing a task's directory may take; on a healthy disk it takes none
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +159,8 @@ class Worker:
         return Settlement.DEAD_LETTER if delivery.attempt >= self._settings.max_attempts else Settlement.REJECT
 
     async def _tidy(self, files: TaskFiles) -> None:
-        with trio.move_on_after(TIDY_TIMEOUT, shield=True):
-            if not await self._disk.call(staging.outfile_size(files), self._spares.take_back, files):
-                await self._disk.call(math.inf, staging.remove, files)
+        if not await self._disk.finish(staging.outfile_size(files), self._spares.take_back, files):
+            await self._disk.finish(math.inf, staging.remove, files)
 
     async def _settle(self, life: Life, settlement: Settlement, reason: str = "") -> None:
         with trio.move_on_after(self._settings.settle_grace, shield=True) as patience:
@@ -199,14 +196,13 @@ async def run(tools: Tools, disk: Disk, outputs: Outputs, order: Order, files: T
             was killed for want of memory.
         NodeError: it could not be started.
     """
-    timeout, ended, reason = order.timeout or math.inf, None, ""
+    timeout, ended, reason = order.timeout or math.inf, None, None
     with outputs.growing(files.stdout, files.stderr):
         try:
             with trio.move_on_after(timeout):
                 ended = await tools.runtime.run(_container(tools, order, files))
         finally:
-            with trio.move_on_after(TIDY_TIMEOUT, shield=True):
-                reason = await disk.call(0, _conclude, outputs, files, ended)
+            reason = await disk.finish(0, _conclude, outputs, files, ended)
     if order.dump:
         with trio.move_on_after(DUMP_TIMEOUT, shield=True):  # what it has made is not to be lost meanwhile
             await disk.call(math.inf, staging.dump, files)
@@ -216,7 +212,7 @@ async def run(tools: Tools, disk: Disk, outputs: Outputs, order: Order, files: T
         limit = f"more than {order.limits.memory} bytes" if order.limits.memory else "more than there was"
         raise ContainerOutOfMemoryError(f"{order.alias} failed (exit code {ended.code}): out of memory: it used {limit}")
     if ended.code:
-        raise ContainerRunError(f"{order.alias} failed (exit code {ended.code}): {reason}")
+        raise ContainerRunError(f"{order.alias} failed (exit code {ended.code}): {reason or ''}")
 
 
 def _conclude(outputs: Outputs, files: TaskFiles, ended: Exit | None) -> str:
@@ -236,19 +232,17 @@ async def run_init(tools: Tools, settings: Settings, outputs: Outputs) -> None:
         await run(tools, disk, outputs, Order.init(settings), files)
     finally:
         if not settings.keep_all_task_files:
-            with trio.move_on_after(TIDY_TIMEOUT, shield=True):
-                await disk.call(math.inf, staging.remove, files)
+            await disk.finish(math.inf, staging.remove, files)
+
+
+INSIDE = (f"/{DATA_DIRECTORY}/task-io", f"/{DATA_DIRECTORY}/data-hub")  # where a container has its files mounted
 
 
 def _container(tools: Tools, order: Order, files: TaskFiles) -> Container:
-    io, hub = (
-        (Path(f"/{DATA_DIRECTORY}/task-io"), Path(f"/{DATA_DIRECTORY}/data-hub"))
-        if tools.runtime.mounts
-        else (files.io, tools.workspace.data_hub)
-    )
-    names = {"EWMS_TASK_DATA_HUB_DIR": str(hub)}
+    io, hub = INSIDE if tools.runtime.mounts else (files.io, tools.workspace.data_hub)
+    names = {"EWMS_TASK_DATA_HUB_DIR": f"{hub}"}
     if files.infile:
-        names |= {"EWMS_TASK_INFILE": str(io / files.infile), "EWMS_TASK_OUTFILE": str(io / files.outfile)}
+        names |= {"EWMS_TASK_INFILE": f"{io}/{files.infile}", "EWMS_TASK_OUTFILE": f"{io}/{files.outfile}"}
     return Container(
         name=files.root.name,
         image=order.image,

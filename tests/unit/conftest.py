@@ -23,7 +23,13 @@ def no_call_goes_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
         await trio.lowlevel.checkpoint()
         return function(*arguments)
 
+    async def finish(disk: Disk, size: float, function: Callable[..., Any], *arguments: object) -> Any:
+        del disk, size
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        return function(*arguments)
+
     monkeypatch.setattr(Disk, "call", call)
+    monkeypatch.setattr(Disk, "finish", finish)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
