@@ -29,7 +29,7 @@ async def test_a_disk_that_was_slow_is_not_waited_for_on_the_trio_thread() -> No
 
 @pytest.mark.parametrize("size", [0, math.inf])
 async def test_what_tidies_up_is_done_though_cancelled(size: float) -> None:
-    done = []
+    done: list[str] = []
     with trio.CancelScope() as scope:
         scope.cancel()
         await Disk().finish(size, done.append, "it")
