@@ -208,7 +208,7 @@ async def test_a_source_whose_queue_is_deleted_declares_it_anew_and_listens_agai
         stale = await take(consumer)
         with broker.channel() as channel:
             channel.queue_delete(queue)
-        await eventually(lambda: source._channel.value is not stale.tag.channel)  # type: ignore[attr-defined]
+        await eventually(lambda: source._session.value is not stale.tag.channel)  # type: ignore[attr-defined]
         with pytest.raises(DeliveryLostError):
             await source.settle(stale, Settlement.ACK)
         await send(broker, queue, b"b")

@@ -2,14 +2,14 @@
 
 A connection has a thread that runs pika's I/O loop from connect to close, so that heartbeats never wait for a task. Trio
 reaches it through `add_callback_threadsafe`, it reaches Trio through `TrioToken.run_sync_soon`, and what one asks the other
-is a `_Reply`. A channel that the server closes raises nothing in pika: here it fails every reply that is outstanding.
+is a `Reply`. A channel that the server closes raises nothing in pika: here it fails every reply that is outstanding.
 """
 
 import re
 import socket
 import ssl
 import weakref
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,6 +20,8 @@ import pika
 import pika.exceptions
 import trio
 
+from trio_pilot.brokers.link import ConnectError, LostError
+from trio_pilot.brokers.mailbox import Mailbox, Reply
 from trio_pilot.errors import BrokerError
 
 CONNECT_TIMEOUT = 15.0  # seconds for TCP, TLS and the AMQP handshake together
@@ -38,11 +40,7 @@ PERSISTENT = 2
 MOST_MESSAGE_ID = 255  # bytes of a short string
 
 
-class ConnectError(Exception):
-    """A connection could not be made; another try may do better."""
-
-
-class ClosedError(Exception):
+class ClosedError(LostError):
     """A channel is closed: by the server, for the reason that `code` says, or with its connection (`code` 0)."""
 
     def __init__(self, code: int, text: str) -> None:
@@ -75,54 +73,6 @@ class Arrival:
     settled: bool = False
 
 
-class _Reply:
-    """What the connection's thread will tell Trio: a value, or an error."""
-
-    def __init__(self) -> None:
-        self._told = trio.Event()
-        self._value: Any = None
-        self._error: Exception | None = None
-
-    def tell(self, value: Any = None, error: Exception | None = None) -> None:
-        """Answer, on Trio's side; only the first answer counts."""
-        if not self._told.is_set():
-            self._value, self._error = value, error
-            self._told.set()
-
-    @property
-    def is_told(self) -> bool:
-        """Whether there is an answer."""
-        return self._told.is_set()
-
-    async def wait(self) -> Any:
-        """Wait for the answer."""
-        await self._told.wait()
-        if self._error:
-            raise self._error
-        return self._value
-
-
-class _Mailbox:
-    """Work for another thread, done in order. It is woken for the first piece only: to wake costs as much as the work."""
-
-    def __init__(self, wake: Callable[[Callable[[], None]], object]) -> None:
-        self._wake = wake
-        self._work: deque[Callable[[], object]] = deque()
-
-    def put(self, work: Callable[[], object]) -> None:
-        """Have `work` done."""
-        self._work.append(work)
-        if len(self._work) == 1:
-            self._wake(self._do)
-
-    def _do(self) -> None:
-        while self._work:  # a piece stays until it is done, so that whoever adds one meanwhile need not wake us
-            try:
-                self._work[0]()
-            finally:
-                self._work.popleft()
-
-
 @asynccontextmanager
 async def connect(address: Address, threads: trio.Nursery) -> AsyncIterator["Connection"]:
     """Connect, with a thread in the nursery `threads`; close the connection and end the thread on every way out.
@@ -146,14 +96,14 @@ class Connection:
     """One AMQP connection, and the thread that drives it."""
 
     def __init__(self, address: Address) -> None:
-        self.opened = _Reply()
+        self.opened = Reply()
         self.ended = trio.Event()
         self._parameters = _parameters(address)
-        self._for_trio = _Mailbox(trio.lowlevel.current_trio_token().run_sync_soon)
-        self._for_pika = _Mailbox(self._wake)
+        self._for_trio = Mailbox(trio.lowlevel.current_trio_token().run_sync_soon)
+        self._for_pika = Mailbox(self._wake)
         self._pika: pika.SelectConnection | None = None
         self._hang_up = False
-        self._posted: weakref.WeakSet[_Reply] = weakref.WeakSet()
+        self._posted: weakref.WeakSet[Reply] = weakref.WeakSet()
         self._channels: set[Channel] = set()
 
     async def drive(self) -> None:
@@ -167,12 +117,12 @@ class Connection:
 
     async def open_channel(self) -> "Channel":
         """Open a channel."""
-        reply = _Reply()
+        reply = Reply()
         self.post(lambda: self._open_channel(reply), reply)
         channel: Channel = await self.answer(reply)
         return channel
 
-    async def answer(self, reply: _Reply) -> Any:
+    async def answer(self, reply: Reply) -> Any:
         """Wait for an answer of the server; hang up on one that gives none."""
         with trio.move_on_after(ANSWER_TIMEOUT):
             return await reply.wait()
@@ -184,7 +134,7 @@ class Connection:
         self._hang_up = True
         self.run(self._close)
 
-    def post(self, work: Callable[[], object], reply: _Reply) -> None:
+    def post(self, work: Callable[[], object], reply: Reply) -> None:
         """Have `work` done in the thread; with no thread any more, fail the reply."""
         if self._pika is None or self.ended.is_set():
             reply.tell(error=ClosedError(0, "the connection is closed"))
@@ -249,7 +199,7 @@ class Connection:
         connection.ioloop.call_later(CLOSE_TIMEOUT, lambda: connection._adapter_disconnect_stream())
         connection.close()
 
-    def _open_channel(self, reply: _Reply) -> None:
+    def _open_channel(self, reply: Reply) -> None:
         connection = self._pika
         if connection is None or not connection.is_open:
             self.tell(partial(reply.tell, error=ClosedError(0, "the connection is closed")))
@@ -262,15 +212,15 @@ class Connection:
 class Channel:
     """One AMQP channel. Every wait on it ends with ClosedError when the channel does."""
 
-    def __init__(self, connection: Connection, opening: _Reply) -> None:
+    def __init__(self, connection: Connection, opening: Reply) -> None:
         self.connection = connection
-        self.closed = _Reply()
+        self.closed = Reply()
         self._pika: Any = None
         self._opening = opening
-        self._waiting: set[_Reply] = {opening, self.closed}  # this and all below is the thread's
+        self._waiting: set[Reply] = {opening, self.closed}  # this and all below is the thread's
         self._error: ClosedError | None = None
         self._published = 0
-        self._unconfirmed: dict[int, tuple[str, _Reply]] = {}
+        self._unconfirmed: dict[int, tuple[str, Reply]] = {}
         self._returned: Counter[str] = Counter()
 
     # On Trio's side:
@@ -283,7 +233,7 @@ class Channel:
     async def ask(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Call a method of the channel that the server answers, and wait for the answer."""
 
-        def start(reply: _Reply) -> None:
+        def start(reply: Reply) -> None:
             getattr(self._pika, method)(*arguments, callback=partial(self._answer, reply), **options)
 
         return await self.connection.answer(self._post(start))
@@ -291,7 +241,7 @@ class Channel:
     async def call(self, method: str, *arguments: Any, **options: Any) -> None:
         """Call a method of the channel that has no answer, and wait until it is written."""
 
-        def start(reply: _Reply) -> None:
+        def start(reply: Reply) -> None:
             getattr(self._pika, method)(*arguments, **options)
             self._answer(reply)
 
@@ -322,7 +272,7 @@ class Channel:
         message_id = message_id.encode(errors="replace")[:MOST_MESSAGE_ID].decode(errors="ignore")
         properties = pika.BasicProperties(delivery_mode=PERSISTENT, message_id=message_id, headers=headers)
 
-        def start(reply: _Reply) -> None:
+        def start(reply: Reply) -> None:
             self._pika.basic_publish("", queue, body, properties, mandatory=True)
             self._published += 1  # the server numbers the messages of a channel in confirm mode from 1
             self._unconfirmed[self._published] = message_id, reply
@@ -340,8 +290,8 @@ class Channel:
 
         await self.ask("basic_consume", queue, deliver, consumer_tag=consumer_tag)
 
-    def _post(self, start: Callable[[_Reply], object]) -> _Reply:
-        reply = _Reply()
+    def _post(self, start: Callable[[Reply], object]) -> Reply:
+        reply = Reply()
         self.connection.post(partial(self._start, start, reply), reply)
         return reply
 
@@ -365,7 +315,7 @@ class Channel:
             for reply in self._waiting:
                 self.connection.tell(partial(reply.tell, error=error))
 
-    def _start(self, start: Callable[[_Reply], object], reply: _Reply) -> None:
+    def _start(self, start: Callable[[Reply], object], reply: Reply) -> None:
         self._waiting.add(reply)
         try:
             if self._error is not None:
@@ -376,7 +326,7 @@ class Channel:
         except Exception as error:  # the caller's; the connection is the others' as well
             self._answer(reply, error=error)
 
-    def _answer(self, reply: _Reply, value: Any = None, error: Exception | None = None) -> None:
+    def _answer(self, reply: Reply, value: Any = None, error: Exception | None = None) -> None:
         self._waiting.discard(reply)
         self.connection.tell(reply.tell, value, error)
 

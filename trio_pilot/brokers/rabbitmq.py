@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import random
 import re
 import uuid
 from collections import deque
@@ -11,7 +10,6 @@ from contextlib import asynccontextmanager
 from urllib.parse import unquote, urlsplit
 
 import trio
-from trio_util import AsyncValue
 
 from trio_pilot.brokers import (
     Delivery,
@@ -30,15 +28,13 @@ from trio_pilot.brokers.amqp import (
     Arrival,
     Channel,
     ClosedError,
-    ConnectError,
     Connection,
     connect,
 )
+from trio_pilot.brokers.link import RETRY_DELAY, Link, kept_connected
 from trio_pilot.errors import BrokerError, DeliveryLostError, PublishRefusedError, SettingsError
 from trio_pilot.log import LOGGER
 
-RETRY_DELAY = 0.5  # seconds before the second try to connect, doubled from then on ...
-RETRY_DELAY_MOST = 30.0  # ... to this; each time a random part of it, so that pilots do not come back as one
 GIVE_BACK_TIMEOUT = 5.0  # seconds to give back what was prefetched; the end of the connection gives it back as well
 
 QUORUM = {"x-queue-type": "quorum"}  # as EWMS declares its queues; with any other argument that would fail
@@ -48,7 +44,7 @@ QUORUM = {"x-queue-type": "quorum"}  # as EWMS declares its queues; with any oth
 async def open_source(address: QueueAddress, patience: Patience) -> AsyncIterator["RabbitSource"]:
     """Open an incoming queue; it connects in the background."""
     source = RabbitSource(address, patience)
-    async with _kept_connected(source):
+    async with kept_connected(source):
         yield source
 
 
@@ -56,79 +52,24 @@ async def open_source(address: QueueAddress, patience: Patience) -> AsyncIterato
 async def open_sink(address: QueueAddress, patience: Patience) -> AsyncIterator["RabbitSink"]:
     """Open an outgoing queue; it connects in the background."""
     sink = RabbitSink(address, patience)
-    async with _kept_connected(sink):
+    async with kept_connected(sink):
         yield sink
 
 
-@asynccontextmanager
-async def _kept_connected(queue: "_Queue") -> AsyncIterator[None]:
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(queue.keep_connected)
-        try:
-            yield
-        finally:
-            nursery.cancel_scope.cancel()
-
-
-class _Queue:
+class _Queue(Link[Channel]):
     """A queue, and the channel to it while there is one."""
 
     def __init__(self, address: QueueAddress, patience: Patience) -> None:
-        self.name = address.queue
         self._address = parse_address(address)
-        self._patience = patience
-        self._channel: AsyncValue[Channel | None] = AsyncValue(None)
-        self._away_since = trio.current_time()
+        super().__init__(address.queue, f"RabbitMQ at {self._address.host}", patience)
 
-    async def ready(self) -> None:
-        """Wait until the queue was found. A refusal is raised by `keep_connected`."""
-        await self.connected()
-
-    async def connected(self) -> Channel:
-        """Wait for a channel to the queue."""
-        while (channel := self._channel.value) is None:
-            await self._channel.wait_value(lambda value: value is not None)
-        return channel
-
-    async def gone(self, channel: Channel) -> None:
-        """Wait for the end of a channel."""
-        await self._channel.wait_value(lambda value: value is not channel)
-
-    async def keep_connected(self) -> None:
-        """Connect again and again, until cancelled.
-
-        Raises:
-            BrokerError: the broker refuses us, or was away for longer than there is patience.
-        """
-        here = f"RabbitMQ at {self._address.host}"
-        failures = 0
-        async with trio.open_nursery() as threads:
-            while True:
-                try:
-                    async with connect(self._address, threads) as connection:
-                        channel = await self._open(connection)
-                        failures = 0
-                        await self._use(channel)
-                except BrokerError as error:
-                    raise BrokerError(f"{here} {error}") from error
-                except (ConnectError, ClosedError) as error:
-                    if not self._patience(trio.current_time() - self._away_since):
-                        raise BrokerError(f"{here} cannot be reached: {error}") from error
-                    if failures == 0:
-                        LOGGER.warning("%s, queue %s: %s; connecting again", here, self.name, error)
-                failures += 1
-                await trio.sleep(_retry_delay(failures))
-
-    async def _use(self, channel: Channel) -> None:
-        self._channel.value = channel
-        try:
-            await channel.closed.wait()
-        finally:
-            self._channel.value = None
-            self._away_since = trio.current_time()
+    @asynccontextmanager
+    async def connect(self, threads: trio.Nursery) -> AsyncIterator[Channel]:
+        """Connect, and open a channel once the queue was found."""
+        async with connect(self._address, threads) as connection:
+            yield await self._open(connection)
 
     async def _open(self, connection: Connection) -> Channel:
-        """Open a channel, once the queue was found."""
         return await _find(connection, self.name)
 
 
@@ -343,11 +284,6 @@ def _refused_size(error: ClosedError) -> int | None:
     """Tell how large the message was that is "larger than configured max size"."""
     found = re.search(r"message size (\d+)", str(error))
     return int(found[1]) if found else None
-
-
-def _retry_delay(failures: int) -> float:
-    most = min(RETRY_DELAY * 2 ** min(failures - 1, 10), RETRY_DELAY_MOST)
-    return random.uniform(most / 2, most)  # noqa: S311 -- jitter, not a secret
 
 
 def parse_address(address: QueueAddress) -> Address:
