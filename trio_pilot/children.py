@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, ClassVar
 
@@ -112,15 +112,22 @@ class Child:
             await trio.lowlevel.wait_readable(self._pidfd)
         return exit_code(self._process.returncode)
 
-    async def end(self, terminate: Callable[[], None], kill: Callable[[], None], grace: float) -> None:
-        """End the child and all below it: `terminate`, `grace` seconds later `kill`, then reap. Shielded."""
+    async def see_to_its_end(self, grace: float, terminate: Callable[[], None] | None = None) -> int:
+        """Wait for the child, and `end` it and all below it on every way out; give its exit code."""
+        try:
+            return await self.wait()
+        finally:
+            await self.end(grace, terminate)
+
+    async def end(self, grace: float, terminate: Callable[[], None] | None = None) -> None:
+        """End the child and all below it: `terminate` (SIGTERM), `grace` seconds later SIGKILL, then reap. Shielded."""
         with trio.move_on_after(grace + REAP_TIMEOUT, shield=True) as reaping:
             if self.running and grace > 0:
-                terminate()
+                (terminate or partial(self.signal_group, signal.SIGTERM))()
                 with trio.move_on_after(grace):
                     await self.wait()
             if self.running:
-                kill()
+                self.signal_group(signal.SIGKILL)
                 await self.wait()
             await self._reap_orphans()
         if reaping.cancelled_caught:
@@ -132,6 +139,16 @@ class Child:
         if self.running:
             with suppress(ProcessLookupError, PermissionError):  # it may have become another user's
                 os.killpg(self.pid, number)
+
+    def terminate_below(self, pid: int | None) -> None:
+        """Send SIGTERM to what a process below has started; while that is nothing, to the child's process group."""
+        started: list[str] = []
+        with suppress(OSError):
+            started = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            for one in started:
+                os.kill(int(one), signal.SIGTERM)
+        if not started:
+            self.signal_group(signal.SIGTERM)
 
     async def _reap_orphans(self) -> None:
         ours: set[int] = set()

@@ -9,8 +9,8 @@ import os
 import resource
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import trio
@@ -60,11 +60,20 @@ class Confinement:
 UNCONFINED = Confinement()
 
 
+@asynccontextmanager
+async def open_limiter(extra_pids: int = 0) -> AsyncIterator["Limiter"]:
+    """Open what confines the containers of a runtime, which itself adds some processes to each; close it at the end."""
+    limiter = Limiter(extra_pids)
+    try:
+        yield limiter
+    finally:
+        await limiter.close()
+
+
 class Limiter:
     """Confines the containers of a runtime."""
 
-    def __init__(self, extra_pids: int = 0) -> None:
-        """Be told how many processes the runtime itself adds to each container."""
+    def __init__(self, extra_pids: int) -> None:
         self._extra_pids = extra_pids
         self._means: Means | None = None
         self._lock = trio.Lock()

@@ -377,7 +377,7 @@ async def test_what_is_not_enforced_is_said_once(
 async def test_without_limits_there_is_neither_a_shell_nor_a_group(tmp_path: Path) -> None:
     subject = Subject("process", lambda options: process.open_runtime(options), tmp_path)
     async with subject.open(OPTIONS) as runtime:
-        assert limits.Limiter().confine(subject.container("true")) is limits.UNCONFINED
+        assert limits.Limiter(0).confine(subject.container("true")) is limits.UNCONFINED
         await output(runtime, subject.container("true"))
         assert groups_of(own()) == []
 

@@ -40,7 +40,7 @@ def spawn(children: Children, directory: Path, script: str, *arguments: str, mar
 
 async def end(child: Child, grace: float = 0.0) -> None:
     with trio.fail_after(PATIENCE):
-        await child.end(lambda: child.signal_group(signal.SIGTERM), lambda: child.signal_group(signal.SIGKILL), grace)
+        await child.end(grace)
 
 
 @asynccontextmanager
@@ -251,7 +251,7 @@ async def main():
         await child.wait()
         while int(Path("pid").read_text()) != os.getsid(int(Path("pid").read_text())):
             await trio.sleep(0.01)
-        await child.end(lambda: None, lambda: None, 0)
+        await child.end(0)
 
 try:
     trio.run(main)
@@ -290,7 +290,7 @@ async def main():
     try:
         return await child.wait()
     finally:
-        await child.end(lambda: None, lambda: None, 0)
+        await child.end(0)
 
 sys.exit(trio.run(main))
 """

@@ -9,10 +9,9 @@ may clean that. So a shell that has the marker leads the session which they are 
 import errno
 import os
 import re
-import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePath
@@ -22,7 +21,7 @@ import trio
 from trio_pilot.children import Child, Command
 from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.leftovers import MARKER, mark
-from trio_pilot.limits import Confinement, Limiter
+from trio_pilot.limits import Confinement, Limiter, open_limiter
 from trio_pilot.outputs import open_output
 from trio_pilot.runtimes import Container, Exit, Limits, Mount, Options, cannot_run, verbatim
 from trio_pilot.runtimes.apptainer_images import PROBE, RUNSCRIPT, Image, Images, probe
@@ -89,11 +88,8 @@ async def open_runtime(options: Options) -> AsyncIterator["ApptainerRuntime"]:
     """Open the runtime; `fault` says whether it works."""
     apptainer = Apptainer.find()
     await apptainer.check_version()
-    runtime = ApptainerRuntime(apptainer, options)
-    try:
-        yield runtime
-    finally:
-        await runtime.close()
+    async with open_limiter(APPTAINERS_OWN) as limiter:
+        yield ApptainerRuntime(apptainer, options, limiter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +109,12 @@ class ApptainerRuntime:
     mounts = True
     engine: Path | None = None
 
-    def __init__(self, apptainer: Apptainer, options: Options) -> None:
+    def __init__(self, apptainer: Apptainer, options: Options, limiter: Limiter) -> None:
         self._apptainer = apptainer
         self._images = Images(apptainer, options)
         self._kill_grace = options.kill_grace
         self._debug = options.debug
-        self._limiter = Limiter(APPTAINERS_OWN)
-
-    async def close(self) -> None:
-        """Remove what was made for all containers."""
-        await self._limiter.close()
+        self._limiter = limiter
 
     async def prepare(self, image: str) -> None:
         """Look at the image; unpack it, if it is to be."""
@@ -136,7 +128,9 @@ class ApptainerRuntime:
         async with self._limiter.confine(replace(container, limits=limits)) as confinement:
             with map_exceptions({OSError: NodeError}, "cannot start apptainer"):
                 order = _Order(container, image, confinement, address_space)
-                code = await self._see_to_its_end(self._start(order))
+                child = self._start(order)
+                # Its starter hands SIGTERM on to the payload; its namespace dies with its parent.
+                code = await child.see_to_its_end(self._kill_grace, terminate=partial(child.terminate_below, child.pid))
                 if refusal := confinement.refusal(code, container.stderr):
                     raise NodeError(f"cannot limit what a container uses: {refusal}")
                 if code == FAILED and not confinement.out_of_memory:
@@ -177,16 +171,6 @@ class ApptainerRuntime:
             *args,
         ]
 
-    async def _see_to_its_end(self, child: Child) -> int:
-        try:
-            return await child.wait()
-        finally:
-            await child.end(
-                partial(_terminate, child),
-                lambda: child.signal_group(signal.SIGKILL),  # the namespace dies with its parent
-                self._kill_grace,
-            )
-
     async def _blame(self, order: _Order) -> Exit:
         """Tell a payload that ends with 255 from one that cannot be executed, and that from no container at all."""
         container = order.container
@@ -214,17 +198,6 @@ class ApptainerRuntime:
             said = await self._apptainer.ask(self._argv(attempt)[1:], {**environment(), **_environment(container)})
             return PROBE in said.reason
         return False
-
-
-def _terminate(child: Child) -> None:
-    """Send SIGTERM to the starter, which hands it on to the payload; to the shell, if there is none yet."""
-    starter: list[str] = []
-    with suppress(OSError):
-        starter = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
-        for pid in starter:
-            os.kill(int(pid), signal.SIGTERM)
-    if not starter:
-        child.signal_group(signal.SIGTERM)
 
 
 def _environment(container: Container) -> dict[str, str]:

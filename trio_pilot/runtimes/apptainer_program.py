@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import signal
 import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
@@ -74,13 +73,7 @@ class Apptainer:
         with map_exceptions({OSError: NodeError}, f"cannot start {self.path}"), tempfile.TemporaryFile() as output:
             marker = f"apptainer-{uuid.uuid4()}"
             command = Command([*LEADER, self.path, *args], env, Path.cwd(), output, output, marker, pass_fds)
-            child = self.children.spawn(command)
-            try:
-                code = await child.wait()
-            finally:
-                await child.end(
-                    lambda: child.signal_group(signal.SIGTERM), lambda: child.signal_group(signal.SIGKILL), KILL_GRACE
-                )
+            code = await self.children.spawn(command).see_to_its_end(KILL_GRACE)
             size = output.seek(0, os.SEEK_END)
             output.seek(max(0, size - MOST_SAID))
             return Said(code, output.read().decode(errors="replace"))

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -14,7 +13,7 @@ import trio
 from trio_pilot.children import Child, Children, Command
 from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.last_words import last_words
-from trio_pilot.limits import NOT_ENTERED, Confinement, Limiter
+from trio_pilot.limits import NOT_ENTERED, Confinement, Limiter, open_limiter
 from trio_pilot.outputs import open_output
 from trio_pilot.runtimes import DATA_DIRECTORY, NOT_EXECUTABLE, NOT_FOUND, Container, Exit, Options, cannot_run
 from trio_pilot.runtimes.choice import OWN_ROOT
@@ -57,11 +56,8 @@ async def open_runtime(options: Options) -> AsyncIterator["BubblewrapRuntime"]:
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise NodeError("there is no bwrap on PATH (Debian's package is bubblewrap)")
-    runtime = BubblewrapRuntime(bwrap, options.kill_grace)
-    try:
-        yield runtime
-    finally:
-        await runtime.close()
+    async with open_limiter(extra_pids=BWRAPS_OWN) as limiter:
+        yield BubblewrapRuntime(bwrap, options.kill_grace, limiter)
 
 
 class BubblewrapRuntime:
@@ -71,16 +67,12 @@ class BubblewrapRuntime:
     mounts = True
     engine: Path | None = None
 
-    def __init__(self, bwrap: str, kill_grace: float) -> None:
+    def __init__(self, bwrap: str, kill_grace: float, limiter: Limiter) -> None:
         self._bwrap = bwrap
         self._kill_grace = kill_grace
         self._children = Children()
-        self._limiter = Limiter(extra_pids=BWRAPS_OWN)
+        self._limiter = limiter
         self._roots: dict[tuple[str, tuple[str, ...]], tuple[str, ...]] = {}
-
-    async def close(self) -> None:
-        """Remove what was made for all containers."""
-        await self._limiter.close()
 
     async def prepare(self, image: str) -> None:
         """Look at the image directory."""
@@ -99,7 +91,10 @@ class BubblewrapRuntime:
         async with self._limiter.confine(container) as confinement:
             with map_exceptions({OSError: NodeError}, "cannot start bubblewrap"), _Status() as status:
                 child = self._start(container, root, status, confinement)
-                code = await self._see_to_its_end(child, status)
+                # Killed, it takes its namespace with it: that dies with its parent.
+                code = await child.see_to_its_end(
+                    self._kill_grace, terminate=lambda: child.terminate_below(status.read().get("child-pid"))
+                )
                 if code in NOT_THE_PAYLOADS and "exit-code" not in status.read():
                     return _blame(container, code, confinement)
             return Exit(code, code != 0 and confinement.out_of_memory)
@@ -139,16 +134,6 @@ class BubblewrapRuntime:
         path = os.environ.get("PATH", PATH) if container.image in OWN_ROOT else PATH
         return {"PATH": path, "HOME": HOME, "TMPDIR": HOME, **container.env}
 
-    async def _see_to_its_end(self, child: Child, status: "_Status") -> int:
-        try:
-            return await child.wait()
-        finally:
-            await child.end(
-                lambda: _terminate(child, status.read().get("child-pid")),
-                lambda: child.signal_group(signal.SIGKILL),  # the namespace dies with its parent
-                self._kill_grace,
-            )
-
 
 class _Status:
     """The pipe by which bubblewrap tells how the container is."""
@@ -172,17 +157,6 @@ class _Status:
             for line in lines:
                 self._said.update(json.loads(line))
         return self._said
-
-
-def _terminate(child: Child, first: int | None) -> None:
-    """Send SIGTERM to what the namespace's first process has started; to bubblewrap, which dies of it, if there is none."""
-    payload: list[str] = []
-    with suppress(OSError):
-        payload = Path(f"/proc/{first}/task/{first}/children").read_text().split()
-        for pid in payload:
-            os.kill(int(pid), signal.SIGTERM)
-    if not payload:
-        child.signal_group(signal.SIGTERM)
 
 
 def _blame(container: Container, code: int, confinement: Confinement) -> Exit:

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ import trio
 
 from trio_pilot.children import Child, Children, Command
 from trio_pilot.errors import NodeError, map_exceptions
-from trio_pilot.limits import NOT_ENTERED, Confinement, Limiter
+from trio_pilot.limits import NOT_ENTERED, Confinement, Limiter, open_limiter
 from trio_pilot.log import LOGGER
 from trio_pilot.outputs import open_output
 from trio_pilot.runtimes import NOT_FOUND, Container, Exit, Options, cannot_run
@@ -26,11 +25,8 @@ async def fault(options: Options) -> str | None:  # noqa: ARG001 -- as for any o
 async def open_runtime(options: Options) -> AsyncIterator["ProcessRuntime"]:
     """Open the runtime, and say what it is not."""
     LOGGER.warning("runtime 'process': tasks are NOT contained; they can read and write whatever this user can")
-    runtime = ProcessRuntime(options.kill_grace)
-    try:
-        yield runtime
-    finally:
-        await runtime.close()
+    async with open_limiter() as limiter:
+        yield ProcessRuntime(options.kill_grace, limiter)
 
 
 class ProcessRuntime:
@@ -40,14 +36,10 @@ class ProcessRuntime:
     mounts = False
     engine: Path | None = None
 
-    def __init__(self, kill_grace: float) -> None:
+    def __init__(self, kill_grace: float, limiter: Limiter) -> None:
         self._kill_grace = kill_grace
         self._children = Children()
-        self._limiter = Limiter()
-
-    async def close(self) -> None:
-        """Remove what was made for all containers."""
-        await self._limiter.close()
+        self._limiter = limiter
 
     async def prepare(self, image: str) -> None:
         """Need nothing."""
@@ -59,7 +51,7 @@ class ProcessRuntime:
             started = self._start(container, confinement)
             if isinstance(started, Exit):
                 return started
-            code = await self._see_to_its_end(started)
+            code = await started.see_to_its_end(self._kill_grace)
             if refusal := confinement.refusal(code, container.stderr):
                 return _cannot_run(container, code, refusal)
             return Exit(code, code != 0 and confinement.out_of_memory)
@@ -81,16 +73,6 @@ class ProcessRuntime:
                 reason = f"{container.args[0]}: {error.strerror}"
                 stderr.write(os.fsencode(f"{reason}\n"))
                 return cannot_run(reason)
-
-    async def _see_to_its_end(self, child: Child) -> int:
-        try:
-            return await child.wait()
-        finally:
-            await child.end(
-                lambda: child.signal_group(signal.SIGTERM),
-                lambda: child.signal_group(signal.SIGKILL),
-                self._kill_grace,
-            )
 
     def _environment(self, container: Container) -> dict[str, str]:
         scratch = str(container.scratch)
