@@ -1,5 +1,7 @@
 import itertools
 import json
+import re
+from base64 import b64encode, urlsafe_b64decode
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -54,12 +56,14 @@ class FakeEngine:
 
     def __init__(self, replies: Iterable[Reply]) -> None:
         self.asked: list[str] = []
+        self.heads: list[bytes] = []
         self._replies = iter(replies)
         self._has_it = False
 
     async def serve(self, stream: trio.SocketStream) -> None:
         async with stream:
             while head := bytes(await stream.receive_some()):
+                self.heads.append(head)
                 self.asked.append(head.split(b" HTTP/1.1")[0].decode())
                 if head.startswith(b"POST"):
                     await next(self._replies)(stream)
@@ -107,6 +111,17 @@ async def test_an_image_that_is_not_there_is_pulled(tmp_path: Path) -> None:
     # A connection that the engine closes just as it is used again costs a ping.
     asked = [one for one in engine.asked if one != "GET /_ping"]
     assert asked == [look, "POST /images/create?fromImage=debian%3A12", look, look]
+
+
+async def test_a_private_image_is_pulled_as_who_has_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))
+    (tmp_path / "auth.json").write_text(json.dumps({"auths": {"here:5000": {"auth": b64encode(b"me:a:b").decode()}}}))
+    async with fake(tmp_path, lines(DONE)) as (engine, link):
+        await prepare(link, "here:5000/private")
+    (said,) = [head for head in engine.heads if head.startswith(b"POST")]
+    sent = re.search(rb"x-registry-auth: (\S+)", said, re.IGNORECASE)
+    assert sent
+    assert json.loads(urlsafe_b64decode(sent[1])) == {"username": "me", "password": "a:b", "serveraddress": "here:5000"}
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,9 @@ class EngineApi:
         return answer
 
     @asynccontextmanager
-    async def stream(self, method: str, path: str, what: str, **params: Any) -> AsyncIterator[AsyncIterator[bytes]]:
+    async def stream(
+        self, method: str, path: str, what: str, *, headers: Mapping[str, str] | None = None, **params: Any
+    ) -> AsyncIterator[AsyncIterator[bytes]]:
         """Ask the engine for a long answer, which comes in pieces. The caller has a deadline for it.
 
         Raises:
@@ -137,7 +139,7 @@ class EngineApi:
             EngineAwayError: it is not there, or the connection was lost.
         """
         with self._seam(what):
-            async with self._client.stream(method, path, params=params) as said:
+            async with self._client.stream(method, path, params=params, headers=headers) as said:
                 if said.status_code >= 400:
                     self._check(Answer(said.status_code, said.headers, await said.aread()), what, ())
                 async with aclosing(cast(AsyncGenerator[bytes], said.aiter_raw())) as pieces:

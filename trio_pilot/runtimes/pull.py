@@ -13,6 +13,7 @@ from trio_pilot.log import LOGGER
 from trio_pilot.runtimes.engine_api import SHOWN, EngineApi, EngineRefusedError
 from trio_pilot.runtimes.engine_dialect import Dialect
 from trio_pilot.runtimes.engine_link import Link
+from trio_pilot.runtimes.registry import login_header
 
 NOT_FOUND, TOO_MANY_REQUESTS = 404, 429
 
@@ -83,10 +84,10 @@ def _pauses() -> Iterator[float]:
 
 async def _pull(api: EngineApi, dialect: Dialect, name: str) -> None:
     LOGGER.info("%s pulls the image %s", dialect.name, name)
-    progress, prefix = Progress(name), dialect.pull_prefix or api.prefix
+    progress, path, login = Progress(name), f"{dialect.pull_prefix or api.prefix}/images/create", login_header(name)
     try:
         with trio.move_on_after(SILENCE_TIMEOUT) as patience:
-            async with api.stream("POST", f"{prefix}/images/create", f"pull the image {name}", fromImage=name) as pieces:
+            async with api.stream("POST", path, f"pull the image {name}", headers=login, fromImage=name) as pieces:
                 await _follow(pieces, progress, patience)
     except EngineRefusedError as error:
         raise _error(name, error.said, error.status) from error
