@@ -8,18 +8,18 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tarfile
 import tempfile
 import time
 import urllib.parse
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from tests.servers import UnavailableError, need
+from trio_pilot.engine_leftovers import LABEL, UnixConnection
 
 START_TIMEOUT = 60.0  # seconds; it takes less than one on an idle machine
 STOP_TIMEOUT = 20.0
@@ -28,8 +28,6 @@ API_TIMEOUT = 60.0
 IMAGE = "busybox:local"
 # What an image says beside its files: this one's tasks are at home in their scratch directory, which is at /tmp.
 IMAGE_CHANGES = ("WORKDIR /tmp", "ENV PATH=/bin", "ENV HOME=/tmp", "ENV TMPDIR=/tmp")
-
-LABEL = "trio-pilot.pilot"
 
 # For Debian's podman as root without CAP_SYS_RESOURCE, where cgroups are half v1 and half v2; crun would refuse those.
 CONTAINERS_CONF = """
@@ -138,14 +136,10 @@ class Engine:
 
     def api(self, method: str, path: str, body: IO[bytes] | None = None) -> bytes:
         """Ask it something."""
-        connection = _UnixConnection(self.socket)
-        try:
-            headers = {"Content-Type": "application/x-tar"} if body else {}
-            connection.request(method, path, body, headers)
+        with closing(UnixConnection(self.socket, API_TIMEOUT)) as connection:
+            connection.request(method, path, body, {"Content-Type": "application/x-tar"} if body else {})
             answer = connection.getresponse()
             content = answer.read()
-        finally:
-            connection.close()
         assert answer.status < 300, (path, answer.status, content)
         return content
 
@@ -177,21 +171,6 @@ def _reap(group: int) -> None:
     with suppress(ChildProcessError):
         while True:
             os.waitpid(-group, 0)
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("engine", timeout=API_TIMEOUT)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(API_TIMEOUT)
-        try:
-            self.sock.connect(str(self._path))
-        except OSError:
-            self.sock.close()
-            raise
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def _is_past(container: Mapping[str, Any], pilot: Identity) -> bool:
 
 
 def _request(engine: Path, method: str, path: str) -> bytes:
-    with closing(_UnixConnection(engine)) as connection:
+    with closing(UnixConnection(engine)) as connection:
         try:
             connection.request(method, path, headers={"Host": "engine"})
             return connection.getresponse().read()
@@ -68,12 +68,15 @@ def _request(engine: Path, method: str, path: str) -> bytes:
             raise ConnectionError(f"{engine} does not speak HTTP: {error!r}") from error
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("engine", timeout=ENGINE_TIMEOUT)
+class UnixConnection(http.client.HTTPConnection):
+    """A connection to who listens at a Unix socket."""
+
+    def __init__(self, path: Path, timeout: float = ENGINE_TIMEOUT) -> None:
+        super().__init__("engine", timeout=timeout)
         self._path = str(path)
 
     def connect(self) -> None:
+        """Connect; a request does, if need be."""
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)
