@@ -463,14 +463,18 @@ def names_below(pids: Iterable[int]) -> set[str]:
 
 @pytest.mark.parametrize("payload", ["sleep 1000", "exec env -i sh -c 'sleep 1000; true'"])
 async def test_all_that_is_of_a_container_is_found_from_outside(subject: Subject, payload: str) -> None:
-    marked = Marked(subject, "sh", "-c", f"{READY}; {payload}")
+    marked, before = Marked(subject, "sh", "-c", f"{READY}; {payload}"), own_children()
+
+    def names() -> set[str]:
+        return names_below(own_children() - before)
+
     async with apptainer.open_runtime(OPTIONS) as runtime, trio.open_nursery() as nursery:
         nursery.start_soon(runtime.run, marked.container)
         await until(marked.file("ready").exists)
-        await until(lambda: "sleep" in names_below(own_children()))
-        assert {"starter", "appinit", "sleep"} <= names_below(own_children())
+        await until(lambda: "sleep" in names())
+        assert {"starter", "appinit", "sleep"} <= names()
         assert leftovers.end_processes(lambda pilot: pilot == own()) >= 4
-        assert names_below(own_children()) & {"starter", "appinit", "sleep"} == set()
+        assert names() & {"starter", "appinit", "sleep"} == set()
 
 
 async def test_a_task_lives_for_longer_than_the_threads_of_trio(subject: Subject) -> None:

@@ -411,7 +411,10 @@ async def test_what_comes_while_an_engine_is_away_waits_for_it(own_docker: Engin
     assert waiting.end == Exit(4)
 
 
-async def test_an_engine_that_is_away_for_too_long_is_the_nodes_fault(own_docker: Engine, tmp_path: Path) -> None:
+async def test_an_engine_that_is_away_for_too_long_is_the_nodes_fault(
+    own_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "END_TIMEOUT", 0.5)
     task = Task(tmp_path, UNTIL_ENOUGH)
     async with running(task, own_docker, replace(OPTIONS, engine_patience=0.5)):
         own_docker.terminate()

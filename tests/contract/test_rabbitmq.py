@@ -299,10 +299,16 @@ def _stacks() -> list[list[str]]:
     return [[line.filename for line in traceback.extract_stack(frame)] for frame in sys._current_frames().values()]
 
 
-async def test_a_connection_is_closed_politely(broker: Rabbit, queue: str) -> None:
+async def test_a_connection_is_closed_politely(broker: Rabbit, queue: str, pilot_user: str) -> None:
     await send(broker, queue, b"a")
-    async with broker.source(queue) as source, source.consume(1) as consumer:
+    async with broker.source(queue, user=pilot_user, token="secret") as source, source.consume(1) as consumer:
         await take(consumer)
-    await eventually(lambda: broker.server.counts(queue) == (1, 0))
-    logs = [path.read_text() for path in (broker.server.directory / "log").iterdir()]
-    assert not any("closed TCP connection" in line for log in logs for line in log.splitlines()[-10:])
+
+    def told() -> list[str]:
+        """Give the lines of the server's log that are of our user's connection."""
+        lines = [line for log in (broker.server.directory / "log").iterdir() for line in log.read_text().splitlines()]
+        (connection,) = {line.split()[3] for line in lines if f"user '{pilot_user}' authenticated" in line}
+        return [line for line in lines if line.split()[3:4] == [connection]]
+
+    await eventually(lambda: any("closing AMQP connection" in line for line in told()))
+    assert not [line for line in told() if "closed TCP connection" in line]
