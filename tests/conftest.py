@@ -1,26 +1,43 @@
+"""Servers that tests share, each started when it is first needed.
+
+`.ci/test` runs several tests at once. One that measures time, or looks at all that runs on the machine, says
+`@pytest.mark.alone`; the fixture of a new server is added to SERVERS in tests/sharing.py.
+"""
+
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
-from tests import engines, servers
+from tests import engines, servers, sharing
 from tests.apptainer import open_apptainer
 from tests.runtimes_support import make_image
 
 SERVICES: list[str] = []
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(sharing)
     # Ended by a `timeout`, pytest would leave all that its fixtures have started; an interrupt ends them.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"services that ran: {', '.join(SERVICES) or 'none'}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if sharing.is_worker(session.config):
+        session.config.workeroutput["services"] = SERVICES  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    SERVICES.extend(getattr(node, "workeroutput", {}).get("services", ()))
 
 
 def cannot(reason: str) -> NoReturn:

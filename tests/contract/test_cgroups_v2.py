@@ -117,7 +117,7 @@ KILLED = textwrap.dedent("""\
 
 
 @pytest.fixture(scope="session")
-def found(need: Callable[[str, str], None], tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
+def linux(need: Callable[[str, str], None], tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     """Boot it, and collect what was found in each of its groups."""
     if not AS_ROOT:
         pytest.skip("its processes are root's, who can do no more in it than this user outside")
@@ -151,39 +151,39 @@ def boot(init: Path) -> str:
 
 
 @pytest.mark.parametrize(("where", "runtime"), [("alone", "process"), ("alone", "bubblewrap"), ("delegated", "process")])
-def test_limits_are_enforced_by_groups_of_version_2(found: Mapping[str, Any], where: str, runtime: str) -> None:
-    assert found[where]["how"] == dict.fromkeys(("memory", "cpus", "pids"), "control group")
-    ended = found[where][runtime]
+def test_limits_are_enforced_by_groups_of_version_2(linux: Mapping[str, Any], where: str, runtime: str) -> None:
+    assert linux[where]["how"] == dict.fromkeys(("memory", "cpus", "pids"), "control group")
+    ended = linux[where][runtime]
     assert ended["memory"] == {"code": 137, "out_of_memory": True, "stdout": "", "stderr": ""}
     assert ended["pids"]["code"] != 0
     assert "fork" in ended["pids"]["stderr"]
     assert ended["all"] == {"code": 42, "out_of_memory": False, "stdout": "", "stderr": ""}
 
 
-def test_the_payload_is_in_a_group_of_its_own_of_which_a_container_sees_nothing(found: Mapping[str, Any]) -> None:
-    place = found["alone"]["process"]["where"]["stdout"].strip()
+def test_the_payload_is_in_a_group_of_its_own_of_which_a_container_sees_nothing(linux: Mapping[str, Any]) -> None:
+    place = linux["alone"]["process"]["where"]["stdout"].strip()
     assert place.startswith("0::/alone/trio-pilot-")
     assert place.endswith("/payload")
-    assert found["alone"]["bubblewrap"]["where"]["stdout"] == "0::/\n"
+    assert linux["alone"]["bubblewrap"]["where"]["stdout"] == "0::/\n"
 
 
 @pytest.mark.parametrize("where", ["alone", "together", "delegated", "killed"])
-def test_a_pilot_leaves_its_group_as_it_was(found: Mapping[str, Any], where: str) -> None:
-    assert found[where]["left"] == []
-    assert found[where]["back"]
-    assert found[where]["controllers"].strip() == ""
+def test_a_pilot_leaves_its_group_as_it_was(linux: Mapping[str, Any], where: str) -> None:
+    assert linux[where]["left"] == []
+    assert linux[where]["back"]
+    assert linux[where]["controllers"].strip() == ""
 
 
-def test_others_in_the_group_are_left_alone_and_rlimits_taken(found: Mapping[str, Any]) -> None:
-    how = found["together"]["how"]
+def test_others_in_the_group_are_left_alone_and_rlimits_taken(linux: Mapping[str, Any]) -> None:
+    how = linux["together"]["how"]
     assert how["memory"].startswith("rlimit, the address space of each process for itself (no control group can be made in")
     assert "others are in it too, such as process" in how["memory"]
     assert how["cpus"].startswith("affinity")
     assert how["pids"].startswith("not enforced")
-    assert found["together"]["process"]["memory"]["code"] == 1
-    assert found["together"]["process"]["all"]["code"] == 42
+    assert linux["together"]["process"]["memory"]["code"] == 1
+    assert linux["together"]["process"]["all"]["code"] == 42
 
 
-def test_the_guardian_of_a_killed_pilot_finds_its_containers(found: Mapping[str, Any]) -> None:
-    assert len(found["killed"]["before"]) == 1
-    assert found["killed"]["swept"] == 1
+def test_the_guardian_of_a_killed_pilot_finds_its_containers(linux: Mapping[str, Any]) -> None:
+    assert len(linux["killed"]["before"]) == 1
+    assert linux["killed"]["swept"] == 1

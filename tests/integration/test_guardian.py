@@ -136,6 +136,7 @@ def test_a_guardian_that_is_killed_is_followed_by_another(pilots: PilotCommand, 
     all_events_can_be_done(pilots, containment, range(2))
 
 
+@pytest.mark.alone  # any pilot that starts sweeps after the dead
 def test_what_a_pilot_and_its_guardian_leave_is_swept_by_the_next(pilots: PilotCommand, mark: str) -> None:
     pilots.send(*range(2))
     pilot = start(pilots, IN_PROCESS, mark)

@@ -4,7 +4,6 @@ import statistics
 import sys
 import time
 import uuid
-from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -14,9 +13,11 @@ from subprocess import PIPE, Popen
 import pytest
 import trio
 
+from tests.brokers import patient, take
 from tests.servers import RabbitServer
-from trio_pilot.brokers import QueueAddress, Settlement, open_sink, open_source
-from trio_pilot.pilot import next_delivery
+from trio_pilot.brokers import QueueAddress, Settlement, Sink, Source, open_sink, open_source
+
+pytestmark = pytest.mark.alone
 
 COMMAND = Path(sys.executable).with_name("trio-pilot")
 
@@ -49,6 +50,14 @@ class Bench:
             finally:
                 process.terminate()
                 await trio.to_thread.run_sync(process.wait)
+
+    @asynccontextmanager
+    async def ends(self) -> AsyncIterator[tuple[Sink, Source]]:
+        """Be ready to send events and to receive outputs."""
+        async with open_sink(self.incoming, patient) as sink, open_source(self.outgoing, patient) as source:
+            await sink.ready()
+            await source.ready()
+            yield sink, source
 
 
 @pytest.fixture(params=["local", "rabbitmq"])
@@ -108,24 +117,16 @@ async def test_a_pilot_ends_soon_after_its_idle_timeout(bench: Bench) -> None:
 
 async def test_a_lone_event_on_an_idle_pilot_is_answered_at_once(bench: Bench) -> None:
     took = []
-    async with (
-        open_sink(bench.incoming, lambda _: False) as sink,
-        open_source(bench.outgoing, lambda _: False) as source,
-        bench.pilot() as process,
-    ):
-        await sink.ready()
-        await source.ready()
-        async with source.consume(1) as consumer:
-            await line_with(process, b"listening")
-            for _ in range(15):
-                await trio.sleep(0.1)
-                started = time.monotonic()
-                await sink.send(b"event", uuid.uuid4().hex)
-                delivery = await next_delivery(deque([consumer]), 60)
-                assert delivery is not None
-                took.append(time.monotonic() - started)
-                assert delivery.body == b"event"
-                await source.settle(delivery, Settlement.ACK)
+    async with bench.ends() as (sink, source), bench.pilot() as process, source.consume(1) as consumer:
+        await line_with(process, b"listening")
+        for _ in range(15):
+            await trio.sleep(0.1)
+            started = time.monotonic()
+            await sink.send(b"event", uuid.uuid4().hex)
+            delivery = await take(consumer)
+            took.append(time.monotonic() - started)
+            assert delivery.body == b"event"
+            await source.settle(delivery, Settlement.ACK)
     process_cost = await cost_of_the_process()
     print(f"a lone event: {1000 * statistics.median(took):.1f} ms; a process alone: {1000 * process_cost:.1f} ms")
     assert statistics.median(took) < 0.05 + process_cost
@@ -143,13 +144,7 @@ async def cost_of_the_process() -> float:
 
 async def memory_after(process: "Popen[bytes]", bench: Bench, events: int) -> int:
     """Have the pilot do so many events, and tell its memory in kB."""
-    async with (
-        open_sink(bench.incoming, lambda _: False) as sink,
-        open_source(bench.outgoing, lambda _: False) as source,
-        trio.open_nursery() as nursery,
-    ):
-        await sink.ready()
-        await source.ready()
+    async with bench.ends() as (sink, source), trio.open_nursery() as nursery:
 
         async def feed() -> None:
             for _ in range(events):
@@ -158,9 +153,7 @@ async def memory_after(process: "Popen[bytes]", bench: Bench, events: int) -> in
         nursery.start_soon(feed)
         async with source.consume(64) as consumer:
             for _ in range(events):
-                delivery = await next_delivery(deque([consumer]), 60)
-                assert delivery is not None
-                await source.settle(delivery, Settlement.ACK)
+                await source.settle(await take(consumer), Settlement.ACK)
     (line,) = (line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if "VmRSS" in line)  # noqa: ASYNC240
     return int(line.split()[1])
 

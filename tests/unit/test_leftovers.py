@@ -36,6 +36,7 @@ def start(pilot: object, script: str) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(["sh", "-c", f"{script}; :"], env=env, start_new_session=True)
 
 
+@pytest.mark.alone  # any pilot that starts sweeps after the dead
 def test_the_processes_of_a_dead_pilot_are_ended_and_those_of_a_living_one_are_not() -> None:
     with start(own(), "sleep 1000") as living, start("nonsense", "sleep 1000") as foreign:
         with start(NOBODY, "env -i setsid sleep 1000 & sleep 1000") as dead:
@@ -78,7 +79,11 @@ def test_the_directories_of_a_dead_pilot_are_removed(tmp_path: Path, said: str) 
         assert workspace.sweep(mine.root) == 0
 
 
-@pytest.mark.parametrize("said", [f"{BEFORE}@another-machine", f"{own()}@{NODE}", "", "nonsense", "a@b"])
+@pytest.mark.parametrize(
+    "said",
+    [f"{BEFORE}@another-machine", f"{own()}@{NODE}", "", "nonsense", "a@b"],
+    ids=["of another machine", "of one that lives", "of nobody", "nonsense", "of neither"],
+)
 def test_directories_of_which_it_is_not_sure_are_left_alone(tmp_path: Path, said: str) -> None:
     directory = leave(tmp_path, "01234567", said)
     with open_workspace(tmp_path, []) as mine:
