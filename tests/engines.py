@@ -18,7 +18,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from tests.servers import UnavailableError, need
+from tests.servers import UnavailableError, free_port, need
 from trio_pilot.engine_leftovers import LABEL, UnixConnection
 
 START_TIMEOUT = 60.0  # seconds; it takes less than one on an idle machine
@@ -42,6 +42,14 @@ events_logger = "none"
 
 CONTAINERS_CONF_ROOTLESS = CONTAINERS_CONF[CONTAINERS_CONF.index("netns") :]
 
+# Docker trusts all that is at 127.0.0.1.
+REGISTRIES_CONF = """
+unqualified-search-registries = ["localhost"]
+[[registry]]
+location = "127.0.0.1:{}"
+insecure = true
+"""
+
 SOMEBODY = 23456  # a user
 
 # The first process of the namespaces: it reaps, and leaves when it is killed with its parent.
@@ -55,6 +63,8 @@ class Engine:
         self.name = name
         self.directory = directory
         self.socket = directory / f"{name}.sock"
+        self.registry_port = free_port()  # of a registry that it would trust
+        (directory / "registries.conf").write_text(REGISTRIES_CONF.format(self.registry_port))
         self._command = command
         self._importing = importing  # what to ask of it to import IMAGE
         self._preparation = preparation  # of the namespaces, for a shell
@@ -78,7 +88,11 @@ class Engine:
         with self._log.open("ab") as log:
             self._daemon = subprocess.Popen(
                 [*entering, *self._command],
-                env={**os.environ, "CONTAINERS_CONF": str(self.directory / "containers.conf")},
+                env={
+                    **os.environ,
+                    "CONTAINERS_CONF": str(self.directory / "containers.conf"),
+                    "CONTAINERS_REGISTRIES_CONF": str(self.directory / "registries.conf"),
+                },
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -128,6 +142,11 @@ class Engine:
         filters = urllib.parse.quote(json.dumps({"label": [LABEL], **({"status": states} if states else {})}))
         found: list[dict[str, Any]] = json.loads(self.api("GET", f"/v1.40/containers/json?all=1&filters={filters}"))
         return sorted(name.removeprefix("/") for container in found for name in container["Names"])
+
+    def has_image(self, name: str) -> str | None:
+        """Give the id of an image, if it is there."""
+        images = json.loads(self.api("GET", "/v1.40/images/json"))
+        return next((image["Id"] for image in images if name in (image["RepoTags"] or ())), None)
 
     def load(self, archive: IO[bytes]) -> None:
         """Make the image of a tar archive."""

@@ -1,5 +1,7 @@
 """What goes wrong between a pilot and an engine, or with the engine itself."""
 
+import base64
+import json
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
@@ -15,6 +17,7 @@ from tests.conftest import cannot
 from tests.contract.subjects import ENGINES, Subject
 from tests.engine_proxy import EngineProxy, engine_proxy
 from tests.engines import IMAGE, Engine
+from tests.registry import PASSWORD, USER, Registry, registry
 from tests.runtimes_support import (
     PATIENCE,
     PilotCommand,
@@ -41,10 +44,12 @@ from trio_pilot.runtimes import (
     engine_api,
     engine_container,
     podman,
+    pull,
 )
 from trio_pilot.runtimes.choice import Family
 from trio_pilot.runtimes.engine import EngineRuntime
 from trio_pilot.runtimes.engine_outputs import MOST, MOST_TAIL
+from trio_pilot.runtimes.registry import registry_of
 
 OPTIONS = Options(kill_grace=0.3, engine_patience=20)
 
@@ -519,3 +524,56 @@ async def test_a_users_own_podman_does_the_same(image: Path, everybodys: Path, m
             nursery.cancel_scope.cancel()
     assert ended.stdout.read_text() == "0\n"
     assert (ended.scratch / "ready").stat().st_uid == engines.SOMEBODY
+
+
+@pytest.fixture
+def private(here: Engine, image: Path) -> Iterator[Registry]:
+    with registry(image, here.registry_port) as server:
+        yield server
+        if found := here.has_image(server.image):
+            here.api("DELETE", f"/v1.40/images/{found}?force=1")
+
+
+@pytest.fixture
+def login(tmp_path: Path, private: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    auth = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+    (tmp_path / "auth.json").write_text(json.dumps({"auths": {registry_of(private.image): {"auth": auth}}}))
+    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))
+
+
+@at_both
+async def test_an_image_of_a_registry_where_nobody_has_logged_in_cannot_be_had(runtime: Runtime, private: Registry) -> None:
+    with trio.fail_after(PATIENCE), pytest.raises(NodeError, match=f"the image {private.image} could not be pulled"):
+        await runtime.prepare(private.image)
+
+
+@at_both
+@pytest.mark.usefixtures("login")
+async def test_an_image_is_pulled_from_a_registry_that_wants_patience_and_a_login(
+    subject: Subject, runtime: Runtime, private: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pull, "FIRST_PAUSE", 0.01)
+    private.refusals = 1
+    with trio.fail_after(PATIENCE):
+        await runtime.prepare(private.image)
+    container = replace(subject.container("sh", "-c", "echo pulled"), image=private.image)
+    assert await end_of(runtime, container) == Exit(0)
+    assert container.stdout.read_text() == "pulled\n"
+
+
+@at_both
+@pytest.mark.usefixtures("login")
+async def test_a_pull_that_is_cancelled_ends_at_once_and_can_be_done_again(
+    here: Engine, runtime: Runtime, private: Registry
+) -> None:
+    private.stalling.set()
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(runtime.prepare, private.image)
+            await until(private.stalled.is_set)
+            nursery.cancel_scope.cancel()
+    assert not here.has_image(private.image)
+    private.stalling.clear()
+    with trio.fail_after(PATIENCE):
+        await runtime.prepare(private.image)
+    assert here.has_image(private.image)
