@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeAlias, get_type_
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from trio_pilot import __version__, log
-from trio_pilot.commands import SIGNALLED, SignalledError, leaves
-from trio_pilot.errors import ContainerRunError, PilotError, SettingsError, TasksFailedError
+from trio_pilot.commands import SIGNALLED, SignalledError
+from trio_pilot.errors import ContainerRunError, PilotError, SettingsError, TasksFailedError, leaves
 from trio_pilot.log import LOGGER
 from trio_pilot.settings import FIELDS, Settings, environment, flag_of, load, sections, unknown_variables
 

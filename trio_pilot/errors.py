@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class PilotError(Exception):
@@ -41,6 +41,10 @@ class ContainerLostError(NodeError):
     """A container ended with its engine, or nobody knows how. The engine may work again: the pilot goes on."""
 
 
+class ReportError(PilotError):
+    """What the pilot does cannot be told to HTCondor. It never ends a pilot."""
+
+
 class EventError(PilotError):
     """This event cannot be done, and another machine would do no better."""
 
@@ -72,6 +76,20 @@ class ContainerOutOfMemoryError(ContainerRunError, MemoryError):
 def names(error: BaseException) -> set[str]:
     """Give the names by which OKAY_ERRORS may call an error: its class and all the classes above."""
     return {cls.__name__ for cls in type(error).__mro__}
+
+
+def leaves(group: BaseExceptionGroup[Any]) -> Iterator[Any]:
+    """Give the errors in a group of errors, and in the groups in it."""
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from leaves(error)
+        else:
+            yield error
+
+
+def first(error: BaseException) -> BaseException:
+    """Give the first error in a group, or what is no group as it is."""
+    return next(leaves(error)) if isinstance(error, BaseExceptionGroup) else error
 
 
 @contextmanager

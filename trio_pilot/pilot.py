@@ -3,10 +3,11 @@
 serve
  ├ signals          drain: take no more events, give the running tasks a deadline; at the second one, now
  └ guardian         a process of its own: when the pilot is gone, however it went, it removes what is left
-   └ workspace, runtime, brokers     outlive every task, so that a task being killed can still settle
-     └ tasks          one child per event
-       ├ init         sweep, broker, image and init container; no event is taken before all are good
-       └ consumers    take an event only when a slot is free for it
+   └ reporter       tells HTCondor how things are; the last state when all below has ended
+     └ workspace, runtime, brokers     outlive every task, so that a task being killed can still settle
+       └ tasks          one child per event
+         ├ init         sweep, broker, image and init container; no event is taken before all are good
+         └ consumers    take an event only when a slot is free for it
 """
 
 from collections import deque
@@ -59,6 +60,7 @@ class Drain:
 async def serve(
     settings: Settings,
     guard: AbstractAsyncContextManager[Guard],
+    reporter: AbstractAsyncContextManager[None],
     runtime: AbstractAsyncContextManager[Runtime],
     sources: AbstractAsyncContextManager[list[Source]],
     sinks: AbstractAsyncContextManager[list[Sink]],
@@ -80,17 +82,17 @@ async def serve(
     drain = Drain(settings.grace)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(drain.heed, signals)
-        async with guard as guardian:
+        async with guard as guardian, reporter:
             guardian.watch("data", root_in(settings.data_dir_parent_path_on_host))
-            with _open_workspace(settings) as workspace:
+            with status.concluding(), _open_workspace(settings) as workspace:
                 async with runtime as containers, sources as incoming, sinks as outgoing:
+                    status.runtime = containers.name
                     if containers.engine:
                         guardian.watch("engine", containers.engine)
                     tools = Tools(guardian, workspace, containers, outgoing)
                     await Pilot(settings, tools, incoming, status, drain).work()
-        await _quarantine(settings, status, drain)
+            await _quarantine(settings, status, drain)
         nursery.cancel_scope.cancel()
-    status.state.value = State.DONE
     if status.failed.value:
         raise TasksFailedError(status.failures())
     return drain.signal
@@ -164,7 +166,7 @@ class Pilot:
                 delivery = await self._next_event(consumers, idle_limit)
                 if delivery is None:
                     return
-                self._status.running.value += 1
+                self._status.start_task()
                 tasks.start_soon(self._run_task, delivery, slot)
                 idle_limit = self._settings.timeout_queue_incoming
                 self._status.state.value = State.TASKING
@@ -183,7 +185,7 @@ class Pilot:
             self._status.returned.value += 1
             raise
         finally:
-            self._status.running.value -= 1
+            self._status.end_task()
             self._slots.release_on_behalf_of(slot)
 
     def _count(self, delivery: Delivery, error: PilotError | None) -> None:

@@ -51,22 +51,20 @@ def setting(
     *,
     variables: tuple[str, ...] = (),
     secret: bool = False,
-    to_come: bool = False,
 ) -> Any:
     """Describe a setting; its default is written as a person would write it, None is no value at all.
 
     Its variable is EWMS_PILOT_ and its name in capitals; of other `variables`, the first that is set counts. The value of
-    a `secret` is never shown. What is `to_come` is understood, and has no effect yet.
+    a `secret` is never shown.
     """
     return dataclasses.field(
         default_factory=lambda: None if default is None else parse(default),
         metadata={
             "default": default,
             "parse": parse,
-            "meaning": f"{meaning} (to come)" if to_come else meaning,
+            "meaning": meaning,
             "variables": variables,
             "secret": secret,
-            "to_come": to_come,
         },
         repr=not secret,
     )
@@ -167,9 +165,11 @@ class Settings:
     cl_log: str = setting("INFO", log_level, "log level")
     cl_log_third_party: str = setting("WARNING", log_level, "log level of libraries")
     dump_task_output: bool = setting("false", boolean, "copy each task's stdout and stderr to the pilot's")
-    htchirp: bool = setting("false", boolean, "report to HTCondor", to_come=True)
-    htchirp_dest: str = setting("JOB_ATTR", one_of("JOB_ATTR", "JOB_EVENT_LOG"), "where to", to_come=True)
-    htchirp_ratelimit_interval: float = setting("60", seconds_or_none_at_all, "seconds between reports", to_come=True)
+    htchirp: bool = setting("false", boolean, "report to HTCondor by chirp")
+    htchirp_dest: str = setting(
+        "JOB_ATTR", one_of("JOB_ATTR", "JOB_EVENT_LOG"), "where: job attributes, or the job event log"
+    )
+    htchirp_ratelimit_interval: float = setting("60", seconds_or_none_at_all, "seconds between reports of counts")
 
     def __post_init__(self) -> None:
         if self.quarantine_time and not self.stop_listening_on_task_error:

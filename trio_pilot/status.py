@@ -1,11 +1,14 @@
 """What the pilot is doing and has done, for whoever wants to know."""
 
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 
+import trio
 from trio_util import AsyncValue
 
-from trio_pilot.errors import PilotError
+from trio_pilot.errors import PilotError, first
 from trio_pilot.statistics import RunTimes
 
 MOST_ERRORS = 20  # errors of tasks that are told one by one; memory must not grow with the events
@@ -32,14 +35,48 @@ class Status:
         self.succeeded: AsyncValue[int] = AsyncValue(0)
         self.failed: AsyncValue[int] = AsyncValue(0)
         self.returned: AsyncValue[int] = AsyncValue(0)
+        self.error: AsyncValue[BaseException | None] = AsyncValue(None)  # the last
         self.errors: list[PilotError] = []
         self.run_times = RunTimes()
+        self.runtime = ""
+        self.taken = 0  # events
+        self.started_at = time.time()
+        self.last_event_at: float | None = None  # Unix time
+        self._busy, self._busy_at = 0.0, 0.0  # seconds of all slots together, up to when (trio time)
+
+    def start_task(self) -> None:
+        """Count an event that was taken, and runs now."""
+        self._busy, self._busy_at = self.seconds_busy(), trio.current_time()
+        self.taken += 1
+        self.last_event_at = time.time()
+        self.running.value += 1
+
+    def end_task(self) -> None:
+        """Count an event that runs no more."""
+        self._busy, self._busy_at = self.seconds_busy(), trio.current_time()
+        self.running.value -= 1
+
+    def seconds_busy(self) -> float:
+        """Give for how long slots have run tasks, all slots together, in seconds."""
+        return self._busy + self.running.value * (trio.current_time() - self._busy_at)
 
     def fail(self, error: PilotError) -> None:
         """Count a task that failed."""
         self.failed.value += 1
+        self.error.value = error
         if len(self.errors) < MOST_ERRORS:
             self.errors.append(error)
+
+    @contextmanager
+    def concluding(self) -> Iterator[None]:
+        """Conclude with the last state, and the error that was the end."""
+        try:
+            yield
+        except Exception as error:
+            self.error.value = first(error)
+            self.state.value = State.FATAL
+            raise
+        self.state.value = State.FATAL if self.failed.value else State.DONE
 
     def summary(self) -> Iterator[str]:
         """Say in the end what was done."""

@@ -70,11 +70,6 @@ def test_a_wrong_setting_is_told(check: Check) -> None:
     assert facts(found, "settings")[0].startswith("FAIL EWMS_PILOT_PREFETCH must be an integer ≥ 1, not 'two' →")
 
 
-def test_settings_to_come_are_told(check: Check) -> None:
-    said = facts(check(HTCHIRP="true", HTCHIRP_DEST="JOB_EVENT_LOG"), "settings")[0]
-    assert said.endswith("; no effect in this version: EWMS_PILOT_HTCHIRP, EWMS_PILOT_HTCHIRP_DEST")
-
-
 def test_queues_at_rabbitmq_are_found_and_their_messages_left(check: Check, rabbitmq: RabbitServer) -> None:
     found = check(BROKER=f"amqp://{rabbitmq.address}", QUEUE_INCOMING="check-in;check-in-2", QUEUE_OUTGOING="check-out")
     assert found[0] == 0

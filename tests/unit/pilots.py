@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGTERM
@@ -35,6 +35,7 @@ class Lab:
     guard: FakeGuard = field(default_factory=FakeGuard)
     runtime: FakeRuntime = field(default_factory=FakeRuntime)
     status: Status = field(default_factory=Status)
+    reporter: AbstractAsyncContextManager[None] = field(default_factory=nullcontext)
 
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "task_args": ("run", "{{INFILE}}", "{{OUTFILE}}"),
@@ -60,6 +61,7 @@ class Lab:
         return await serve(
             settings,
             self.guard.open(),
+            self.reporter,
             self.runtime.open(),
             all_of(map(self.broker.open_source, settings.queue_incoming)),
             all_of(map(self.broker.open_sink, settings.queue_outgoing)),

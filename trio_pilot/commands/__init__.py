@@ -1,8 +1,6 @@
 """The subcommands: each a module with a function that does it, and gives the exit code."""
 
 import signal
-from collections.abc import Iterator
-from typing import Any
 
 SIGNALLED = 128  # the exit code of a command ended by a signal is this and its number, as shells say it
 
@@ -14,12 +12,3 @@ class SignalledError(Exception):
         how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
         super().__init__(f"{how}: {done}" if done else how)
         self.number = number
-
-
-def leaves(group: BaseExceptionGroup[Any]) -> Iterator[Any]:
-    """Give the errors in a group of errors, and in the groups in it."""
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from leaves(error)
-        else:
-            yield error

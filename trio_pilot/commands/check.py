@@ -18,13 +18,12 @@ import trio
 
 from trio_pilot import limits
 from trio_pilot.brokers import QueueAddress, open_sink, open_source
-from trio_pilot.commands import leaves
 from trio_pilot.commands.signals import run_until_signalled
-from trio_pilot.errors import BrokerError, NodeError, PilotError, SettingsError, map_exceptions
+from trio_pilot.errors import BrokerError, NodeError, PilotError, SettingsError, leaves, map_exceptions
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import Runtime, bubblewrap
 from trio_pilot.runtimes.choice import ENGINES, OWN_ROOT, choose, open_runtime
-from trio_pilot.settings import FIELDS, Settings, flag_of, variables_of
+from trio_pilot.settings import FIELDS, Settings, flag_of
 from trio_pilot.workspace import open_workspace
 
 LEAST_FREE = 100 * 10**6  # bytes on the disk of the data directory
@@ -130,8 +129,7 @@ async def _settings(settings: Settings) -> str:
     settings.check_complete()
     default = Settings()
     given = [name for name in FIELDS if getattr(settings, name) != getattr(default, name)]
-    idle = [variables_of(name)[0] for name in given if FIELDS[name].metadata["to_come"]]
-    return ", ".join(map(flag_of, given)) + (f"; no effect in this version: {', '.join(idle)}" if idle else "")
+    return ", ".join(map(flag_of, given))
 
 
 def _queues(find: Callable[[], list[QueueAddress]]) -> list[QueueAddress]:

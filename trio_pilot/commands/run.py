@@ -8,19 +8,18 @@ import trio
 from trio_pilot.brokers import Patience, open_sinks, open_sources
 from trio_pilot.children import end_strays
 from trio_pilot.commands import SIGNALLED
+from trio_pilot.condor.reporter import open_reporter
 from trio_pilot.guard import open_guard
 from trio_pilot.log import LOGGER
 from trio_pilot.pilot import serve
 from trio_pilot.runtimes.choice import open_runtime
 from trio_pilot.settings import Settings
-from trio_pilot.status import State, Status
+from trio_pilot.status import Status
 
 
 def run(settings: Settings) -> int:
     """Run the pilot to its end, and give the exit code; see `trio_pilot.pilot.serve` for what it raises."""
     settings.check_complete()
-    if settings.htchirp:
-        LOGGER.warning("EWMS_PILOT_HTCHIRP: this version does not report to HTCondor yet")
     gc.freeze()  # what is imported by now is here to stay: not to be looked at again and again
     try:
         ended_by = trio.run(serve_here, settings)
@@ -38,15 +37,13 @@ async def serve_here(settings: Settings) -> int | None:
             return await serve(
                 settings,
                 open_guard(),
+                open_reporter(settings, status),
                 open_runtime(settings.runtime, settings.task_image, settings.runtime_options),
                 open_sources(settings.incoming(), patience),
                 open_sinks(settings.outgoing(), patience),
                 signals,
                 status,
             )
-        except Exception:
-            status.state.value = State.FATAL
-            raise
         finally:
             for line in status.summary():
                 LOGGER.info(line)
