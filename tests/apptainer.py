@@ -5,7 +5,6 @@ nor what dpkg and apt know change. What apt is asked for comes from where the ma
 """
 
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -13,11 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.servers import UnavailableError, need
+from tests.servers import UnavailableError, mirror, need
 
 SUITE = "sid"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-SOURCES = Path("/etc/apt/sources.list.d/debian.sources"), Path("/etc/apt/sources.list")
 PACKAGES = "apptainer", "libc6", "libseccomp2", "libsqlite3-0"
 
 # (program, Debian package): to make it run, to make and mount .sif files, to map users.
@@ -62,7 +60,7 @@ def _fetch(directory: Path) -> None:
     for name in ("lists/partial", "cache/archives/partial"):
         (directory / name).mkdir(parents=True)
     (directory / "status").touch()
-    source = f"deb [signed-by={KEYRING} check-valid-until=no] {_mirror()} {SUITE} main\n"
+    source = f"deb [signed-by={KEYRING} check-valid-until=no] {mirror()} {SUITE} main\n"
     (directory / "sources.list").write_text(source)
     options = {
         "Dir::Etc::SourceList": directory / "sources.list",
@@ -76,15 +74,6 @@ def _fetch(directory: Path) -> None:
     flags = [f"-o{name}={value}" for name, value in options.items()]
     _call("apt-get", "-qq", *flags, "update")
     _call("apt-get", "-qq", *flags, "download", *PACKAGES, cwd=directory)
-
-
-def _mirror() -> str:
-    """Tell where this machine has its packages from."""
-    for file in SOURCES:
-        said = file.read_text() if file.exists() else ""
-        if found := re.search(r"^(?:URIs:|deb (?:\[.*\] )?)\s*(\S+)", said, re.MULTILINE):
-            return found[1]
-    raise UnavailableError("apt's sources name no mirror of Debian's packages")
 
 
 def _relocate(prefix: Path, libraries: Path) -> None:

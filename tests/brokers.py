@@ -37,7 +37,7 @@ def patient(seconds: float) -> bool:
 
 
 class Broker(Protocol):
-    counts_releases: bool
+    counts_losses: bool  # what was delivered, and came back because its consumer was gone, counts as an attempt
 
     def source(self, queue: str) -> AbstractAsyncContextManager[Source]: ...
 
@@ -48,7 +48,7 @@ class Broker(Protocol):
 
 
 class Fake:
-    counts_releases = False
+    counts_losses = True
 
     def __init__(self) -> None:
         self._broker = FakeBroker()
@@ -65,7 +65,7 @@ class Fake:
 
 
 class Local:
-    counts_releases = False
+    counts_losses = True
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -88,13 +88,14 @@ class Local:
 
 
 class Rabbit:
-    counts_releases = True  # before RabbitMQ 4.3
-
-    def __init__(self, server: RabbitServer) -> None:
+    def __init__(self, server: RabbitServer, directory: Path | None = None) -> None:
         self.server = server
+        self.directory = directory or server.directory / "dead-letters"
+        self.counts_losses = server.version.startswith("4.3")
 
     def address(self, queue: str, server: str = "", user: str = "", token: str = "") -> QueueAddress:
-        return QueueAddress(queue, "rabbitmq", f"{user and user + '@'}{server or self.server.address}", token)
+        where = f"{user and user + '@'}{server or self.server.address}"
+        return QueueAddress(queue, "rabbitmq", where, token, self.directory)
 
     def source(self, queue: str, patience: Patience = patient, **address: str) -> AbstractAsyncContextManager[Source]:
         return open_source(self.address(queue, **address), patience)

@@ -31,6 +31,10 @@ class DeliveryLostError(BrokerError):
     """A delivery can no longer be settled: the connection it came by is gone, and the broker has it again."""
 
 
+class DeliveryReplacedError(DeliveryLostError):
+    """A delivery was lost, but not before its event was copied to where it belongs: should it come again, it is done."""
+
+
 class NodeError(PilotError):
     """This machine cannot run tasks: no runtime, no image, no disk. Never the event's fault."""
 

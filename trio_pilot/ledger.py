@@ -47,7 +47,7 @@ class Ledger:
 
     def adopt(self, delivery: Delivery) -> bool:
         """Give a new delivery to the event that is run already, if its own is lost; tell whether there was one."""
-        for life in self._running.get(_key(delivery), ()) if delivery.attempt > 1 else ():
+        for life in self._running.get(_key(delivery), ()) if delivery.redelivered else ():
             if life.delivery.source.has_lost(life.delivery):
                 life.delivery = delivery
                 return True
@@ -56,7 +56,7 @@ class Ledger:
     def was_done(self, delivery: Delivery) -> bool:
         """Tell whether a new delivery is of an event that is done already; once for each that was."""
         key = _key(delivery)
-        if delivery.attempt == 1 or key not in self._done:
+        if not delivery.redelivered or key not in self._done:
             return False
         self._done[key] -= 1
         if not self._done[key]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trio_pilot.brokers import QueueAddress
+from trio_pilot.brokers import DEAD_LETTERS, QueueAddress
 from trio_pilot.errors import SettingsError
 from trio_pilot.parsing import (
     Parse,
@@ -142,6 +142,9 @@ class Settings:
         "60", seconds_or_none_at_all, "docker, podman: seconds their daemon may be away before the pilot gives up"
     )
     data_dir_parent_path_on_host: Path = setting(".", path, "directory in which ewms-pilot-data/ is made")
+    dead_letter_directory: Path | None = setting(
+        None, path, "directory for dead letters that the broker does not take; none: ewms-pilot-dead-letters/ beside that"
+    )
     infile_ext: str = setting(".in", extension, "extension of the input file")
     outfile_ext: str = setting(".out", extension, "extension of the output file; .json is parsed and sent as JSON")
     external_directories: tuple[Path, ...] = setting(
@@ -219,9 +222,14 @@ class Settings:
         """Where the outputs go; raises SettingsError if that was not said."""
         return self._queues("outgoing")
 
+    @property
+    def dead_letters(self) -> Path:
+        """Where dead letters go that the broker does not take."""
+        return self.dead_letter_directory or self.data_dir_parent_path_on_host / DEAD_LETTERS
+
     def at_broker(self, queue: str) -> QueueAddress:
         """Find a queue at the broker of all queues."""
-        return _queue_address(queue, "", self.broker, self.broker_token)
+        return self._queue_address(queue, "", self.broker, self.broker_token)
 
     def _queues(self, direction: str) -> list[QueueAddress]:
         names = getattr(self, f"queue_{direction}")
@@ -233,7 +241,7 @@ class Settings:
             for what in ("broker_address", "broker_type", "auth_token")
         )
         return [
-            _queue_address(name, kind, address or self.broker, token or self.broker_token)
+            self._queue_address(name, kind, address or self.broker, token or self.broker_token)
             for name, kind, address, token in zip(names, kinds, addresses, tokens, strict=True)
         ]
 
@@ -244,12 +252,12 @@ class Settings:
             raise SettingsError(f"{PREFIX}{name.upper()} must have 1 or {count} values, one a queue, not {len(values)}")
         return values * count if len(values) == 1 else values
 
-
-def _queue_address(queue: str, kind: str, address: str, token: str) -> QueueAddress:
-    """Tell the kind of a broker by its address, where nothing else does: a queue file is local."""
-    is_file = not address or address.startswith(("/", ".", "~")) or address.endswith((".sqlite", ".db"))
-    kind = kind or ("local" if is_file and "://" not in address else "rabbitmq")
-    return QueueAddress(queue, kind, address or ("localhost" if kind == "rabbitmq" else ""), token)
+    def _queue_address(self, queue: str, kind: str, address: str, token: str) -> QueueAddress:
+        """Tell the kind of a broker by its address, where nothing else does: a queue file is local."""
+        is_file = not address or address.startswith(("/", ".", "~")) or address.endswith((".sqlite", ".db"))
+        kind = kind or ("local" if is_file and "://" not in address else "rabbitmq")
+        address = address or ("localhost" if kind == "rabbitmq" else "")
+        return QueueAddress(queue, kind, address, token, self.dead_letters)
 
 
 FIELDS: Mapping[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(Settings)}

@@ -15,6 +15,7 @@ from trio_pilot.errors import (
     ContainerRunError,
     ContainerTimeoutError,
     DeliveryLostError,
+    DeliveryReplacedError,
     EventError,
     NodeError,
     PilotError,
@@ -119,7 +120,7 @@ class Worker:
         try:
             await self._work(life.delivery, files)
         except (EventError, NodeError) as error:
-            await self._settle(life, self._by_cause(error, life.delivery), str(error))
+            await self._settle(life, self._by_cause(error, life.delivery), error)
             return error
         except BaseException:
             await self._release(life)
@@ -162,21 +163,22 @@ class Worker:
         if not await self._disk.finish(staging.outfile_size(files), self._spares.take_back, files):
             await self._disk.finish(math.inf, staging.remove, files)
 
-    async def _settle(self, life: Life, settlement: Settlement, reason: str = "") -> None:
+    async def _settle(self, life: Life, settlement: Settlement, cause: PilotError | None = None) -> None:
         with trio.move_on_after(self._settings.settle_grace, shield=True) as patience:
-            while not await self._try_to_settle(life, life.delivery, settlement, reason):
+            while not await self._try_to_settle(life, life.delivery, settlement, cause):
                 pass  # it has come again meanwhile
         if patience.cancelled_caught:
             LOGGER.warning("event %s not settled (%s) in time", life.delivery.message_id, settlement.value)
 
-    async def _try_to_settle(self, life: Life, delivery: Delivery, settlement: Settlement, reason: str) -> bool:
+    async def _try_to_settle(self, life: Life, delivery: Delivery, settlement: Settlement, cause: PilotError | None) -> bool:
+        said = (str(cause), type(cause).__name__) if cause else ()
         try:
-            await delivery.source.settle(delivery, settlement, reason)
+            await delivery.source.settle(delivery, settlement, *said)
         except DeliveryLostError as error:
             if life.delivery is not delivery:
                 return False
             LOGGER.warning("not settled (%s): %s", settlement.value, error)
-            if settlement is Settlement.ACK:
+            if settlement is Settlement.ACK or isinstance(error, DeliveryReplacedError):
                 self._ledger.done(delivery)
         return True
 

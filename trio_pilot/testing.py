@@ -7,14 +7,15 @@ awaits at every call, and calls its `fault` there with the name of the call, whi
 import itertools
 import shutil
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import trio
 
-from trio_pilot.brokers import Delivery, Settlement, dead_letter_queue
+from trio_pilot.brokers import Delivery, Settlement, dead_letter_queue, dead_letters
 from trio_pilot.errors import DeliveryLostError
 from trio_pilot.runtimes import Container, Exit
 
@@ -33,6 +34,8 @@ class FakeMessage:
     message_id: str
     attempts: int = 0
     reason: str = ""
+    redelivered: bool = False
+    headers: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -58,6 +61,7 @@ class FakeBroker:
         for tag in sorted(set(tags) & self.unsettled.keys()):
             queue, message = self.unsettled.pop(tag)
             message.attempts += 1
+            message.redelivered = True
             self.history.append(("TAKEN_BACK", message.message_id))
             self.queues.setdefault(queue, deque()).append(message)
         self.changed()
@@ -121,7 +125,7 @@ class FakeSource:
         """Tell whether the broker has it back."""
         return delivery.tag not in self.broker.unsettled
 
-    async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "") -> None:
+    async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "", error: str = "") -> None:
         """Settle a delivery; a second time is an error of the caller's."""
         await self.broker.call(f"source.{settlement.name.lower()}")
         if delivery.tag not in self.broker.unsettled:
@@ -132,8 +136,10 @@ class FakeSource:
         if settlement is Settlement.ACK:
             return
         message.attempts += settlement is Settlement.REJECT
+        message.redelivered = True
         if settlement is Settlement.DEAD_LETTER:
             queue, message.reason = dead_letter_queue(queue), reason
+            message.headers = dead_letters.headers(dead_letters.facts(delivery, reason, error))
         self.broker.queues.setdefault(queue, deque()).append(message)
         self.broker.changed()
 
@@ -145,7 +151,8 @@ class FakeSource:
         message, tag = ready.popleft(), next(self.broker._tags)
         self.broker.unsettled[tag] = self.queue, message
         self._tags.add(tag)
-        return Delivery(self, self.queue, message.body, message.message_id, message.attempts + 1, tag)
+        facts = self, self.queue, message.body, message.message_id, message.attempts + 1, tag
+        return Delivery(*facts, redelivered=message.redelivered, headers=message.headers)
 
     def take_back(self) -> None:
         """Return to the queue what was delivered and not settled."""

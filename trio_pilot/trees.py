@@ -39,3 +39,33 @@ def _unlock(root: Path) -> None:
             if not path.is_symlink():  # what it leads to is none of ours
                 with suppress(OSError):
                     path.chmod(0o700)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file that is either there as a whole, on disk, or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def make_durably(directory: Path) -> None:
+    """Make a directory, and those above it, so that they are there after a power failure."""
+    if not directory.is_dir():
+        make_durably(directory.parent)
+        directory.mkdir(exist_ok=True)
+        sync(directory.parent)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a directory, on disk."""
+    with opened(path, os.O_RDONLY) as descriptor:
+        os.fsync(descriptor)

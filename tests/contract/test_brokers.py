@@ -1,13 +1,16 @@
 # What every broker does, the fake included; what is one broker's own is in test_local.py and test_rabbitmq.py.
 
+import os
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import trio
 
 from tests.brokers import LONG, Broker, Fake, Local, Rabbit, new_name, nothing_comes, take
-from trio_pilot.brokers import Consumer, Delivery, Settlement, Source
+from trio_pilot import identity
+from trio_pilot.brokers import Consumer, Delivery, Settlement, Source, dead_letter_queue
 from trio_pilot.errors import DeliveryLostError
 
 
@@ -100,9 +103,10 @@ async def test_an_acked_message_is_gone(broker: Broker, queue: str) -> None:
 async def test_a_released_message_comes_back(broker: Broker, queue: str) -> None:
     await send(broker, queue, b"a")
     async with broker.source(queue) as source, source.consume(1) as consumer:
-        for attempt in range(1, 4):
+        for attempt in range(1, 26):
             delivery = await take(consumer)
-            assert delivery.attempt == (attempt if broker.counts_releases else 1)
+            assert delivery.attempt == 1
+            assert delivery.redelivered or attempt != 2
             await source.settle(delivery, Settlement.RELEASE)
         assert await settle_all(source, consumer, 1) == [b"a"]
 
@@ -110,10 +114,13 @@ async def test_a_released_message_comes_back(broker: Broker, queue: str) -> None
 async def test_a_rejected_message_comes_back_counted(broker: Broker, queue: str) -> None:
     await send(broker, queue, b"a")
     async with broker.source(queue) as source, source.consume(1) as consumer:
-        for attempt in range(1, 4):
+        for attempt in range(1, 26):
             delivery = await take(consumer)
             assert (delivery.attempt, delivery.message_id) == (attempt, "id-0")
             await source.settle(delivery, Settlement.REJECT)
+            released = await take(consumer)
+            assert released.attempt == attempt + 1
+            await source.settle(released, Settlement.RELEASE)
         assert await settle_all(source, consumer, 1) == [b"a"]
 
 
@@ -138,6 +145,20 @@ async def test_a_dead_letter_is_set_aside_with_its_reason(broker: Broker, queue:
     ((body, message_id, said),) = broker.dead_letters(queue)
     assert (body, message_id) == (b"bad", "id-0")
     assert said[:1000].replace("\udcff", "?") == reason[:1000].replace("\udcff", "?")
+
+
+async def test_a_dead_letter_says_what_failed_how_often_where_and_when(broker: Broker, queue: str) -> None:
+    await send(broker, queue, b"bad")
+    async with broker.source(queue) as source, source.consume(1) as consumer:
+        await source.settle(await take(consumer), Settlement.REJECT)
+        await source.settle(await take(consumer), Settlement.DEAD_LETTER, "no JSON", "DecodeError")
+    async with broker.source(dead_letter_queue(queue)) as source, source.consume(1) as consumer:
+        delivery = await take(consumer)
+        await source.settle(delivery, Settlement.ACK)
+    facts = {name.removeprefix("x-trio-pilot-"): value for name, value in delivery.headers.items()}
+    assert facts.items() >= {"reason": "no JSON", "error": "DecodeError", "attempts": 2, "queue": queue}.items()
+    assert (facts["pilot"], facts["host"]) == (str(identity.own()), os.uname().nodename)
+    assert abs(datetime.fromisoformat(str(facts["time"])) - datetime.now(UTC)) < timedelta(minutes=1)
 
 
 async def test_a_hundred_dead_letters_are_set_aside_at_once(broker: Broker, queue: str) -> None:
@@ -181,13 +202,15 @@ async def test_no_moment_to_end_consuming_keeps_a_message(broker: Broker, queue:
         assert sorted(delivery.body for delivery in await ready_again(broker, queue, 2)) == [b"a", b"b"]
 
 
-async def test_what_is_not_settled_comes_back_counted_when_its_source_closes(broker: Broker, queue: str) -> None:
+async def test_what_is_not_settled_comes_back_when_its_source_closes(broker: Broker, queue: str) -> None:
     await send(broker, queue, b"a", b"b")
     async with broker.source(queue) as source, source.consume(2) as consumer:
         await take(consumer)
         await take(consumer)
     again = await ready_again(broker, queue, 2)
-    assert sorted((delivery.body, delivery.attempt) for delivery in again) == [(b"a", 2), (b"b", 2)]
+    assert sorted(delivery.body for delivery in again) == [b"a", b"b"]
+    assert {delivery.attempt for delivery in again} == {2 if broker.counts_losses else 1}
+    assert all(delivery.redelivered for delivery in again)
 
 
 async def test_a_cancelled_take_has_taken_nothing(broker: Broker, queue: str) -> None:

@@ -3,12 +3,13 @@
 import errno
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,21 @@ async def test_a_place_that_cannot_be_written_is_one_clear_line(tmp_path: Path, 
         error = await failure_of(queue)
         assert isinstance(error, BrokerError)
         assert file in str(error)
+
+
+async def test_a_queue_file_of_an_earlier_version_is_brought_up_to_date(broker: Local) -> None:
+    with closing(sqlite3.connect(broker.file)) as connection:
+        connection.executescript("""
+            CREATE TABLE message (position INTEGER PRIMARY KEY, queue TEXT NOT NULL, body BLOB NOT NULL,
+                message_id TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0, reason TEXT, consumer INTEGER);
+            INSERT INTO message (queue, body, message_id) VALUES ('q', x'61', 'a');
+            PRAGMA user_version = 1;
+        """)
+    async with broker.source("q") as source, source.consume(1) as consumer:
+        delivery = await take(consumer)
+        assert (delivery.body, delivery.redelivered) == (b"a", False)
+        await source.settle(delivery, Settlement.DEAD_LETTER, "why")
+    assert broker.dead_letters("q") == [(b"a", "a", "why")]
 
 
 async def test_a_queue_file_of_a_later_version_is_one_clear_line(broker: Local) -> None:

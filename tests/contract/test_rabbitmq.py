@@ -13,7 +13,7 @@ import trio
 
 from tests.brokers import LONG, Rabbit, eventually, failure_of, leaves, new_name, nothing_comes, take
 from tests.servers import MAX_MESSAGE_SIZE, RabbitServer
-from trio_pilot.brokers import Settlement, dead_letter_queue
+from trio_pilot.brokers import Settlement, dead_letter_queue, dead_letters
 from trio_pilot.errors import BrokerError, DeliveryLostError, PublishRefusedError
 
 
@@ -91,9 +91,25 @@ async def test_who_may_not_read_is_told_so(broker: Rabbit, queue: str) -> None:
     assert queue in str(error)
 
 
-async def test_without_the_right_to_a_dead_letter_queue_the_event_goes_back_counted_and_a_warning_says_so(
+async def test_without_the_right_to_a_dead_letter_queue_a_dead_letter_is_a_file_and_a_warning_names_it(
     broker: Rabbit, queue: str, pilot_user: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    await send(broker, queue, b"bad")
+    async with broker.source(queue, user=pilot_user, token="secret") as source, source.consume(1) as consumer:
+        await source.settle(await take(consumer), Settlement.DEAD_LETTER, "no good", "DecodeError")
+    (letter,) = dead_letters.read(broker.directory, queue)
+    assert letter.body == b"bad"
+    expected = {"message_id": "id-0", "reason": "no good", "error": "DecodeError", "attempts": 1, "queue": queue}
+    assert letter.facts.items() >= expected.items()
+    (warning,) = (record.message for record in caplog.records if record.name == "trio_pilot")
+    assert str(letter.path) in warning
+    assert broker.server.counts(queue) == (0, 0)
+
+
+async def test_with_no_place_for_a_dead_letter_the_event_goes_back_counted_and_a_line_says_so(
+    broker: Rabbit, queue: str, pilot_user: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker.directory = Path("/proc/none")
     await send(broker, queue, b"bad")
     async with broker.source(queue, user=pilot_user, token="secret") as source, source.consume(1) as consumer:
         for attempt in range(1, 4):
@@ -101,9 +117,55 @@ async def test_without_the_right_to_a_dead_letter_queue_the_event_goes_back_coun
             assert delivery.attempt == attempt
             await source.settle(delivery, Settlement.DEAD_LETTER, "no good")
         await source.settle(await take(consumer), Settlement.ACK)
-    warnings = [record.message for record in caplog.records if record.name == "trio_pilot"]
-    assert len(warnings) == 3
-    assert all("no dead letters for us" in warning for warning in warnings)
+    said = [record.message for record in caplog.records if record.name == "trio_pilot"]
+    assert len(said) == 3
+    assert all("no dead letters for us" in line for line in said)
+
+
+async def test_who_may_only_read_gives_a_failed_event_back_without_its_count(
+    broker: Rabbit, queue: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    user = new_name("user")
+    broker.server.add_user(user, "secret", configure="^$", write="^$", read=".*")
+    await send(broker, queue, b"bad")
+    async with broker.source(queue, user=user, token="secret") as source, source.consume(1) as consumer:
+        for _ in range(3):
+            delivery = await take(consumer)
+            assert delivery.attempt == 1
+            await source.settle(delivery, Settlement.REJECT)
+        await source.settle(await take(consumer), Settlement.ACK)
+    assert "goes back without its count" in caplog.text
+
+
+async def test_a_copy_of_an_event_that_failed_is_as_it_was_sent(broker: Rabbit, queue: str) -> None:
+    broker.declare(queue)
+    sent = pika.BasicProperties(
+        message_id="a", headers={"mine": "kept", "CC": [f"{queue}-other"]}, content_type="text/plain", user_id="guest"
+    )
+    with broker.channel() as channel:
+        channel.basic_publish("", queue, b"body", sent)
+    async with broker.source(queue) as source, source.consume(1) as consumer:
+        await source.settle(await take(consumer), Settlement.REJECT)
+    ((properties, body),) = broker.get_all(queue)
+    assert (body, properties.message_id, properties.content_type) == (b"body", "a", "text/plain")
+    assert (properties.delivery_mode, properties.user_id) == (2, None)
+    properties.headers.pop("x-delivery-count", None)  # it may have been prefetched once more
+    assert properties.headers == {"mine": "kept", "x-trio-pilot-failures": 1}
+
+
+async def test_a_hundred_evictions_cost_no_event_an_attempt_and_a_queue_with_a_limit_keeps_it(
+    broker: Rabbit, queue: str
+) -> None:
+    with broker.channel() as channel:
+        arguments = {"x-queue-type": "quorum", "x-delivery-limit": 20}  # as from RabbitMQ 4.0 on where nothing is said
+        channel.queue_declare(queue, durable=True, arguments=arguments)
+    await send(broker, queue, b"a")
+    for _ in range(100):
+        async with broker.source(queue) as source, source.consume(1) as consumer:
+            delivery = await take(consumer)
+            assert delivery.attempt == 1
+            await source.settle(delivery, Settlement.RELEASE)
+    assert broker.server.counts(queue) == (1, 0)
 
 
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
@@ -126,8 +188,7 @@ async def test_a_dead_letter_queue_deleted_meanwhile_is_made_anew(broker: Rabbit
         await source.settle(await take(consumer), Settlement.DEAD_LETTER, "one")
         with broker.channel() as channel:
             channel.queue_delete(dead_letter_queue(queue))
-        for _ in range(2):  # the first goes back
-            await source.settle(await take(consumer), Settlement.DEAD_LETTER, "two")
+        await source.settle(await take(consumer), Settlement.DEAD_LETTER, "two")
         await nothing_comes(consumer)
     assert [(body, reason) for body, _, reason in broker.dead_letters(queue)] == [(b"b", "two")]
 
@@ -227,7 +288,7 @@ async def test_a_channel_that_the_server_closes_is_opened_again_and_the_event_co
         await first.tag.channel.call("basic_ack", 4711)
         deliveries = [await take(consumer), await take(consumer)]
         assert {delivery.body for delivery in deliveries} == {b"a", b"b"}
-        assert {delivery.attempt for delivery in deliveries} == {2}
+        assert {(delivery.attempt, delivery.redelivered) for delivery in deliveries} == {(1, True)}
         for stale in (first, second):
             with pytest.raises(DeliveryLostError):
                 await source.settle(stale, Settlement.ACK)

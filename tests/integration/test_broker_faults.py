@@ -200,7 +200,7 @@ async def test_a_cut_connection_is_made_again_and_what_waits_is_sent_and_what_wa
 async def test_no_moment_to_cut_the_connection_loses_a_message(
     broker: Rabbit, queue: str, proxy: proxies.Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trio_pilot.brokers import rabbitmq as module
+    from trio_pilot.brokers import link as module
 
     monkeypatch.setattr(module, "RETRY_DELAY", 0.01)
     sent: list[int] = []

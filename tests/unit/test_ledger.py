@@ -72,15 +72,15 @@ async def test_equal_events_are_not_taken_for_one(lab: Lab) -> None:
     lab.assert_nothing_is_left()
 
 
-def delivery(source: FakeSource, message_id: str, attempt: int = 2) -> Delivery:
-    return Delivery(source, "in", b"", message_id, attempt, tag=-1)
+def delivery(source: FakeSource, message_id: str, *, redelivered: bool = True) -> Delivery:
+    return Delivery(source, "in", b"", message_id, 1, tag=-1, redelivered=redelivered)
 
 
 async def test_a_first_delivery_is_never_one_that_was_done(lab: Lab) -> None:
     async with lab.broker.open_source("in") as source:
         known = Ledger()
-        known.done(delivery(source, "a", attempt=1))
-        assert not known.was_done(delivery(source, "a", attempt=1))
+        known.done(delivery(source, "a", redelivered=False))
+        assert not known.was_done(delivery(source, "a", redelivered=False))
         assert known.was_done(delivery(source, "a"))
         assert not known.was_done(delivery(source, "a"))
 

@@ -8,7 +8,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any, Protocol
+
+DEAD_LETTERS = Path("ewms-pilot-dead-letters")  # the usual directory for those that a broker does not take
 
 
 class Settlement(Enum):
@@ -28,8 +31,11 @@ class Delivery:
     queue: str
     body: bytes = field(repr=False)
     message_id: str
-    attempt: int  # which try this is, from 1, as far as the broker counts
+    attempt: int  # which try this is, from 1: one more than it is known to have failed
     tag: Any = field(repr=False)  # the broker's own name for this delivery
+    redelivered: bool = False  # it was delivered before, to us or another, and not acked
+    named: bool = True  # its sender gave it its id; else that is of its body, and equal events share it
+    headers: Mapping[str, Any] = field(default_factory=dict, repr=False)  # the message's, those of the body apart
 
 
 class Consumer(Protocol):
@@ -58,8 +64,14 @@ class Source(Protocol):
     def has_lost(self, delivery: Delivery) -> bool:
         """Tell whether the broker has taken a delivery back, as far as is known: then it comes again, to us or another."""
 
-    async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "") -> None:
-        """Settle a delivery. Raises DeliveryLostError when the broker has taken it back."""
+    async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "", error: str = "") -> None:
+        """Settle a delivery; of a dead letter, say the reason and the name of the error.
+
+        A dead letter that the broker does not take is written to the directory for them.
+
+        Raises:
+            DeliveryLostError: the broker has taken it back. (DeliveryReplacedError: and it is settled all the same.)
+        """
 
 
 class Sink(Protocol):
@@ -86,6 +98,7 @@ class QueueAddress:
     broker: str
     address: str
     token: str = field(default="", repr=False)
+    dead_letters: Path = DEAD_LETTERS  # directory for those that the broker does not take
 
 
 class Patience(Protocol):
@@ -134,16 +147,3 @@ def open_sink(address: QueueAddress, patience: Patience) -> AbstractAsyncContext
 def dead_letter_queue(queue: str) -> str:
     """Name the queue in which the dead letters of `queue` are set aside."""
     return f"{queue}.dead-letters"
-
-
-MOST_REASON = 4000  # characters; a header that does not fit into a frame would end the connection
-
-
-def dead_letter_reason(reason: str) -> str:
-    """Word a reason so that every broker can store it."""
-    return reason[:MOST_REASON].encode(errors="replace").decode()
-
-
-def dead_letter_headers(delivery: Delivery, reason: str) -> Mapping[str, str | int]:
-    """Say of a dead letter why it is one."""
-    return {"x-trio-pilot-reason": dead_letter_reason(reason), "x-trio-pilot-attempts": delivery.attempt}

@@ -10,8 +10,9 @@ import socket
 import ssl
 import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -37,6 +38,7 @@ NOT_ALLOWED = 530
 
 METHOD_ON_CHANNEL_0 = b"\x01\x00\x00"  # how the first frame of a server begins
 PERSISTENT = 2
+DELIVERY_COUNT = "x-delivery-count"
 MOST_MESSAGE_ID = 255  # bytes of a short string
 
 
@@ -67,10 +69,25 @@ class Arrival:
     channel: "Channel"
     tag: int
     body: bytes
-    message_id: str | None
     redelivered: bool
-    deliveries: int | None  # how often it was delivered before, where the queue counts
+    properties: pika.BasicProperties
     settled: bool = False
+
+    @property
+    def message_id(self) -> str | None:
+        """What its sender calls it."""
+        message_id: str | None = self.properties.message_id
+        return message_id
+
+    @property
+    def headers(self) -> dict[str, Any]:
+        """What its senders and the server say of it."""
+        return self.properties.headers or {}
+
+    @property
+    def deliveries(self) -> int | None:
+        """How often it was delivered before and came back, where the queue counts: quorum queues do, once it has."""
+        return self.headers.get(DELIVERY_COUNT)
 
 
 @asynccontextmanager
@@ -114,6 +131,13 @@ class Connection:
             self.ended.set()
             for reply in list(self._posted):  # the loop may have stopped before it came to them
                 reply.tell(error=ClosedError(0, "the connection is closed"))
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """The server's, as far as it is RabbitMQ's and of numbers: (4, 3); empty for a server of another make."""
+        said = (self._pika.server_properties if self._pika else None) or {}
+        found = re.match(r"(\d+)\.(\d+)", str(said.get("version"))) if said.get("product") == "RabbitMQ" else None
+        return tuple(map(int, found.groups())) if found else ()
 
     async def open_channel(self) -> "Channel":
         """Open a channel."""
@@ -220,8 +244,8 @@ class Channel:
         self._waiting: set[Reply] = {opening, self.closed}  # this and all below is the thread's
         self._error: ClosedError | None = None
         self._published = 0
-        self._unconfirmed: dict[int, tuple[str, Reply]] = {}
-        self._returned: Counter[str] = Counter()
+        self._unconfirmed: dict[int, tuple[str | None, Reply]] = {}
+        self._returned: Counter[str | None] = Counter()
 
     # On Trio's side:
 
@@ -267,15 +291,20 @@ class Channel:
         await self.ask("confirm_delivery", self._confirmed)
         await self.call("add_on_return_callback", self._came_back)
 
-    async def publish(self, queue: str, body: bytes, message_id: str, headers: Any = None) -> None:
+    async def publish(self, queue: str, body: bytes, message_id: str) -> None:
         """Publish a lasting message to a queue, and wait for the confirm. A missing queue is ClosedError(NO_ROUTE)."""
         message_id = message_id.encode(errors="replace")[:MOST_MESSAGE_ID].decode(errors="ignore")
-        properties = pika.BasicProperties(delivery_mode=PERSISTENT, message_id=message_id, headers=headers)
+        await self._publish(queue, body, pika.BasicProperties(delivery_mode=PERSISTENT, message_id=message_id))
 
+    async def publish_copy(self, queue: str, arrival: Arrival, headers: Mapping[str, Any]) -> None:
+        """Publish what has arrived once more, with some headers added, as `publish` does."""
+        await self._publish(queue, arrival.body, _copied(arrival.properties, headers))
+
+    async def _publish(self, queue: str, body: bytes, properties: pika.BasicProperties) -> None:
         def start(reply: Reply) -> None:
             self._pika.basic_publish("", queue, body, properties, mandatory=True)
             self._published += 1  # the server numbers the messages of a channel in confirm mode from 1
-            self._unconfirmed[self._published] = message_id, reply
+            self._unconfirmed[self._published] = properties.message_id, reply
 
         await self._post(start).wait()
 
@@ -283,10 +312,7 @@ class Channel:
         """Have `arrived` called, on Trio's side, for each message of a queue."""
 
         def deliver(_channel: object, method: Any, properties: Any, body: bytes) -> None:
-            headers = properties.headers or {}
-            count, again = headers.get("x-delivery-count"), method.redelivered
-            arrival = Arrival(self, method.delivery_tag, body, properties.message_id, again, count)
-            self.connection.tell(arrived, arrival)
+            self.connection.tell(arrived, Arrival(self, method.delivery_tag, body, method.redelivered, properties))
 
         await self.ask("basic_consume", queue, deliver, consumer_tag=consumer_tag)
 
@@ -342,11 +368,23 @@ class Channel:
             message_id, reply = self._unconfirmed.pop(one)
             self._answer(reply, error=self._refusal(frame.method, message_id))
 
-    def _refusal(self, method: Any, message_id: str) -> ClosedError | None:
+    def _refusal(self, method: Any, message_id: str | None) -> ClosedError | None:
         if self._returned[message_id]:
             self._returned -= Counter([message_id])
             return ClosedError(NO_ROUTE, "there is no such queue any more")
         return ClosedError(0, "the broker could not store the message") if method.NAME == "Basic.Nack" else None
+
+
+# What the server makes of a message, and what would have it make more of one, or refuse it.
+_NOT_COPIED = DELIVERY_COUNT, "x-acquired-count", "CC", "BCC"
+
+
+def _copied(properties: pika.BasicProperties, headers: Mapping[str, Any]) -> pika.BasicProperties:
+    """Give the properties for a copy of a message. They say as before who sent it, but not as whom we are logged in."""
+    copied = copy(properties)
+    kept = {name: value for name, value in (properties.headers or {}).items() if name not in _NOT_COPIED}
+    copied.headers, copied.delivery_mode, copied.user_id = {**kept, **headers}, PERSISTENT, None
+    return copied
 
 
 def _parameters(address: Address) -> pika.ConnectionParameters:

@@ -9,6 +9,7 @@
 """
 
 import fcntl
+import json
 import os
 import random
 import sqlite3
@@ -24,7 +25,7 @@ from typing import Any
 import inotify_simple
 import trio
 
-from trio_pilot.brokers import Delivery, QueueAddress, Settlement, dead_letter_queue, dead_letter_reason
+from trio_pilot.brokers import Delivery, QueueAddress, Settlement, dead_letter_queue, dead_letters
 from trio_pilot.errors import BrokerError, DeliveryLostError, map_exceptions
 
 DEFAULT_FILE = "trio-pilot-queues.sqlite"
@@ -33,7 +34,7 @@ LOOK_INTERVAL = 5.0  # seconds between looks for what no bell announced: claims 
 LOOK_INTERVAL_WITHOUT_INOTIFY = 0.2  # fs.inotify.max_user_instances is 128 on most machines
 BUSY_TIMEOUT = 30.0  # seconds to wait for another process's transaction; they take milliseconds
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS message (
     position INTEGER PRIMARY KEY,   -- the order in which messages are taken
@@ -42,10 +43,17 @@ CREATE TABLE IF NOT EXISTS message (
     message_id TEXT NOT NULL,
     attempts INTEGER NOT NULL DEFAULT 0,   -- deliveries that ended badly
     reason TEXT,                           -- why it is a dead letter
-    consumer INTEGER                       -- who has claimed it
+    consumer INTEGER,                      -- who has claimed it
+    headers TEXT,                          -- a JSON object: the facts of a dead letter
+    deliveries INTEGER NOT NULL DEFAULT 0  -- how often it was claimed
 );
 CREATE INDEX IF NOT EXISTS message_by_queue ON message (queue, consumer, position);
 """
+_COLUMNS_OF_2 = """
+ALTER TABLE message ADD COLUMN headers TEXT;
+ALTER TABLE message ADD COLUMN deliveries INTEGER NOT NULL DEFAULT 0;
+"""
+UPGRADES = {0: SCHEMA, 1: _COLUMNS_OF_2}  # by the version that is found
 
 
 @dataclass(slots=True, eq=False)
@@ -198,10 +206,11 @@ def _connect(path: Path, bell: int) -> sqlite3.Connection:
 
 def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
     version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version not in (0, SCHEMA_VERSION):
+    if version == SCHEMA_VERSION:
+        return
+    if version not in UPGRADES:
         raise BrokerError(f"the queue file {path} is of another version of trio-pilot ({version}): name another file")
-    if version == 0:
-        connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+    connection.executescript(f"BEGIN IMMEDIATE; {UPGRADES[version]} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
 
 
 @asynccontextmanager
@@ -241,11 +250,14 @@ class LocalSource:
         """Never lose a delivery."""
         return False
 
-    async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "") -> None:
-        """Settle a delivery."""
-        ours = {"position": delivery.tag, "consumer": self.number, "message_id": delivery.message_id}
-        extra = {"dead": dead_letter_queue(self.queue), "reason": dead_letter_reason(reason)}
-        if not await self.file.run(partial(_change, _SETTLE[settlement], {**ours, **extra})):
+    async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "", error: str = "") -> None:
+        """Settle a delivery. A dead letter is always taken: the file that has the event has room for it."""
+        values = {"position": delivery.tag, "consumer": self.number, "message_id": delivery.message_id}
+        if settlement is Settlement.DEAD_LETTER:
+            facts = dead_letters.facts(delivery, reason, error)
+            said = json.dumps(dead_letters.headers(facts))
+            values |= {"dead": dead_letter_queue(self.queue), "reason": facts["reason"], "headers": said}
+        if not await self.file.run(partial(_change, _SETTLE[settlement], values)):
             raise DeliveryLostError(f"the queue {self.queue} has taken the event {delivery.message_id} back")
         if settlement is not Settlement.ACK:
             self.file.bell.ring()
@@ -267,21 +279,22 @@ class LocalSource:
 
 
 _CLAIM = """
-UPDATE message SET consumer = :consumer WHERE position = (
+UPDATE message SET consumer = :consumer, deliveries = deliveries + 1 WHERE position = (
     SELECT position FROM message WHERE queue = :queue AND consumer IS NULL ORDER BY position LIMIT 1
-) RETURNING position, body, message_id, attempts
+) RETURNING position, body, message_id, attempts, headers, deliveries
 """
 
 # The id as well: a message that is settled leaves its position to a later one.
 _OURS = "WHERE position = :position AND consumer = :consumer AND message_id = :message_id"
 # To the end of the queue, so that an event that fails again and again does not stand in the way of the others.
 _LAST = "position = (SELECT max(position) + 1 FROM message)"
+_DEAD = "queue = :dead, reason = :reason, headers = :headers"
 
 _SETTLE = {
     Settlement.ACK: f"DELETE FROM message {_OURS}",
     Settlement.RELEASE: f"UPDATE message SET consumer = NULL {_OURS}",
     Settlement.REJECT: f"UPDATE message SET consumer = NULL, attempts = attempts + 1, {_LAST} {_OURS}",
-    Settlement.DEAD_LETTER: f"UPDATE message SET consumer = NULL, queue = :dead, reason = :reason, {_LAST} {_OURS}",
+    Settlement.DEAD_LETTER: f"UPDATE message SET consumer = NULL, {_DEAD}, {_LAST} {_OURS}",
 }
 
 
@@ -310,8 +323,10 @@ class LocalConsumer:
                 row = await source.file.run(source.claim)
         if row is None:
             return None
-        position, body, message_id, attempts = row
-        return Delivery(source, source.queue, body, message_id, attempts + 1, tag=position)
+        position, body, message_id, attempts, headers, deliveries = row
+        facts = json.loads(headers) if headers else {}
+        what = source, source.queue, body, message_id, attempts + 1, position
+        return Delivery(*what, redelivered=deliveries > 1, headers=facts)
 
     async def wait(self) -> None:
         """Wait for the bell, or for the next look."""

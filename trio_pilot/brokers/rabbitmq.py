@@ -1,43 +1,42 @@
-"""RabbitMQ: one connection a queue, made anew whenever it is lost, for as long as there is patience."""
+"""RabbitMQ: a source and a sink, each by a link of its own.
+
+What counts as a failure. A server counts the deliveries of an event that came back; from 4.3 on, quorum queues leave out
+those that were released (nack). Anywhere else nobody could tell a failure from an eviction: there, an event that failed goes
+back as a copy of itself with the number of its failures in a header, confirmed before the original is acked.
+"""
 
 import hashlib
 import math
 import re
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from urllib.parse import unquote, urlsplit
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
 import trio
 
-from trio_pilot.brokers import (
-    Delivery,
-    Patience,
-    QueueAddress,
-    Settlement,
-    dead_letter_headers,
-    dead_letter_queue,
-)
+from trio_pilot.brokers import Delivery, Patience, QueueAddress, Settlement, dead_letter_queue, dead_letters
 from trio_pilot.brokers.amqp import (
     ACCESS_REFUSED,
     NO_ROUTE,
     NOT_FOUND,
     PRECONDITION_FAILED,
-    Address,
     Arrival,
     Channel,
     ClosedError,
     Connection,
-    connect,
 )
-from trio_pilot.brokers.link import RETRY_DELAY, Link, kept_connected
-from trio_pilot.errors import BrokerError, DeliveryLostError, PublishRefusedError, SettingsError
+from trio_pilot.brokers.link import RETRY_DELAY, kept_connected
+from trio_pilot.brokers.rabbitmq_queue import RabbitQueue, find, find_for_sending
+from trio_pilot.errors import BrokerError, DeliveryLostError, DeliveryReplacedError, NodeError, PublishRefusedError
 from trio_pilot.log import LOGGER
 
 GIVE_BACK_TIMEOUT = 5.0  # seconds to give back what was prefetched; the end of the connection gives it back as well
 
-QUORUM = {"x-queue-type": "quorum"}  # as EWMS declares its queues; with any other argument that would fail
+COUNTS_BY_CAUSE = (4, 3)  # the first version of the server that does; seen with 3.10, 4.0 and 4.3
+FAILURES = "x-trio-pilot-failures"  # header: how often the event has failed before this copy of it was sent
+RENEW_AT = 10  # deliveries that a server has counted; from 4.0 on it drops what was delivered more than 20 times
 
 
 @asynccontextmanager
@@ -56,59 +55,18 @@ async def open_sink(address: QueueAddress, patience: Patience) -> AsyncIterator[
         yield sink
 
 
-class _Queue(Link[Channel]):
-    """A queue, and the channel to it while there is one."""
-
-    def __init__(self, address: QueueAddress, patience: Patience) -> None:
-        self._address = parse_address(address)
-        super().__init__(address.queue, f"RabbitMQ at {self._address.host}", patience)
-
-    @asynccontextmanager
-    async def connect(self, threads: trio.Nursery) -> AsyncIterator[Channel]:
-        """Connect, and open a channel once the queue was found."""
-        async with connect(self._address, threads) as connection:
-            yield await self._open(connection)
-
-    async def _open(self, connection: Connection) -> Channel:
-        return await _find(connection, self.name)
-
-
-async def _find(connection: Connection, queue: str) -> Channel:
-    """Declare a queue; where that is not for us to do, be content that it exists."""
-    channel = await connection.open_channel()
-    try:
-        await channel.ask("queue_declare", queue, durable=True, arguments=QUORUM)
-    except ClosedError as error:
-        if error.code not in (ACCESS_REFUSED, PRECONDITION_FAILED):
-            raise
-        channel = await _find_passively(connection, queue)
-    return channel
-
-
-async def _find_passively(connection: Connection, queue: str) -> Channel:
-    channel = await connection.open_channel()
-    try:
-        await channel.ask("queue_declare", queue, passive=True)
-    except ClosedError as error:
-        if error.code in (ACCESS_REFUSED, NOT_FOUND):
-            raise BrokerError(f"does not let us use the queue {queue}: {error}") from error
-        raise
-    return channel
-
-
-async def _find_for_sending(connection: Connection, queue: str) -> Channel:
-    channel = await _find(connection, queue)
-    await channel.confirm_publishes()
-    return channel
-
-
-class RabbitSource(_Queue):
+class RabbitSource(RabbitQueue):
     """An incoming queue."""
 
     def __init__(self, address: QueueAddress, patience: Patience) -> None:
         super().__init__(address, patience)
-        self._dead_letters: Channel | None = None
-        self._finding_dead_letters = trio.Lock()
+        self._directory = address.dead_letters
+        self._copies = Copies()
+        self._is_quorum = False
+
+    async def _open(self, connection: Connection) -> Channel:
+        channel, self._is_quorum = await find(connection, self.name)
+        return channel
 
     @asynccontextmanager
     async def consume(self, prefetch: int) -> AsyncIterator["RabbitConsumer"]:
@@ -138,49 +96,124 @@ class RabbitSource(_Queue):
         """Tell whether the channel that it came by is closed."""
         return bool(delivery.tag.channel.is_closed)
 
-    async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "") -> None:
+    async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "", error: str = "") -> None:
         """Settle a delivery, on the channel that it came by.
 
         AMQP has no answer to that, so nothing is waited for: if the connection breaks just now, the broker has the event
-        again, as it would if it had broken a moment earlier.
+        again, as it would if it had broken a moment earlier. Only a copy, where there is to be one, is confirmed before.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         arrival: Arrival = delivery.tag
         if arrival.settled:  # RabbitMQ would close the channel, and deliver all that came by it again
             raise DeliveryLostError(f"the event {delivery.message_id} was settled before")
         arrival.settled = True
-        try:
-            if settlement is Settlement.DEAD_LETTER:
-                settlement = await self._set_aside(delivery, reason)
+        with _lost(delivery):
             match settlement:
                 case Settlement.ACK:
                     arrival.channel.write("basic_ack", arrival.tag)
-                case Settlement.RELEASE:  # uncounted from RabbitMQ 4.3 on
-                    arrival.channel.write("basic_nack", arrival.tag, requeue=True)
+                case Settlement.DEAD_LETTER:
+                    await self._set_aside(delivery, dead_letters.facts(delivery, reason, error))
                 case _:
-                    arrival.channel.write("basic_reject", arrival.tag, requeue=True)
-        except ClosedError as error:
-            raise DeliveryLostError(f"RabbitMQ has taken the event {delivery.message_id} back: {error}") from error
+                    await self._give_back(delivery, settlement)
 
-    async def _set_aside(self, delivery: Delivery, reason: str) -> Settlement:
-        """Copy an event to the dead letters, confirmed; tell how the event itself is to be settled then."""
-        queue, headers = dead_letter_queue(self.name), dead_letter_headers(delivery, reason)
+    async def _give_back(self, delivery: Delivery, settlement: Settlement) -> None:
+        """Return an event to the queue, in a way that counts what is to be counted, and nothing else."""
+        arrival: Arrival = delivery.tag
+        rejected = settlement is Settlement.REJECT
+        tells, is_young = self._tells(arrival), (arrival.deliveries or 0) < RENEW_AT
+        if (tells and is_young) if rejected else (tells or is_young):
+            arrival.channel.write("basic_reject" if rejected else "basic_nack", arrival.tag, requeue=True)
+            return
+        headers = {FAILURES: delivery.attempt if rejected else delivery.attempt - 1}
         try:
-            channel = await self._dead_letter_channel(delivery.tag.channel.connection)
-            await channel.publish(queue, delivery.body, delivery.message_id, headers)
+            await self._copies.send(self.name, arrival, headers)
         except (BrokerError, ClosedError) as error:
-            self._dead_letters = None
-            LOGGER.warning("the event %s stays in the queue: no dead letters for us (%s)", delivery.message_id, error)
-            return Settlement.REJECT
-        return Settlement.ACK
+            LOGGER.warning("the event %s goes back without its count: no copies for us (%s)", delivery.message_id, error)
+            arrival.channel.write("basic_reject", arrival.tag, requeue=True)
+        else:
+            _drop(delivery)
 
-    async def _dead_letter_channel(self, connection: Connection) -> Channel:
-        """Give the channel by which this connection sends dead letters; the first that needs it opens it."""
-        async with self._finding_dead_letters:
-            channel = self._dead_letters
+    async def _set_aside(self, delivery: Delivery, facts: dead_letters.Facts) -> None:
+        """Move an event to the dead letters: to their queue, else to their directory, else it stays."""
+        arrival: Arrival = delivery.tag
+        try:
+            await self._copies.send(dead_letter_queue(self.name), arrival, dead_letters.headers(facts))
+        except (BrokerError, ClosedError) as error:
+            if arrival.channel.is_closed:  # that is why, and it comes again
+                raise ClosedError(0, str(error)) from error
+            await self._write_aside(delivery, facts, error)
+        else:
+            _drop(delivery)
+
+    async def _write_aside(self, delivery: Delivery, facts: dead_letters.Facts, why: Exception) -> None:
+        try:
+            path = await dead_letters.write(self._directory, delivery, facts)
+        except NodeError as error:
+            LOGGER.error("the event %s goes back: no dead letters for us (%s; %s)", delivery.message_id, why, error)
+            await self._give_back(delivery, Settlement.REJECT)
+        else:
+            LOGGER.warning("the event %s is now the dead letter %s: no queue for it (%s)", delivery.message_id, path, why)
+            _drop(delivery)
+
+    def attempt(self, arrival: Arrival) -> int:
+        """Tell which try of an event this is: one more than it is known to have failed."""
+        said = arrival.headers.get(FAILURES)
+        failures = said if isinstance(said, int) and said > 0 else 0
+        return 1 + failures + ((arrival.deliveries or 0) if self._tells(arrival) else 0)
+
+    def _tells(self, arrival: Arrival) -> bool:
+        """Tell whether the server's count of deliveries leaves out those that were released."""
+        return arrival.channel.connection.version >= COUNTS_BY_CAUSE and (self._is_quorum or arrival.deliveries is not None)
+
+
+@contextmanager
+def _lost(delivery: Delivery) -> Iterator[None]:
+    try:
+        yield
+    except ClosedError as error:
+        raise DeliveryLostError(f"RabbitMQ has taken the event {delivery.message_id} back: {error}") from error
+
+
+def _drop(delivery: Delivery) -> None:
+    """Acknowledge an event that is elsewhere by now."""
+    arrival: Arrival = delivery.tag
+    try:
+        arrival.channel.write("basic_ack", arrival.tag)
+    except ClosedError as error:
+        raise DeliveryReplacedError(f"RabbitMQ has the event {delivery.message_id}, and a copy of it: {error}") from error
+
+
+class Copies:
+    """Sends copies of events, confirmed, on the connections by which they came."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, Channel] = {}
+        self._opening = trio.Lock()
+
+    async def send(self, queue: str, arrival: Arrival, headers: Mapping[str, Any]) -> None:
+        """Send a copy to a queue. One that was deleted is declared anew.
+
+        Raises:
+            BrokerError: the queue is not there, or not for us.
+            ClosedError: the connection is lost, or the broker does not take it.
+        """
+        for again in (True, False):
+            channel = await self._channel(queue, arrival.channel.connection)
+            try:
+                await channel.publish_copy(queue, arrival, headers)
+            except ClosedError as error:
+                self._channels.pop(queue, None)
+                if error.code != NO_ROUTE or not again:
+                    raise
+            else:
+                return
+
+    async def _channel(self, queue: str, connection: Connection) -> Channel:
+        """Give the channel by which this connection sends to a queue; the first that needs it opens it."""
+        async with self._opening:
+            channel = self._channels.get(queue)
             if channel is None or channel.is_closed or channel.connection is not connection:
-                channel = await _find_for_sending(connection, dead_letter_queue(self.name))
-                self._dead_letters = channel
+                channel = self._channels[queue] = await find_for_sending(connection, queue)
             return channel
 
 
@@ -240,12 +273,21 @@ class RabbitConsumer:
             self._changed.set()
 
     def _delivery(self, arrival: Arrival) -> Delivery:
-        message_id = arrival.message_id or hashlib.sha256(arrival.body).hexdigest()[:32]
-        deliveries = int(arrival.redelivered) if arrival.deliveries is None else arrival.deliveries
-        return Delivery(self._source, self._source.name, arrival.body, message_id, deliveries + 1, arrival)
+        source, message_id = self._source, arrival.message_id
+        return Delivery(
+            source,
+            source.name,
+            arrival.body,
+            message_id or hashlib.sha256(arrival.body).hexdigest()[:32],
+            source.attempt(arrival),
+            arrival,
+            redelivered=arrival.redelivered,
+            named=message_id is not None,
+            headers=arrival.headers,
+        )
 
 
-class RabbitSink(_Queue):
+class RabbitSink(RabbitQueue):
     """An outgoing queue. Any number of messages may be waiting for their confirms at once."""
 
     async def send(self, body: bytes, message_id: str) -> None:
@@ -265,7 +307,7 @@ class RabbitSink(_Queue):
                 return
 
     async def _open(self, connection: Connection) -> Channel:
-        return await _find_for_sending(connection, self.name)
+        return await find_for_sending(connection, self.name)
 
     async def _declare_anew(self, channel: Channel) -> None:
         """Close the channel: finding the queue again is part of opening the next."""
@@ -284,28 +326,3 @@ def _refused_size(error: ClosedError) -> int | None:
     """Tell how large the message was that is "larger than configured max size"."""
     found = re.search(r"message size (\d+)", str(error))
     return int(found[1]) if found else None
-
-
-def parse_address(address: QueueAddress) -> Address:
-    """Read `[amqp[s]://][USER[:PASS]@]HOST[:PORT][/VHOST]`; the token replaces the password.
-
-    Raises:
-        SettingsError: it is not of that form, or names a user and no password.
-    """
-    text = address.address if "://" in address.address else f"amqp://{address.address}"
-    try:
-        parts = urlsplit(text)
-        port = parts.port
-    except ValueError as error:
-        raise _wrong_address(str(error)) from error
-    if parts.scheme not in ("amqp", "amqps") or not parts.hostname:
-        raise _wrong_address(f"scheme {parts.scheme!r}, host {parts.hostname!r}")
-    user, password = unquote(parts.username or ""), address.token or unquote(parts.password or "")
-    if user and not password:
-        raise SettingsError(f"the broker address names the user {user!r}, but there is no password and no token")
-    virtual_host = unquote(parts.path.lstrip("/")) or "/"
-    return Address(parts.hostname, port, virtual_host, user, password, parts.scheme == "amqps")
-
-
-def _wrong_address(found: str) -> SettingsError:
-    return SettingsError(f"a RabbitMQ address must be [amqp[s]://][USER[:PASS]@]HOST[:PORT][/VHOST], but has {found}")

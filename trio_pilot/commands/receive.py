@@ -20,6 +20,7 @@ from trio_pilot.errors import BrokerError, DecodeError, DeliveryLostError, NodeE
 from trio_pilot.log import LOGGER
 from trio_pilot.pilot import next_delivery
 from trio_pilot.settings import Settings
+from trio_pilot.trees import write_durably
 from trio_pilot.wire import WIRES
 
 AHEAD = 64  # messages to have at hand while one is written
@@ -76,7 +77,7 @@ class Receiving:
             message = self._wire.decode(delivery.body, self._most)
         except DecodeError as error:
             LOGGER.warning("message %s is set aside: %s", delivery.message_id, error)
-            await delivery.source.settle(delivery, Settlement.DEAD_LETTER, str(error))
+            await delivery.source.settle(delivery, Settlement.DEAD_LETTER, str(error), type(error).__name__)
             return
         # Who reads from us may have stopped: then the thread is left behind.
         write = partial(self._write, delivery.message_id, message.data)
@@ -109,9 +110,9 @@ def _to_directory(to: Path, message_id: str, data: Any) -> None:
         stem = re.sub(r"[^A-Za-z0-9._-]", "_", message_id)[:100].lstrip(".") or uuid.uuid4().hex
         path = to / f"{stem}{suffix}"
         if not path.exists():
-            _write_durably(path, content)
+            write_durably(path, content)
         elif path.read_bytes() != content:  # another message of the same name; no file is ever written over
-            _write_durably(to / f"{stem}-{uuid.uuid4().hex}{suffix}", content)
+            write_durably(to / f"{stem}-{uuid.uuid4().hex}{suffix}", content)
 
 
 def _file(data: Any) -> tuple[str, bytes]:
@@ -124,23 +125,3 @@ def _file(data: Any) -> tuple[str, bytes]:
 
 def _base64(data: bytes) -> dict[str, str]:
     return {"encoding": "base64", "data": base64.b64encode(data).decode()}
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    """Write a file that is either there as a whole, on disk, or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -1,0 +1,100 @@
+"""A queue of RabbitMQ, as sources and sinks share it: its address, its link, how it is found."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import unquote, urlsplit
+
+import trio
+
+from trio_pilot.brokers import Patience, QueueAddress
+from trio_pilot.brokers.amqp import (
+    ACCESS_REFUSED,
+    NOT_FOUND,
+    PRECONDITION_FAILED,
+    Address,
+    Channel,
+    ClosedError,
+    Connection,
+    connect,
+)
+from trio_pilot.brokers.link import Link
+from trio_pilot.errors import BrokerError, SettingsError
+
+QUORUM = {"x-queue-type": "quorum"}  # as EWMS declares its queues; with any other argument that would fail
+
+
+class RabbitQueue(Link[Channel]):
+    """A queue, and the channel to it while there is one."""
+
+    def __init__(self, address: QueueAddress, patience: Patience) -> None:
+        self._address = parse_address(address)
+        super().__init__(address.queue, f"RabbitMQ at {self._address.host}", patience)
+
+    @asynccontextmanager
+    async def connect(self, threads: trio.Nursery) -> AsyncIterator[Channel]:
+        """Connect, and open a channel once the queue was found."""
+        async with connect(self._address, threads) as connection:
+            yield await self._open(connection)
+
+    async def _open(self, connection: Connection) -> Channel:
+        channel, _ = await find(connection, self.name)
+        return channel
+
+
+async def find(connection: Connection, queue: str) -> tuple[Channel, bool]:
+    """Declare a queue, or be content that it exists; tell whether it is known to be a quorum queue.
+
+    Raises:
+        BrokerError: it is not there, or not for us.
+    """
+    channel = await connection.open_channel()
+    try:
+        await channel.ask("queue_declare", queue, durable=True, arguments=QUORUM)
+    except ClosedError as error:
+        if error.code not in (ACCESS_REFUSED, PRECONDITION_FAILED):
+            raise
+        return await _find_passively(connection, queue), False
+    return channel, True
+
+
+async def _find_passively(connection: Connection, queue: str) -> Channel:
+    channel = await connection.open_channel()
+    try:
+        await channel.ask("queue_declare", queue, passive=True)
+    except ClosedError as error:
+        if error.code in (ACCESS_REFUSED, NOT_FOUND):
+            raise BrokerError(f"does not let us use the queue {queue}: {error}") from error
+        raise
+    return channel
+
+
+async def find_for_sending(connection: Connection, queue: str) -> Channel:
+    """Find a queue, as `find` does; give a channel on which what is sent is confirmed."""
+    channel, _ = await find(connection, queue)
+    await channel.confirm_publishes()
+    return channel
+
+
+def parse_address(address: QueueAddress) -> Address:
+    """Read `[amqp[s]://][USER[:PASS]@]HOST[:PORT][/VHOST]`; the token replaces the password.
+
+    Raises:
+        SettingsError: it is not of that form, or names a user and no password.
+    """
+    text = address.address if "://" in address.address else f"amqp://{address.address}"
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as error:
+        raise _wrong_address(str(error)) from error
+    if parts.scheme not in ("amqp", "amqps") or not parts.hostname:
+        raise _wrong_address(f"scheme {parts.scheme!r}, host {parts.hostname!r}")
+    user, password = unquote(parts.username or ""), address.token or unquote(parts.password or "")
+    if user and not password:
+        raise SettingsError(f"the broker address names the user {user!r}, but there is no password and no token")
+    virtual_host = unquote(parts.path.lstrip("/")) or "/"
+    return Address(parts.hostname, port, virtual_host, user, password, parts.scheme == "amqps")
+
+
+def _wrong_address(found: str) -> SettingsError:
+    return SettingsError(f"a RabbitMQ address must be [amqp[s]://][USER[:PASS]@]HOST[:PORT][/VHOST], but has {found}")
