@@ -5,7 +5,9 @@
 """
 
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from onefile.__main__ import found_pythons, make
 from tests import engines, servers, sharing
 from tests.apptainer import open_apptainer
 from tests.runtimes_support import make_image
@@ -71,6 +74,20 @@ def apptainer() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_image(tmp_path_factory.mktemp("image"))
+
+
+@pytest.fixture(scope="session")
+def onefile() -> Iterator[Path]:
+    """trio-pilot as a single file, where every user may read it; $TRIO_PILOT_ONEFILE may name one made before."""
+    if made := os.environ.get("TRIO_PILOT_ONEFILE"):
+        yield Path(made)
+        return
+    directory = Path(tempfile.mkdtemp(prefix="trio-pilot-onefile-"))
+    directory.chmod(0o755)
+    file = directory / "trio-pilot"
+    make(file, found_pythons())
+    yield file
+    shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 ALONE = "alone"
-SERVERS = "docker", "podman", "apptainer", "rabbitmq", "nats", "linux"  # fixtures, and words in the names of parameters
+# Fixtures, and words in the names of parameters.
+SERVERS = "onefile", "docker", "podman", "apptainer", "rabbitmq", "nats", "linux"
 ROOM = Path(__file__).parent  # whatever all workers can lock
 
 

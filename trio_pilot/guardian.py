@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 
 from trio_pilot import cgroups, leftovers, workspace
@@ -31,6 +32,8 @@ def main() -> None:
         if line.strip() == "done":
             return
         what, path = parsed(line)
+        if what == "engine":
+            import_module("trio_pilot.engine_leftovers")  # now: what we are imported from may be gone when the pilot is
         watched[what].add(path)
     if _has_died(pilot):
         clean_up(pilot, watched["engine"], watched["data"])

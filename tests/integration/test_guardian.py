@@ -51,8 +51,8 @@ def sleepers(mark: str) -> list[int]:
     return [pid for pid in living(mark) if command_line(pid)[2].startswith("sleep")]
 
 
-def guardians(pilot: Running) -> list[int]:
-    return [pid for pid in children(pilot.pid) if any("trio_pilot.guardian" in word for word in command_line(pid))]
+def guardians(pilot: int) -> list[int]:
+    return [pid for pid in children(pilot) if any("trio_pilot.guardian" in word for word in command_line(pid))]
 
 
 def children(parent: int) -> list[int]:
@@ -71,7 +71,7 @@ def wait_for_tasks(pilots: PilotCommand, pilot: Running, count: int) -> None:
     hub = pilots.data / "data-hub"
     until_sync(lambda: pilot.ended or len(list(hub.glob("ready-*"))) >= count, f"{count} tasks to start")
     assert not pilot.ended, pilot.stderr
-    until_sync(lambda: guardians(pilot), "the guardian to start")
+    until_sync(lambda: guardians(pilot.pid), "the guardian to start")
 
 
 def wait_until_nothing_is_left(pilots: PilotCommand, mark: str, containment: Containment = IN_PROCESS) -> None:
@@ -127,9 +127,9 @@ def test_a_guardian_that_is_killed_is_followed_by_another(pilots: PilotCommand, 
     pilots.send(*range(2))
     pilot = start(pilots, containment, mark)
     wait_for_tasks(pilots, pilot, 2)
-    first = guardians(pilot)
+    first = guardians(pilot.pid)
     os.kill(first[0], signal.SIGKILL)
-    until_sync(lambda: guardians(pilot) not in ([], first), "another guardian")
+    until_sync(lambda: guardians(pilot.pid) not in ([], first), "another guardian")
     assert not pilot.ended
     pilot.kill()
     wait_until_nothing_is_left(pilots, mark, containment)
@@ -143,7 +143,7 @@ def test_what_a_pilot_and_its_guardian_leave_is_swept_by_the_next(pilots: PilotC
     wait_for_tasks(pilots, pilot, 2)
     until_sync(lambda: len(living(mark)) >= 1 + 2 * 4)
     pilot.signal(signal.SIGSTOP)  # so that it starts no other
-    os.kill(guardians(pilot)[0], signal.SIGKILL)
+    os.kill(guardians(pilot.pid)[0], signal.SIGKILL)
     pilot.kill()
     assert len(living(mark)) >= 2 * 4
     all_events_can_be_done(pilots, IN_PROCESS, range(2))
@@ -190,8 +190,8 @@ def test_files_that_were_to_be_kept_are_kept(pilots: PilotCommand, mark: str) ->
 
 def test_the_guardian_knows_no_secrets_and_goes_with_the_pilot(pilots: PilotCommand, mark: str) -> None:
     pilot = start(pilots, IN_PROCESS, mark, broker_token="a-token")
-    until_sync(lambda: guardians(pilot))
-    (guardian,) = guardians(pilot)
+    until_sync(lambda: guardians(pilot.pid))
+    (guardian,) = guardians(pilot.pid)
     until_sync(lambda: "trio_pilot.guardian" in "".join(command_line(guardian)))
     assert Path(f"/proc/{guardian}/environ").read_bytes() == b""
     assert "a-token" not in " ".join(command_line(guardian))
@@ -209,12 +209,12 @@ def kill_at_some_moment(pilots: PilotCommand, containment: Containment, mark: st
     args = ("sh", "-c", BUSY, mark, "{{INFILE}}", "{{OUTFILE}}")
     pilot = pilots.start(*args, **containment.settings, max_concurrent_tasks=4, timeout_queue_incoming=60)
     time.sleep(random.uniform(0, 0.8))
-    if whom != "pilot" and (found := guardians(pilot)):
+    if whom != "pilot" and (found := guardians(pilot.pid)):
         if whom == "both":
             pilot.signal(signal.SIGSTOP)  # so that it starts no other
         os.kill(found[0], signal.SIGKILL)
         if whom == "guardian":
-            until_sync(lambda: pilot.ended or guardians(pilot) not in ([], found), "another guardian")
+            until_sync(lambda: pilot.ended or guardians(pilot.pid) not in ([], found), "another guardian")
     assert not pilot.ended, pilot.stderr
     pilot.kill()
     if whom != "both":

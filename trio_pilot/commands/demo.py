@@ -7,6 +7,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from trio_pilot.settings import Settings, load
 from trio_pilot.workspace import FORBIDDEN
 
 EVENTS, RESULTS = "sky-scan-pixels", "sky-scan-results"
-TASK = Path(sky.__file__).with_name("pixel.py")
 BEST = 8  # pixels that are shown
 
 
@@ -51,7 +51,8 @@ def demo(given: Mapping[str, Any]) -> int:
 
 def _settings(given: Mapping[str, Any], directory: Path) -> Settings:
     runtime = given.get("runtime", "auto")
-    hidden = list(_hidden([Path(sys.prefix), Path(sys.base_prefix), Path(sysconfig.get_path("stdlib")), TASK.parent]))
+    task = _laid_out(directory)
+    hidden = list(_hidden([Path(sys.prefix), Path(sys.base_prefix), Path(sysconfig.get_path("stdlib")), task.parent]))
     return load(
         {
             "max_concurrent_tasks": os.cpu_count(),
@@ -59,7 +60,7 @@ def _settings(given: Mapping[str, Any], directory: Path) -> Settings:
             **given,
             "runtime": _chosen(hidden) if runtime == "auto" else runtime,
             "task_image": "/",
-            "task_args": [sys.executable, "-I", "-S", str(TASK)],
+            "task_args": [sys.executable, "-I", "-S", str(task)],
             "external_directories": hidden,
             "queue_incoming": EVENTS,
             "queue_outgoing": RESULTS,
@@ -73,6 +74,14 @@ def _settings(given: Mapping[str, Any], directory: Path) -> Settings:
         {},
         directory,
     )
+
+
+def _laid_out(directory: Path) -> Path:
+    """Give the task's program a file of its own: ours may be in an archive."""
+    task = directory / "task" / "pixel.py"
+    task.parent.mkdir()
+    task.write_bytes(resources.files(sky.__package__).joinpath(task.name).read_bytes())
+    return task
 
 
 def _hidden(paths: Iterable[Path]) -> Iterable[Path]:

@@ -1,0 +1,113 @@
+"""Makes the file: a ZIP archive of trio-pilot and all it needs, as bytecode, with a folder for each Python."""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import zipapp
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).parents[1]
+MINORS = range(11, 15)  # of Python 3, that are looked for
+
+# What the pilot never imports: other libraries' tests, and what cyclopts and rich have for colourful help.
+LEFT_OUT = {"tests", "_tests", "bin", "pygments", "rich_rst", "markdown_it", "mdurl", "_cffi", "backend_cffi"}
+
+# A job may have no PATH: then sh has a default one.
+HEADER = """#!/bin/sh
+for python in $TRIO_PILOT_PYTHON python3 %s; do
+    found=$(command -v "$python") && exec "$found" -I -S "$0" "$@"
+done
+echo "trio-pilot: there is no python3 on this machine" >&2
+exit 4
+"""
+
+# Its own name for itself, and for whom its compiled modules are: cpython-311-x86_64-linux-gnu.
+FACTS = "import sys, importlib.machinery as i; print(sys.executable, i.EXTENSION_SUFFIXES[0].split('.')[1], sep='\\n')"
+
+
+def main() -> None:
+    """Make the file."""
+    parser = argparse.ArgumentParser(prog="python -m onefile", description=__doc__)
+    parser.add_argument("pythons", nargs="*", metavar="PYTHON", help="to make it for; none: all that are found here")
+    parser.add_argument("--output", type=Path, default=ROOT / "dist" / "trio-pilot", metavar="FILE")
+    given = parser.parse_args()
+    print(make(given.output, given.pythons or found_pythons()))
+
+
+def found_pythons() -> Iterator[str]:
+    """Find a Python of each minor version: on PATH, or pyenv's."""
+    for minor in MINORS:
+        pyenv = Path("~/.pyenv/versions").expanduser().glob(f"3.{minor}.*/bin/python3")
+        for python in [f"python3.{minor}", *map(str, pyenv)]:
+            with suppress(OSError, subprocess.CalledProcessError):  # none, or a shim with nothing behind it
+                _facts(python)
+                yield python
+                break
+
+
+def make(output: Path, pythons: Iterable[str]) -> str:
+    """Make the file, and say what it is."""
+    with TemporaryDirectory() as directory:
+        wheels, archive = Path(directory, "wheels"), Path(directory, "archive")
+        _pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", str(wheels), str(ROOT))
+        with ThreadPool(os.cpu_count()) as threads:
+            tags = threads.map(partial(_fill, archive, next(wheels.iterdir())), pythons)
+        (archive / "tags").write_text("\n".join(tags))
+        shutil.copy(ROOT / "onefile" / "start.py", archive / "__main__.py")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _write(output, archive)
+    return f"{output}: {output.stat().st_size / 1e6:.1f} MB, for {', '.join(tags)}"
+
+
+def _fill(archive: Path, wheel: Path, python: str) -> str:
+    """Fill the folder for a Python, named by the tag of its compiled modules; give the tag."""
+    executable, tag = _facts(python)
+    folder = archive / tag
+    _pip(executable, "install", "--no-compile", "--target", str(folder), str(wheel))
+    _remove(path for path in folder.rglob("*") if path.name.split(".")[0] in LEFT_OUT)
+    shutil.copytree(ROOT / "onefile", folder / "onefile")
+    if strip := shutil.which("strip"):  # of 11 MB of names for debuggers
+        subprocess.run([strip, "--strip-unneeded", *folder.rglob("*.so")], check=True)
+    compiling = ["-m", "compileall", "-q", "-b", "--invalidation-mode", "unchecked-hash", "-s", str(archive), str(folder)]
+    subprocess.run([executable, "-I", *compiling], check=True)
+    # Of the sources only ours stay, for the lines in tracebacks.
+    _remove(path for path in folder.rglob("*.py*") if path.suffix != ".pyc" and folder / "trio_pilot" not in path.parents)
+    return tag
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _facts(python: str) -> list[str]:
+    return subprocess.run([python, "-I", "-S", "-c", FACTS], check=True, capture_output=True, text=True).stdout.split("\n")[
+        :2
+    ]
+
+
+def _pip(python: str, *arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "--python", python, *arguments, "--quiet", "--disable-pip-version-check"]
+    subprocess.run(command, check=True)
+
+
+def _write(output: Path, archive: Path) -> None:
+    """Write the file, at once: pilots may be running from an old one."""
+    pythons = " ".join(f"python3.{minor}" for minor in reversed(MINORS))
+    new = output.with_name(f".{output.name}.new")
+    with new.open("wb") as file:
+        file.write((HEADER % pythons).encode())
+        zipapp.create_archive(archive, file, compressed=True)
+    new.chmod(0o755)
+    new.rename(output)
+
+
+if __name__ == "__main__":
+    main()

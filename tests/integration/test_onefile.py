@@ -1,0 +1,138 @@
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+import zipapp
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from onefile.__main__ import found_pythons
+from tests.integration.containment import CONTAINMENTS
+from tests.integration.test_guardian import guardians
+from tests.runtimes_support import AS_ROOT, NOBODY, processes_with, until_sync
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 60
+PYTHONS = list(found_pythons())
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A job's own directory, which belongs to a user with no home."""
+    directory = Path(tempfile.mkdtemp(prefix="trio-pilot-scratch-"))
+    if AS_ROOT:
+        os.chown(directory, NOBODY, NOBODY)
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def job(onefile: Path, scratch: Path) -> Path:
+    """The file, as a job's executable."""
+    return Path(shutil.copy(onefile, scratch / "condor_exec.exe"))
+
+
+def run(*task: str, runtime: str = "process", task_image: str = "/") -> list[str]:
+    queues = ["--queue-incoming=events", "--queue-outgoing=outputs", "--timeout-queue-incoming=0.3"]
+    return ["run", *queues, f"--runtime={runtime}", f"--task-image={task_image}", f"--task-args={' '.join(task)}"]
+
+
+def in_nothing(scratch: Path, *command: str | Path, given: str = "") -> str:
+    """Run a command in an empty environment; give what it says."""
+    return subprocess.run(
+        command, cwd=scratch, env={}, input=given, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT, check=True
+    ).stdout
+
+
+def copies(scratch: Path, event: str, *command: str | Path) -> None:
+    """Send an event, copy it to its output in a task, and receive that."""
+    in_nothing(scratch, *command, "send", "events", given=event)
+    in_nothing(scratch, *command, *run("cp", "{{INFILE}}", "{{OUTFILE}}"))
+    assert in_nothing(scratch, *command, "receive", "outputs", "--idle", "0.1") == f"{event}\n"
+
+
+def test_it_works_in_an_empty_environment_for_a_user_with_no_home_and_unpacks_nothing(onefile: Path, scratch: Path) -> None:
+    as_nobody = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"] if AS_ROOT else []
+    for attempt in ('"first"', '"second"'):
+        copies(scratch, attempt, *as_nobody, onefile)
+        assert [path.name for path in scratch.iterdir() if not path.name.startswith("trio-pilot-queues.sqlite")] == []
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_it_works_with_every_python_that_it_was_made_for(onefile: Path, scratch: Path, python: str) -> None:
+    copies(scratch, '"event"', shutil.which(python) or python, "-I", "-S", onefile)
+
+
+def test_it_has_what_its_help_and_demo_need(onefile: Path, scratch: Path) -> None:
+    assert "--queue-incoming" in in_nothing(scratch, onefile, "run", "--help")
+    assert "Best pixel: 65" in in_nothing(scratch, onefile, "demo", "--runtime", "process")
+
+
+@pytest.mark.parametrize("python", ["", sys.executable], ids=["none", "found"])
+def test_a_python_that_it_was_not_made_for_gives_way_to_another(tmp_path: Path, python: str) -> None:
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "archive/tags").write_text("cpython-399-x86_64-linux-gnu")
+    shutil.copy(ROOT / "onefile/start.py", tmp_path / "archive/__main__.py")
+    zipapp.create_archive(tmp_path / "archive", tmp_path / "file")
+    if python:
+        (tmp_path / "python3.99").write_text('#!/bin/sh\necho another: "$@"\n')
+        (tmp_path / "python3.99").chmod(0o755)
+    command: list[str | Path] = [sys.executable, tmp_path / "file", "check"]
+    done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    if python:
+        assert done.stdout == f"another: -I -S {tmp_path}/file check\n"
+    else:
+        assert done.returncode == 4
+        assert done.stderr.startswith(f"trio-pilot: made for cpython-399-x86_64-linux-gnu; {sys.executable} is cpython-3")
+
+
+def test_where_memory_cannot_be_executed_a_directory_of_its_own_serves(onefile: Path, scratch: Path) -> None:
+    code = """
+import sys, os, zipimport
+def forbidden(name): raise PermissionError(name)
+os.memfd_create = forbidden
+file = sys.argv[1]
+from importlib.machinery import EXTENSION_SUFFIXES
+folder = f"{file}/{EXTENSION_SUFFIXES[0].split('.')[1]}"
+sys.path.insert(0, folder)
+from onefile.extensions import Extensions
+sys.meta_path.append(Extensions(zipimport.zipimporter(file), folder))
+import zstandard
+print(zstandard.decompress(zstandard.compress(b"compressed")), zstandard.backend_c.__spec__.origin)
+"""
+    command = [sys.executable, "-I", "-S", "-c", code, str(onefile)]
+    env = {"_CONDOR_SCRATCH_DIR": str(scratch)}
+    done = subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.stderr == ""
+    assert done.stdout.startswith(f"b'compressed' {scratch}/.trio-pilot-")
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize("runtime", ["process", "docker"])
+def test_its_guardian_cleans_up_when_pilot_and_file_are_gone(
+    job: Path, runtime: str, request: pytest.FixtureRequest
+) -> None:
+    containment = CONTAINMENTS[runtime](request)
+    mark = f"mark-{uuid.uuid4().hex}"
+    task = ("sh", "-c", f"'touch {{{{DATA_HUB}}}}/ready; sleep 1000; : {mark}'")
+    data = job.parent / "ewms-pilot-data"
+    subprocess.run([job, "send", "events"], cwd=job.parent, input=b"1", check=True)
+    pilot = subprocess.Popen(
+        [job, *run(*task, **containment.settings)], cwd=job.parent, env=containment.variables, stderr=subprocess.DEVNULL
+    )
+    try:
+        until_sync(lambda: (data / "data-hub/ready").exists(), "the task to start")
+        until_sync(
+            lambda: [Path(f"/proc/{pid}/cwd").readlink() for pid in guardians(pilot.pid)] == [Path("/")], "the guardian"
+        )
+        job.unlink()
+    finally:
+        pilot.kill()
+        pilot.wait()
+    until_sync(lambda: not processes_with(mark) and not containment.containers(), "the task to end")
+    until_sync(lambda: not processes_with(str(job)), "the guardian to go")
+    assert not data.exists()
