@@ -36,6 +36,7 @@ MAIN_FILES = {
     "cpu": ("cpu.cfs_quota_us", "cpu.max"),
     "pids": ("pids.max", "pids.max"),
 }
+NO_MEMORY_LIMIT = 2**62  # bytes: version 1 has no word for none, and says the largest number of whole pages
 CPU_PERIOD, LEAST_CPU_QUOTA = 100_000, 1_000  # microseconds; the kernel takes no smaller quota
 
 
@@ -372,3 +373,35 @@ def _processes(group: Path) -> list[int]:
     with suppress(OSError):
         return [int(pid) for pid in (group / "cgroup.procs").read_text().split() if pid != "0"]
     return []
+
+
+def most_memory() -> int | None:
+    """Give the bytes of memory that the group we are in, or one above it, allows; None if none of them sets a limit."""
+    words = [_text(group / MAIN_FILES["memory"][unified]) for group, unified in _ours("memory")]
+    return min((int(word) for word in words if word.isdecimal() and int(word) < NO_MEMORY_LIMIT), default=None)
+
+
+def most_cpus() -> float | None:
+    """Give the CPUs that the group we are in, or one above it, allows; None if none of them sets a limit."""
+    files = {True: ("cpu.max",), False: ("cpu.cfs_quota_us", "cpu.cfs_period_us")}
+    quotas = [" ".join(_text(group / name) for name in files[unified]) for group, unified in _ours("cpu")]
+    found = [re.fullmatch(r"(\d+) (\d+)", quota) for quota in quotas]  # no quota is `max`, or -1
+    return min((int(quota[1]) / int(quota[2]) for quota in found if quota), default=None)
+
+
+def _ours(controller: str) -> Iterator[tuple[Path, bool]]:
+    """List the group that we are in and those above it, and whether they are of version 2."""
+    for hierarchy in hierarchies():
+        if controller in hierarchy.controllers:
+            yield from (
+                (group, hierarchy.unified)
+                for group in (hierarchy.here, *hierarchy.here.parents)
+                if group.is_relative_to(hierarchy.mount)
+            )
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""

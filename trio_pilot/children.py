@@ -16,8 +16,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -49,6 +49,7 @@ class Command:
     stderr: IO[bytes]
     marker: str
     pass_fds: Sequence[int] = ()
+    cpus: Sequence[int] = ()  # that it may run on; none: any of ours
 
 
 class Children:
@@ -66,7 +67,8 @@ class Children:
 
     def spawn(self, command: Command) -> "Child":
         """Start a child in a session of its own, with nothing to read. Raises OSError if it cannot be started."""
-        process = _popen(command)
+        with _on(command.cpus):
+            process = _popen(command)
         try:
             child = Child(process, command.marker, self)
         except OSError:  # no file descriptor is left
@@ -174,6 +176,20 @@ class Child:
     def _close(self) -> None:
         os.close(self._pidfd)
         self._children.forget(self.pid)
+
+
+@contextmanager
+def _on(cpus: Sequence[int]) -> Iterator[None]:
+    """Have this thread on some CPUs for a moment: what it starts is there from its first instruction."""
+    if not cpus:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _popen(command: Command) -> "subprocess.Popen[bytes]":

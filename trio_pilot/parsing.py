@@ -54,6 +54,23 @@ def integer(least: int, most: float = math.inf) -> Parse:
     return parse
 
 
+AUTO = 0  # a number that is to be found out: no such number is 0
+
+
+def or_auto(parse: Parse) -> Parse:
+    """Take also the word `auto`."""
+
+    def parse_or_auto(raw: Any) -> Any:
+        if str(raw).strip().lower() == "auto":
+            return AUTO
+        try:
+            return parse(raw)
+        except ValueError as error:
+            raise ValueError(f"{error}, or auto") from error
+
+    return parse_or_auto
+
+
 def seconds(raw: Any, *, zero: bool = False) -> float:
     """Take a positive number of seconds; `inf` will do."""
     try:

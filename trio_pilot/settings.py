@@ -26,6 +26,7 @@ from trio_pilot.parsing import (
     integer,
     log_level,
     one_of,
+    or_auto,
     path,
     queues,
     seconds,
@@ -113,7 +114,13 @@ class Settings:
     wire: str = setting("ewms", one_of("ewms", "raw"), "format of message bodies: ewms, or raw for bytes as they are")
     max_payload: int = setting("134217728", integer(1), "bytes an unpacked event, or an output, may have")
 
-    max_concurrent_tasks: int = setting("1", integer(1, MOST_AHEAD), "slots: tasks run at once")
+    max_concurrent_tasks: int = setting(
+        "1", or_auto(integer(1, MOST_AHEAD)), "slots: tasks run at once; auto: as many as there are CPUs and memory for"
+    )
+    cpus_per_task: float | None = setting(
+        None, cpus, "CPUs, and so threads, that a task is meant to use; none: its share of those there are; with auto: 1"
+    )
+    pin_tasks: bool = setting("false", boolean, "give each task CPUs of its own, where this job has CPUs of its own")
     prefetch: int = setting("1", integer(1, MOST_AHEAD), "events taken ahead; never fewer than the slots")
     timeout_queue_incoming: float = setting("1", seconds, "seconds a free slot waits before the pilot ends")
     timeout_queue_wait_for_first_message: float | None = setting(
@@ -133,7 +140,7 @@ class Settings:
         "what runs containers: docker, podman, apptainer, bubblewrap, process (no container at all), or auto",
         variables=RUNTIME,
     )
-    task_memory: int | None = setting(None, size, "bytes of memory a task may use: 512m, 2g")
+    task_memory: int | None = setting(None, or_auto(size), "bytes of memory a task may use: 512m, 2g; auto: its share")
     task_cpus: float | None = setting(None, cpus, "CPUs a task may use")
     task_pids: int | None = setting(None, integer(1), "processes and threads a task may have")
     task_network: str = setting("", text, "docker, podman: network of the tasks, such as none or host")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -25,6 +25,7 @@ from trio_pilot.last_words import last_words
 from trio_pilot.ledger import Ledger, Life
 from trio_pilot.log import LOGGER
 from trio_pilot.outputs import Outputs
+from trio_pilot.pins import Pins
 from trio_pilot.runtimes import DATA_DIRECTORY, Container, Exit, Limits, Runtime
 from trio_pilot.scopes import Shelter
 from trio_pilot.settings import Settings
@@ -48,6 +49,7 @@ class Order:
     timeout: float | None  # seconds
     limits: Limits
     dump: bool  # copy what it says to the pilot's own stdout and stderr
+    pinned: tuple[int, ...] = ()  # CPUs to run on; none: any
 
     @classmethod
     def task(cls, settings: Settings) -> "Order":
@@ -84,6 +86,7 @@ class Worker:
         self._wire = WIRES[settings.wire]
         self._disk = Disk()
         self.outputs = Outputs(settings.max_output, self._disk)
+        self._pins = Pins(settings.max_concurrent_tasks if settings.pin_tasks else 0, settings.cpus_per_task or 1)
         self._spares = Spares()
         self._ledger = Ledger()
 
@@ -131,7 +134,9 @@ class Worker:
     async def _work(self, delivery: Delivery, files: TaskFiles) -> None:
         event = await self._disk.call(self._wire.size(delivery.body), self._stage, delivery, files)
         started = trio.current_time()
-        await run(self._tools, self._disk, self.outputs, self._order, files)
+        with self._pins.lent() as cpus:
+            order = replace(self._order, pinned=cpus) if cpus else self._order
+            await run(self._tools, self._disk, self.outputs, order, files)
         self._status.run_times.add(trio.current_time() - started)
         with self._shelter.linger() as scope:
             body = await self._disk.call(staging.outfile_size(files), self._collect, event, files)
@@ -255,6 +260,7 @@ def _container(tools: Tools, order: Order, files: TaskFiles) -> Container:
         stdout=files.stdout,
         stderr=files.stderr,
         limits=order.limits,
+        pinned=order.pinned,
     )
 
 

@@ -9,6 +9,7 @@ import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,14 @@ async def test_a_command_that_is_not_executable_is_126_with_a_reason(
     container = subject.container(command)
     assert await run(runtime, container) == 126
     assert last_words(container.stderr).endswith(f"{command}: Permission denied")
+
+
+@real_ones
+async def test_a_pinned_container_runs_on_its_cpus_and_this_process_on_all(subject: Subject, runtime: Runtime) -> None:
+    ours = os.sched_getaffinity(0)
+    container = subject.container("sh", "-c", "sed -n 's/Cpus_allowed_list:.//p' /proc/self/status")
+    assert await output(runtime, replace(container, pinned=(max(ours),))) == f"{max(ours)}\n".encode()
+    assert os.sched_getaffinity(0) == ours
 
 
 # What goes in and comes out.

@@ -53,7 +53,7 @@ def test_what_works_is_said_line_by_line_and_nothing_is_left(check: Check, tmp_p
     found = check()
     assert found[0] == 0
     names = [name for _, name, _ in found[1]]
-    assert names == ["settings", "incoming", "outgoing", "runtime", "image", "command", "data", "clock"]
+    assert names == ["settings", "incoming", "outgoing", "slot", "runtime", "image", "command", "data", "clock"]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -97,7 +97,7 @@ def test_the_version_is_told(command: Run) -> None:
         ("receive q --idle 0", "--idle must be a number of seconds > 0, not 0.0"),
         ("receive q --count 0", "--count must be an integer ≥ 1, not 0"),
         ("receive q --count x", 'Invalid value for --count: unable to convert "x" into int.'),
-        ("demo --max-concurrent-tasks 0", "--max-concurrent-tasks must be an integer ≥ 1, not '0'"),
+        ("demo --max-concurrent-tasks 0", "--max-concurrent-tasks must be an integer ≥ 1, or auto, not '0'"),
         ("send --nope q", "Unknown option: --nope. Did you mean --lines?"),
         ("send q --nope", "Unknown option: --nope."),
         ("send q missing", "missing cannot be sent: No such file or directory"),

@@ -112,6 +112,7 @@ def test_the_rows_of_the_contract_and_our_own_settings_are_all_there_are() -> No
     ours = {"config", "broker", "broker_token", "broker_patience", "wire", "max_payload", "max_attempts"}
     ours |= {"grace", "kill_grace", "settle_grace", "engine_patience", "dead_letter_directory"}
     ours |= {"task_memory", "task_cpus", "task_pids", "task_network", "task_user", "max_output"}
+    ours |= {"cpus_per_task", "pin_tasks"}
     assert {name for _, name, _, _ in ROWS} | ours == FIELDS.keys()
 
 
@@ -149,7 +150,7 @@ def test_words_for_false(word: str) -> None:
         ("EWMS_PILOT_PREFETCH", "two", "EWMS_PILOT_PREFETCH must be an integer ≥ 1, not 'two'"),
         ("EWMS_PILOT_PREFETCH", "0", "EWMS_PILOT_PREFETCH must be an integer ≥ 1, not '0'"),
         ("EWMS_PILOT_PREFETCH", "70000", "EWMS_PILOT_PREFETCH must be an integer ≤ 65535, not '70000'"),
-        ("EWMS_PILOT_MAX_CONCURRENT_TASKS", "0", "EWMS_PILOT_MAX_CONCURRENT_TASKS must be an integer ≥ 1, not '0'"),
+        ("EWMS_PILOT_MAX_CONCURRENT_TASKS", "0", "EWMS_PILOT_MAX_CONCURRENT_TASKS must be an integer ≥ 1, or auto, not '0'"),
         ("EWMS_PILOT_TASK_TIMEOUT", "0", "EWMS_PILOT_TASK_TIMEOUT must be a number of seconds > 0, not '0'"),
         ("EWMS_PILOT_SUBPROC_TIMEOUT", "nan", "EWMS_PILOT_SUBPROC_TIMEOUT must be a number of seconds > 0, not 'nan'"),
         ("EWMS_PILOT_QUARANTINE_TIME", "-1", "EWMS_PILOT_QUARANTINE_TIME must be a number of seconds ≥ 0, not '-1'"),
@@ -174,9 +175,13 @@ def test_words_for_false(word: str) -> None:
         (
             "EWMS_PILOT_TASK_MEMORY",
             "much",
-            "EWMS_PILOT_TASK_MEMORY must be a number of bytes such as 512m or 2g, not 'much'",
+            "EWMS_PILOT_TASK_MEMORY must be a number of bytes such as 512m or 2g, or auto, not 'much'",
         ),
-        ("EWMS_PILOT_TASK_MEMORY", "0", "EWMS_PILOT_TASK_MEMORY must be a number of bytes such as 512m or 2g, not '0'"),
+        (
+            "EWMS_PILOT_TASK_MEMORY",
+            "0",
+            "EWMS_PILOT_TASK_MEMORY must be a number of bytes such as 512m or 2g, or auto, not '0'",
+        ),
         ("EWMS_PILOT_TASK_CPUS", "0", "EWMS_PILOT_TASK_CPUS must be a number of CPUs > 0, not '0'"),
         ("EWMS_PILOT_TASK_CPUS", "inf", "EWMS_PILOT_TASK_CPUS must be a number of CPUs > 0, not 'inf'"),
         ("EWMS_PILOT_TASK_PIDS", "0", "EWMS_PILOT_TASK_PIDS must be an integer ≥ 1, not '0'"),

@@ -19,6 +19,7 @@ import trio
 from trio_pilot import limits
 from trio_pilot.brokers import QueueAddress, open_sink, open_source
 from trio_pilot.commands.signals import run_until_signalled
+from trio_pilot.condor.slot import find_slot, fitted
 from trio_pilot.errors import BrokerError, NodeError, PilotError, SettingsError, leaves, map_exceptions
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import Runtime, bubblewrap
@@ -115,6 +116,7 @@ def _checks(settings: Settings) -> list[Check]:
         Check("settings", partial(_settings, settings), "the README lists all settings"),
         *(Check("incoming", partial(_queue, open_source, queue), _broker_cure("INCOMING")) for queue in incoming),
         *(Check("outgoing", partial(_queue, open_sink, queue), _broker_cure("OUTGOING")) for queue in outgoing),
+        Check("slot", partial(_slot, settings), "correct it"),
         Check("runtime", partial(_runtime, settings), runtime_cure),
         Check("limits", partial(_limits, settings), limits_cure),
         *(Check(what, partial(_image, settings, image), image_cure) for what, image in _images(settings)),
@@ -130,6 +132,13 @@ async def _settings(settings: Settings) -> str:
     default = Settings()
     given = [name for name in FIELDS if getattr(settings, name) != getattr(default, name)]
     return ", ".join(map(flag_of, given))
+
+
+async def _slot(settings: Settings) -> str:
+    slot = find_slot(os.environ)
+    fit = fitted(settings, slot)
+    memory = f", {fit.task_memory / 1e6:.0f} MB" if fit.task_memory else ""
+    return f"{slot}: {fit.max_concurrent_tasks} task(s) at once, {fit.cpus_per_task:g} CPU(s){memory} each"
 
 
 def _queues(find: Callable[[], list[QueueAddress]]) -> list[QueueAddress]:
@@ -176,6 +185,7 @@ async def _runtime(settings: Settings) -> str:
 
 async def _limits(settings: Settings) -> str:
     """Tell what enforces each limit. Without limits there is nothing to tell."""
+    settings = fitted(settings, find_slot(os.environ))
     if settings.limits == limits.NO_LIMITS:
         raise UntoldError
     try:

@@ -1,6 +1,7 @@
 """`trio-pilot run`: the pilot."""
 
 import gc
+import os
 import signal
 
 import trio
@@ -9,6 +10,7 @@ from trio_pilot.brokers import Patience, open_sinks, open_sources
 from trio_pilot.children import end_strays
 from trio_pilot.commands import SIGNALLED
 from trio_pilot.condor.reporter import open_reporter
+from trio_pilot.condor.slot import find_slot, fitted
 from trio_pilot.guard import open_guard
 from trio_pilot.log import LOGGER
 from trio_pilot.pilot import serve
@@ -30,7 +32,7 @@ def run(settings: Settings) -> int:
 
 async def serve_here(settings: Settings) -> int | None:
     """Serve with the brokers, the runtime and the signals of this process; give the signal that ended it, if one did."""
-    status = Status()
+    settings, status = fitted(settings, find_slot(os.environ)), Status()
     patience = _patience(settings, status)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         try:

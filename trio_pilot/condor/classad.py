@@ -1,6 +1,9 @@
 """The language of ClassAds, as far as a pilot speaks it."""
 
+import re
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
+from pathlib import Path
 
 ESCAPES = {
     ord("\n"): r"\n",
@@ -39,3 +42,46 @@ def _escaped(char: str) -> str:
 
 def _escaped_byte(byte: int) -> str:
     return ESCAPES.get(byte) or (chr(byte) if byte in PRINTABLE else f"\\{byte:03o}")
+
+
+Literal = int | float | str | bool
+
+ATTRIBUTE = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*(.*?)\s*")
+STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
+ESCAPED = re.compile(r"\\([0-7]{1,3}|.)")
+
+
+def read(file: str | Path | None) -> Mapping[str, Literal]:
+    """Read a file of `Name = value` lines, such as HTCondor leaves for a job; by name in lower case.
+
+    It is data: what is an expression, and no literal, is left out, and nothing of it is an error. No file is an empty ad.
+    """
+    try:
+        lines = Path(file).read_text(errors="replace").splitlines() if file else []
+    except OSError:
+        return {}
+    return dict(_attributes(lines))
+
+
+def _attributes(lines: list[str]) -> Iterator[tuple[str, Literal]]:
+    for line in lines:
+        if (found := ATTRIBUTE.fullmatch(line)) and (value := _literal(found[2])) is not None:
+            yield found[1].lower(), value
+
+
+def _literal(text: str) -> Literal | None:
+    if string := STRING.fullmatch(text):
+        return ESCAPED.sub(_unescaped, string[1])
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    return None
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    meant = {escape[1]: chr(byte) for byte, escape in ESCAPES.items()}
+    return chr(int(found[1], 8)) if found[1][0] in "01234567" else meant.get(found[1], found[1])

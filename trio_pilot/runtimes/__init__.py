@@ -45,6 +45,7 @@ class Container:
     stdout: Path
     stderr: Path
     limits: Limits = Limits()
+    pinned: tuple[int, ...] = ()  # CPUs that it may run on; none: any
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,7 +150,7 @@ class ApptainerRuntime:
         with open_output(container.stdout) as stdout, open_output(container.stderr) as stderr:
             argv = order.confinement.argv([*LEADER, *self._argv(order)], env)
             return self._apptainer.children.spawn(
-                Command(argv, env, container.scratch, stdout, stderr, marker=container.name)
+                Command(argv, env, container.scratch, stdout, stderr, marker=container.name, cpus=container.pinned)
             )
 
     def _argv(self, order: _Order) -> list[str]:

@@ -110,6 +110,7 @@ class BubblewrapRuntime:
                 stderr,
                 container.name,
                 [status.writing],
+                container.pinned,
             )
             return self._children.spawn(command)
 

@@ -66,6 +66,7 @@ def spec(order: Order) -> Spec:
             },
             **({"ShmSize": options.shm_size} if options.shm_size else {}),
             **_limits(container.limits),
+            **({"CpusetCpus": ",".join(map(str, container.pinned))} if container.pinned else {}),
         },
     }
 

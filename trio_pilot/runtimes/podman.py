@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trio_pilot.errors import NodeError
-from trio_pilot.runtimes import Limits, Options
+from trio_pilot.runtimes import Container, Options
 from trio_pilot.runtimes.engine import EngineRuntime, fault_of, open_engine
 from trio_pilot.runtimes.engine_dialect import MOST_LOG, SCRATCH, Dialect, Order, Spec, labels
 
@@ -68,7 +68,7 @@ def spec(order: Order) -> Spec:
             *(_mount(mount.source, mount.target, writable=mount.writable) for mount in container.mounts),
         ],
         "log_configuration": {"driver": "k8s-file", "size": MOST_LOG},
-        "resource_limits": _limits(container.limits),
+        "resource_limits": _limits(container),
         **({"shm_size": options.shm_size} if options.shm_size else {}),
         **(_network(options.network) if options.network else {}),
     }
@@ -79,12 +79,15 @@ def _mount(source: Path, target: str, *, writable: bool) -> Spec:
     return {"type": "bind", "source": str(source), "destination": target, "options": options}
 
 
-def _limits(limits: Limits) -> Spec:
+def _limits(container: Container) -> Spec:
+    limits = container.limits
     settings: dict[str, Spec] = {}
     if limits.memory is not None:
         settings["memory"] = {"limit": limits.memory, "swap": limits.memory}  # both together: so there is no swap
     if limits.cpus is not None:
         settings["cpu"] = {"quota": int(limits.cpus * CPU_PERIOD), "period": CPU_PERIOD}
+    if container.pinned:
+        settings["cpu"] = {**settings.get("cpu", {}), "cpus": ",".join(map(str, container.pinned))}
     if limits.pids is not None:
         settings["pids"] = {"limit": limits.pids + 1}  # the init is none of the task's
     return settings

@@ -66,7 +66,9 @@ class ProcessRuntime:
             env = self._environment(container)
             argv = confinement.argv(container.args, env)
             try:
-                return self._children.spawn(Command(argv, env, container.scratch, stdout, stderr, marker=container.name))
+                return self._children.spawn(
+                    Command(argv, env, container.scratch, stdout, stderr, marker=container.name, cpus=container.pinned)
+                )
             except OSError as error:
                 if error.filename != container.args[0]:
                     raise  # this machine's fault: it has no memory, process or file descriptor left
