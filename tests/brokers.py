@@ -116,6 +116,11 @@ class Rabbit:
                 found.append((message[1], message[2]))
             return found
 
+    def ready(self, queue: str) -> int:
+        """Tell how many messages are ready in a queue."""
+        with self.channel() as channel:
+            return int(channel.queue_declare(queue, passive=True).method.message_count)
+
     def declare(self, queue: str, kind: str = "quorum") -> None:
         with self.channel() as channel:
             channel.queue_declare(queue, durable=True, arguments={"x-queue-type": kind})

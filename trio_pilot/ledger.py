@@ -17,6 +17,7 @@ class Life:
 
     def __init__(self, delivery: Delivery) -> None:
         self.delivery = delivery
+        self.is_settled = False  # or tried to be
 
 
 class Ledger:

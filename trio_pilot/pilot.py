@@ -20,6 +20,7 @@ from trio_util import wait_any
 from trio_pilot.brokers import Consumer, Delivery, Sink, Source
 from trio_pilot.errors import ContainerLostError, NodeError, PilotError, TasksFailedError, names
 from trio_pilot.guard import Guard
+from trio_pilot.ledger import Life
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import Runtime
 from trio_pilot.scopes import Shelter
@@ -133,6 +134,7 @@ class Pilot:
                 with self._drain.listening:
                     await self._initialise()
                     await self._take_events(tasks)
+                self._worker.bench.clear()
                 self._status.state.value = State.PENDING
                 await self._status.running.wait_value(0)
                 self._shelter.close()
@@ -158,7 +160,8 @@ class Pilot:
         self._status.state.value = State.AWAITING_FIRST
         idle_limit = self._settings.first_event_timeout
         async with AsyncExitStack() as stack:
-            consumers = deque([await stack.enter_async_context(source.consume(prefetch)) for source in self._sources])
+            consumers = deque[Consumer]([self._worker.bench])
+            consumers += [await stack.enter_async_context(source.consume(prefetch)) for source in self._sources]
             LOGGER.info("listening for events: %d slot(s), runtime %s", self._slots.total_tokens, self._tools.runtime.name)
             while True:
                 slot = object()
@@ -179,8 +182,16 @@ class Pilot:
         return delivery
 
     async def _run_task(self, delivery: Delivery, slot: object) -> None:
+        with self._worker.life(delivery) as life:
+            error = await self._use(slot, life)
+            if error and not life.is_settled:
+                await self._worker.give_back(life, error)
+
+    async def _use(self, slot: object, life: Life) -> PilotError | None:
         try:
-            self._count(delivery, await self._worker.live(delivery))
+            error = await self._worker.live(life)
+            self._count(life.delivery, error)
+            return error
         except trio.Cancelled:
             self._status.returned.value += 1
             raise

@@ -130,6 +130,9 @@ class Settings:
     okay_errors: frozenset[str] = setting("", words, "names of errors that are no reason to stop listening")
     quarantine_time: float = setting("0", seconds_or_none_at_all, "seconds to hold the slot after a task failed")
     max_attempts: int = setting("20", integer(1), "tries of an event that fails, before it is a dead letter")
+    retry_delay: float = setting(
+        "1", seconds_or_none_at_all, "seconds before an event that failed is tried again; doubled each time, up to 30"
+    )
     grace: float = setting("10", seconds_or_none_at_all, "seconds running tasks have after SIGTERM or Ctrl-C")
     kill_grace: float = setting("2", seconds_or_none_at_all, "seconds a container has between SIGTERM and SIGKILL")
     settle_grace: float = setting("10", seconds, "seconds to send and settle what is done, when told to stop")

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import trio
 
 from trio_pilot import staging
+from trio_pilot.bench import Bench
 from trio_pilot.brokers import Delivery, Settlement, Sink
 from trio_pilot.disk import Disk
 from trio_pilot.errors import (
@@ -89,9 +91,16 @@ class Worker:
         self._pins = Pins(settings.max_concurrent_tasks if settings.pin_tasks else 0, settings.cpus_per_task or 1)
         self._spares = Spares()
         self._ledger = Ledger()
+        self.bench = Bench(settings.retry_delay)
 
-    async def live(self, delivery: Delivery) -> PilotError | None:
-        """Live one event's life, and settle it; give the error that it, or the node, ended with.
+    def life(self, delivery: Delivery) -> AbstractContextManager[Life]:
+        """Be known to be at an event, until it is settled."""
+        return self._ledger.life(delivery)
+
+    async def live(self, life: Life) -> PilotError | None:
+        """Live one event's life; give the error that it, or the node, ended with.
+
+        It is settled in the end, unless it is to be tried again: then `give_back` is for the caller to call.
 
         Cancelled, the container is killed and the event returned; but an output that is there is still sent.
         """
@@ -102,18 +111,28 @@ class Worker:
             outfile=f"outfile-{name}{self._settings.outfile_ext}",
         )
         try:
-            with self._ledger.life(delivery) as life:
-                return await self._settled(life, files)
+            return await self._settled(life, files)
         finally:
             if not self._settings.keep_all_task_files:
                 await self._tidy(files)
 
+    async def give_back(self, life: Life, error: PilotError) -> None:
+        """Return an event that failed, after a delay; one that took too long at once, since another node may be faster."""
+        with self.bench.seat(life.delivery):
+            try:
+                if not isinstance(error, ContainerTimeoutError):
+                    await self.bench.sit_out(life.delivery.attempt)
+            finally:
+                await self._settle(life, Settlement.REJECT)
+
     async def knows(self, delivery: Delivery) -> bool:
         """Tell whether an event that comes again is run, or was done, here already: it is, or will be, settled by that."""
+        if self._ledger.adopt(delivery):
+            return True
         if self._ledger.was_done(delivery):
             await self._settle(Life(delivery), Settlement.ACK)
             return True
-        return self._ledger.adopt(delivery)
+        return False
 
     def close(self) -> None:
         """Remove the directories that no task will need any more."""
@@ -123,7 +142,9 @@ class Worker:
         try:
             await self._work(life.delivery, files)
         except (EventError, NodeError) as error:
-            await self._settle(life, self._by_cause(error, life.delivery), error)
+            settlement = self._by_cause(error, life.delivery)
+            if settlement is not Settlement.REJECT:
+                await self._settle(life, settlement, error)
             return error
         except BaseException:
             await self._release(life)
@@ -169,6 +190,7 @@ class Worker:
             await self._disk.finish(math.inf, staging.remove, files)
 
     async def _settle(self, life: Life, settlement: Settlement, cause: PilotError | None = None) -> None:
+        life.is_settled = True
         with trio.move_on_after(self._settings.settle_grace, shield=True) as patience:
             while not await self._try_to_settle(life, life.delivery, settlement, cause):
                 pass  # it has come again meanwhile

@@ -8,7 +8,7 @@ import itertools
 import shutil
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,10 @@ class FakeSource:
     def has_lost(self, delivery: Delivery) -> bool:
         """Tell whether the broker has it back."""
         return delivery.tag not in self.broker.unsettled
+
+    def held(self, delivery: Delivery) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Have no prefetch, towards which it could count."""
+        return nullcontext()
 
     async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "", error: str = "") -> None:
         """Settle a delivery; a second time is an error of the caller's."""

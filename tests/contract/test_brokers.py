@@ -179,6 +179,21 @@ async def test_a_consumer_that_takes_nothing_keeps_no_more_than_its_prefetch(bro
         await idle.settle(first, Settlement.ACK)
 
 
+async def test_what_is_held_back_does_not_count_towards_the_prefetch(broker: Broker, queue: str) -> None:
+    await send(broker, queue, *[b"%d" % number for number in range(10)])
+    async with broker.source(queue) as source, source.consume(1) as consumer:
+        held = [await take(consumer)]
+        with source.held(held[0]):
+            held.append(await take(consumer))
+            with source.held(held[1]):
+                assert len(await settle_all(source, consumer, 5)) == 5
+                await source.settle(held[1], Settlement.ACK)
+            await source.settle(held[0], Settlement.ACK)
+        assert len(await settle_all(source, consumer, 3)) == 3
+        await nothing_comes(consumer)
+    assert await ready_again(broker, queue, 0) == []
+
+
 async def test_what_was_not_taken_is_given_back_when_consume_ends_and_what_was_taken_can_still_be_settled(
     broker: Broker, queue: str
 ) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -450,3 +451,35 @@ async def test_events_that_come_again_after_a_lost_connection_are_not_run_again(
 ) -> None:
     outputs = await cut_while_four_tasks_run(broker, queue, directory, proxy)
     assert len(outputs) == 4
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.soak)])
+async def test_poison_among_good_events_is_tried_as_often_as_it_may_and_delays_no_other(
+    broker: Rabbit, queue: str, directory: Path, count: int
+) -> None:
+    poison = {count // 10, count // 2, count - 1}
+    is_poison = f"case $(cat $EWMS_TASK_INFILE) in {'|'.join(map(str, poison))}) exit 3;; esac"
+    script = f"{is_poison}; cp $EWMS_TASK_INFILE $EWMS_TASK_OUTFILE"
+    more = {"TASK_ARGS": f"sh -c '{script}'", "STOP_LISTENING_ON_TASK_ERROR": "false", "MAX_ATTEMPTS": 4, "RETRY_DELAY": 0.3}
+
+    async def seconds_until_all_good_are_done(queue: str, events: list[int], **settings_: object) -> float:
+        await send_all(broker, queue, *[EwmsWire().encode(Message(event)) for event in events])
+        broker.declare(f"{queue}-out")
+        with pilot(directory, settings(broker, queue, **more, **settings_)) as child:
+            begun = trio.current_time()
+            await eventually(lambda: broker.ready(f"{queue}-out") == len(set(events) - poison))
+            taken = trio.current_time() - begun
+            with trio.fail_after(LONG):
+                _, stderr = await trio.to_thread.run_sync(child.communicate)
+        tried.update(re.findall(r"event (\S+), attempt", stderr))
+        return taken
+
+    tried: Counter[str] = Counter()
+    alone = await seconds_until_all_good_are_done(f"{queue}-alone", [event for event in range(count) if event not in poison])
+    assert not tried
+    together = await seconds_until_all_good_are_done(queue, list(range(count)))
+    print(f"{count} events: {alone:.2f} s without poison, {together:.2f} s with it")
+    assert tried == Counter({f"id-{number}": 4 for number in poison})
+    dead = broker.dead_letters(queue)
+    assert {message_id for _, message_id, _ in dead} == {f"id-{number}" for number in poison}
+    assert all("exit code 3" in reason for _, _, reason in dead)

@@ -110,7 +110,7 @@ def test_each_variable_of_ewms_is_understood(variable: str, name: str, text: str
 
 def test_the_rows_of_the_contract_and_our_own_settings_are_all_there_are() -> None:
     ours = {"config", "broker", "broker_token", "broker_patience", "wire", "max_payload", "max_attempts"}
-    ours |= {"grace", "kill_grace", "settle_grace", "engine_patience", "dead_letter_directory"}
+    ours |= {"grace", "kill_grace", "settle_grace", "engine_patience", "dead_letter_directory", "retry_delay"}
     ours |= {"task_memory", "task_cpus", "task_pids", "task_network", "task_user", "max_output"}
     ours |= {"cpus_per_task", "pin_tasks"}
     assert {name for _, name, _, _ in ROWS} | ours == FIELDS.keys()

@@ -5,7 +5,7 @@ the background from the moment they are opened, and outlive every task, so that 
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -63,6 +63,9 @@ class Source(Protocol):
 
     def has_lost(self, delivery: Delivery) -> bool:
         """Tell whether the broker has taken a delivery back, as far as is known: then it comes again, to us or another."""
+
+    def held(self, delivery: Delivery) -> AbstractContextManager[None]:
+        """Have a delivery not count towards the prefetch for a while: it is held back, and others are to flow on."""
 
     async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "", error: str = "") -> None:
         """Settle a delivery; of a dead letter, say the reason and the name of the error.

@@ -16,7 +16,7 @@ import sqlite3
 import struct
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -249,6 +249,10 @@ class LocalSource:
     def has_lost(self, delivery: Delivery) -> bool:  # noqa: ARG002 -- a claim lasts as long as we do
         """Never lose a delivery."""
         return False
+
+    def held(self, delivery: Delivery) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Have no prefetch, towards which it could count."""
+        return nullcontext()
 
     async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "", error: str = "") -> None:
         """Settle a delivery. A dead letter is always taken: the file that has the event has room for it."""

@@ -11,10 +11,11 @@ import re
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import trio
+from trio_util import AsyncValue, move_on_when
 
 from trio_pilot.brokers import Delivery, Patience, QueueAddress, Settlement, dead_letter_queue, dead_letters
 from trio_pilot.brokers.amqp import (
@@ -32,6 +33,7 @@ from trio_pilot.brokers.rabbitmq_queue import RabbitQueue, find, find_for_sendin
 from trio_pilot.errors import BrokerError, DeliveryLostError, DeliveryReplacedError, NodeError, PublishRefusedError
 from trio_pilot.log import LOGGER
 
+MOST_HELD = 100  # deliveries held back that do not count towards the prefetch; with more of them, all events must wait
 GIVE_BACK_TIMEOUT = 5.0  # seconds to give back what was prefetched; the end of the connection gives it back as well
 
 COUNTS_BY_CAUSE = (4, 3)  # the first version of the server that does; seen with 3.10, 4.0 and 4.3
@@ -62,6 +64,7 @@ class RabbitSource(RabbitQueue):
         super().__init__(address, patience)
         self._directory = address.dead_letters
         self._copies = Copies()
+        self.holding = AsyncValue(0)  # deliveries that are not to count towards the prefetch
         self._is_quorum = False
 
     async def _open(self, connection: Connection) -> Channel:
@@ -86,11 +89,22 @@ class RabbitSource(RabbitQueue):
             channel = await self.connected()
             try:
                 await consumer.listen(channel, prefetch)
+                async with move_on_when(self.gone, channel):
+                    await consumer.make_up(channel)
             except ClosedError as error:
                 if error.code in (ACCESS_REFUSED, NOT_FOUND):
                     raise BrokerError(f"cannot listen to the queue {self.name}: {error}") from error
             await self.gone(channel)
             consumer.lost()
+
+    @contextmanager
+    def held(self, delivery: Delivery) -> Iterator[None]:  # noqa: ARG002 -- one is like another
+        """Have one more delivery sent for one that is held back."""
+        self.holding.value += 1
+        try:
+            yield
+        finally:
+            self.holding.value -= 1
 
     def has_lost(self, delivery: Delivery) -> bool:
         """Tell whether the channel that it came by is closed."""
@@ -224,7 +238,7 @@ class RabbitConsumer:
         self.listening_since = math.inf
         self._source = source
         self._channel: Channel | None = None
-        self._tag = uuid.uuid4().hex  # ours, so that there is no moment at which it could not be cancelled
+        self._tags: list[str] = []  # ours, so that there is no moment at which one could not be cancelled
         self._arrived: deque[Delivery] = deque()
         self._changed = trio.Event()  # since the last `take`, so that no change falls between that and `wait`
 
@@ -244,23 +258,41 @@ class RabbitConsumer:
 
     async def listen(self, channel: Channel, prefetch: int) -> None:
         """Have messages sent, `prefetch` of them ahead of their settlement."""
-        await channel.ask("basic_qos", prefetch_count=prefetch)
         self._channel = channel
-        await channel.consume(self._source.name, self._tag, self._on_arrival)
+        await self._consume(channel, prefetch)
         self.listening_since = trio.current_time()
         self._changed.set()
+
+    async def make_up(self, channel: Channel) -> None:
+        """Have one more message sent ahead for each that is held back, as their number changes: by a consumer for each."""
+        holding = self._source.holding
+        with suppress(ClosedError):
+            while True:
+                held, made_up_for = min(holding.value, MOST_HELD), len(self._tags) - 1
+                if made_up_for < held:
+                    await self._consume(channel, 1)
+                elif made_up_for > held:
+                    await channel.ask("basic_cancel", self._tags.pop())
+                else:
+                    await holding.wait_transition()
+
+    async def _consume(self, channel: Channel, prefetch: int) -> None:
+        await channel.ask("basic_qos", prefetch_count=prefetch)
+        self._tags.append(uuid.uuid4().hex)
+        await channel.consume(self._source.name, self._tags[-1], self._on_arrival)
 
     def lost(self) -> None:
         """Forget what has arrived: the broker has it again."""
         self._channel, self.listening_since = None, math.inf
+        self._tags.clear()
         self._arrived.clear()
         self._changed.set()
 
     async def stop(self) -> None:
         """Have no more sent, and give back what was not taken."""
         try:
-            if self._channel:
-                await self._channel.ask("basic_cancel", self._tag)
+            while self._channel and self._tags:
+                await self._channel.ask("basic_cancel", self._tags.pop())
             while self._arrived:
                 await self._source.settle(self._arrived[0], Settlement.RELEASE)
                 self._arrived.popleft()
