@@ -21,6 +21,9 @@ RABBITMQ_SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 SOURCES = Path("/etc/apt/sources.list.d/debian.sources"), Path("/etc/apt/sources.list")
 MAX_MESSAGE_SIZE = 4 * 2**20
 
+# Without busy waiting: as its documentation advises where a server has not the cores for itself.
+ERLANG_FLAGS = "+sbwt none +sbwtdcpu none +sbwtdio none"
+
 
 class UnavailableError(Exception):
     """This machine cannot run the server."""
@@ -197,10 +200,7 @@ class RabbitServer:
             "RABBITMQ_GENERATED_CONFIG_DIR": f"{here}/config",
             "RABBITMQ_CONFIG_FILE": f"{here}/rabbitmq.conf",
             "RABBITMQ_CONF_ENV_FILE": f"{here}/none",
-            # Without busy waiting: as its documentation advises where a server has not the cores for itself.
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": " ".join(
-                ["-kernel inet_dist_use_interface {127,0,0,1}", "+sbwt none +sbwtdcpu none +sbwtdio none"]
-            ),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"-kernel inet_dist_use_interface {{127,0,0,1}} {ERLANG_FLAGS}",
         }
 
     def _lay_out(self) -> None:

@@ -1,0 +1,84 @@
+"""Messages a second from a quorum queue to another, confirmed and then acknowledged, with nothing done for them.
+
+`source and sink`: by the brokers' modules alone. `pilot`: by a pilot whose tasks are stubs, so with their files.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import trio
+
+from bench.broker import Queues, RabbitServer, open_queues
+from bench.figures import Figure
+from bench.load import Load
+from bench.measure import report, say
+from bench.pilot import stubbed
+from bench.report import Report
+from trio_pilot.brokers import Delivery, QueueAddress, Settlement, Sink, open_sink, open_source
+from trio_pilot.pilot import next_delivery
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured."""
+
+    at_once: tuple[int, ...] = (1, 16, 64)  # messages between source and acknowledgement
+    events: int = 10_000
+    rounds: int = 5
+
+
+FULL = Plan()
+QUICK = Plan(at_once=(16,), events=2000, rounds=1)
+
+PATIENCE = 60.0  # seconds for the next message
+
+
+def measure(plan: Plan, server: RabbitServer) -> Report:
+    """Measure all of the plan."""
+    return report("bridge", [figure for number in plan.at_once for figure in _figures(plan, server, number)], plan, server)
+
+
+def _figures(plan: Plan, server: RabbitServer, at_once: int) -> Iterator[Figure]:
+    load, start = Load(plan.events), stubbed({"max_concurrent_tasks": at_once})
+    bridged, piloted = [], []
+    for _ in range(plan.rounds):
+        bridged.append(_bridged(load, server, at_once))
+        piloted.append(load.done_by(start, server).rate)
+    for what, samples in (("source and sink", bridged), ("pilot", piloted)):
+        figure = Figure({"at once": at_once, "what": what}, "1/s", samples)
+        say(f"{dict(figure.labels)}: {figure.median:.0f}/s")
+        yield figure
+
+
+def _bridged(load: Load, server: RabbitServer, at_once: int) -> float:
+    """Give the messages a second of a source and a sink."""
+    with open_queues(server) as queues:
+        queues.fill(load.bodies())
+        seconds = trio.run(_pass_on, queues, load.events, at_once)
+        load.check(queues)
+    return load.events / seconds
+
+
+async def _pass_on(queues: Queues, events: int, at_once: int) -> float:
+    """Pass on so many messages; give the seconds from the first that is there to the last that is settled."""
+    incoming, outgoing = (QueueAddress(name, "rabbitmq", queues.address) for name in (queues.incoming, queues.outgoing))
+    places = trio.CapacityLimiter(at_once)
+    async with open_sink(outgoing, lambda _: False) as sink, open_source(incoming, lambda _: False) as source:
+        await sink.ready()
+        async with source.consume(at_once) as consumer, trio.open_nursery() as nursery:
+            consumers, begun = deque([consumer]), 0.0
+            for _ in range(events):
+                delivery = await next_delivery(consumers, PATIENCE)
+                assert delivery, f"no message for {PATIENCE:g} s"
+                begun = begun or time.monotonic()
+                await places.acquire_on_behalf_of(delivery)
+                nursery.start_soon(_pass_on_one, delivery, sink, places)
+        return time.monotonic() - begun
+
+
+async def _pass_on_one(delivery: Delivery, sink: Sink, places: trio.CapacityLimiter) -> None:
+    await sink.send(delivery.body, delivery.message_id)
+    await delivery.source.settle(delivery, Settlement.ACK)
+    places.release_on_behalf_of(delivery)

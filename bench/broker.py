@@ -1,0 +1,80 @@
+"""The broker of a measurement, and its queues: filled, counted, emptied. pika is in here alone."""
+
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pika
+from pika.exceptions import AMQPError
+
+from tests.servers import RabbitServer, rabbitmq
+from trio_pilot.wire import EwmsWire, Message
+
+QUORUM = {"x-queue-type": "quorum"}
+PERSISTENT = pika.BasicProperties(delivery_mode=2)
+WIRE = EwmsWire()
+LARGEST = 2**26  # bytes of a result
+
+__all__ = ["Queues", "RabbitServer", "open_queues", "rabbitmq"]
+
+
+class Queues:
+    """Two quorum queues of one measurement, one for events and one for results."""
+
+    def __init__(self, channel: Any, address: str) -> None:
+        name = uuid.uuid4().hex[:12]
+        self.address = address
+        self.incoming, self.outgoing = f"in-{name}", f"out-{name}"
+        self._channel = channel
+        for queue in (self.incoming, self.outgoing):
+            channel.queue_declare(queue, durable=True, arguments=QUORUM)
+
+    def fill(self, events: Iterable[Any]) -> None:
+        """Put events into the incoming queue. Returns once the broker has taken them all."""
+        count = -1
+        for count, event in enumerate(events):  # noqa: B007 -- how many
+            self.put(event)
+        # Confirms would take turns with the messages; a count of all of them says the same.
+        self._channel.connection.process_data_events(0)
+        while self.ready(self.incoming) <= count:
+            self._channel.connection.sleep(0.01)
+
+    def put(self, event: Any) -> None:
+        """Put one event into the incoming queue."""
+        self._channel.basic_publish("", self.incoming, WIRE.encode(Message(event)), PERSISTENT)
+
+    def ready(self, queue: str) -> int:
+        """Count the messages of a queue that nobody has taken; the broker is asked, which takes it half a millisecond."""
+        return int(self._channel.queue_declare(queue, passive=True).method.message_count)
+
+    def results(self) -> Iterator[Any]:
+        """Take all results that are there."""
+        while True:
+            got, _, body = self._channel.basic_get(self.outgoing, auto_ack=True)
+            if got is None:
+                return
+            yield WIRE.decode(body, LARGEST).data
+
+
+@contextmanager
+def open_queues(server: RabbitServer) -> Iterator[Queues]:
+    """Make queues at a server, and delete them: what one measurement leaves is not to be carried by the next."""
+    with _channel(server) as channel:
+        queues = Queues(channel, server.address)
+        try:
+            yield queues
+        finally:
+            with _channel(server) as channel:  # the server may have been restarted
+                for queue in (queues.incoming, queues.outgoing):
+                    channel.queue_delete(queue)
+
+
+@contextmanager
+def _channel(server: RabbitServer) -> Iterator[Any]:
+    connection = pika.BlockingConnection(pika.ConnectionParameters("127.0.0.1", server.port, heartbeat=0))
+    try:
+        yield connection.channel()
+    finally:
+        with suppress(AMQPError):
+            connection.close()

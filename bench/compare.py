@@ -1,0 +1,58 @@
+"""`python -m bench compare A.json B.json`: what has changed between two reports, beyond the noise of both."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench.figures import Figure
+from bench.report import Report, aligned, rounded
+
+LEAST = 0.03  # of a change that is told, as a part of the figure: the same machine is that different on another day
+LEAST_OF_ONE = 0.2  # where there was but one sample, and so nothing is known of the noise
+
+
+def compare(before: Path, after: Path) -> str:
+    """Compare two reports. Raises SystemExit if they are not of the same measurement."""
+    old, new = Report.read(before), Report.read(after)
+    if old.name != new.name:
+        raise SystemExit(f"{before} is a report of {old.name}, and {after} one of {new.name}: compare two of the same")
+    rows = list(_changes(old, new))
+    told = aligned([["figure", "before", "after", "change"], *rows]) if rows else "nothing has changed beyond the noise"
+    return "\n".join([f"{old.name}: {old.commit} ({old.made}) and {new.commit} ({new.made})", *_conditions(old, new), told])
+
+
+def _conditions(old: Report, new: Report) -> Iterator[str]:
+    """Say what else differs."""
+    for what in ("machine", "versions", "settings"):
+        one, other = getattr(old, what), getattr(new, what)
+        for name in sorted({**one, **other}):
+            if name != "load" and one.get(name) != other.get(name):
+                yield f"not the same {what}: {name}: {one.get(name)} before, {other.get(name)} after"
+
+
+def _changes(old: Report, new: Report) -> Iterator[list[str]]:
+    found = {_name(figure): figure for figure in new.figures}
+    for figure in old.figures:
+        name = _name(figure)
+        other = found.pop(name, None)
+        if other is None:
+            yield [name, rounded(figure.median), "", "gone"]
+        elif has_changed(figure, other):
+            yield [name, rounded(figure.median), rounded(other.median), _change(figure, other)]
+    yield from ([name, "", rounded(figure.median), "new"] for name, figure in found.items())
+
+
+def has_changed(old: Figure, new: Figure) -> bool:
+    """Tell whether the samples lie apart, and their medians far enough."""
+    apart = new.low > old.high or new.high < old.low
+    least = LEAST if min(len(old.samples), len(new.samples)) > 1 else LEAST_OF_ONE
+    return apart and abs(new.median - old.median) > least * abs(old.median)
+
+
+def _change(old: Figure, new: Figure) -> str:
+    return f"{100 * (new.median / old.median - 1):+.0f} %" if old.median else "from nothing"
+
+
+def _name(figure: Figure) -> str:
+    return ", ".join(f"{name} {value}" for name, value in figure.labels.items()) + (
+        f" [{figure.unit}]" if figure.unit else ""
+    )

@@ -1,0 +1,56 @@
+"""How near to the limit: the pilot, with its broker on the same cores, against the same commands with no pilot at all."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from bench import bare
+from bench.broker import RabbitServer
+from bench.figures import Figure, alternate, compared
+from bench.load import Load
+from bench.measure import report, runtime_or_none, say
+from bench.pilot import pilot, task
+from bench.report import Report
+from bench.runtimes import Runtime
+from bench.throughput import COST
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is compared."""
+
+    runtimes: tuple[str, ...] = ("process", "bubblewrap", "docker")
+    slots: tuple[int, ...] = (1, 4, 8)
+    rounds: int = 5
+    length: float = 3  # seconds that a run is to take, roughly
+
+
+FULL = Plan()
+QUICK = Plan(runtimes=("process", "bubblewrap"), slots=(4,), rounds=2, length=1)
+
+
+def measure(plan: Plan, server: RabbitServer) -> Report:
+    """Measure all of the plan."""
+    figures, programs = [], {}
+    for name in plan.runtimes:
+        with runtime_or_none(name) as runtime:
+            if runtime:
+                programs[name] = runtime.version
+                figures += [figure for slots in plan.slots for figure in _figures(plan, runtime, server, slots)]
+    return report("limit", figures, plan, server, **programs)
+
+
+def _figures(plan: Plan, runtime: Runtime, server: RabbitServer, slots: int) -> Iterator[Figure]:
+    tasks = max(3 * slots, round(plan.length / COST[runtime.name]))
+    start = pilot({"max_concurrent_tasks": slots, "task_args": task(0), **runtime.settings}, runtime.env)
+    with tempfile.TemporaryDirectory(prefix="trio-pilot-bench-bare-") as directory:
+        sides: dict[str, Callable[[], float]] = {
+            way: partial(bare.rate, way, runtime, slots, tasks, Path(directory)) for way in bare.ways(runtime)
+        }
+        sides["trio-pilot"] = lambda: Load(tasks).done_by(start, server).rate
+        samples = alternate(plan.rounds, sides)
+    for figure in compared({"runtime": runtime.name, "slots": slots}, "1/s", samples, "trio-pilot"):
+        say(f"{dict(figure.labels)}: {figure.median:.3g} {figure.unit}")
+        yield figure

@@ -1,0 +1,42 @@
+"""What all measurements share: the server that they use, and the report that they end with."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from bench.broker import RabbitServer
+from bench.figures import Figure
+from bench.report import Report, versions
+from bench.runtimes import Runtime, UnavailableError, open_runtime
+from tests.servers import ERLANG_FLAGS
+
+
+def report(name: str, figures: list[Figure], plan: Any, server: RabbitServer, **programs: str) -> Report:
+    """Make the report of a measurement: with its plan, and how the server was run."""
+    broker = {"erlang": ERLANG_FLAGS, "queues": "quorum, one node", "cores": "those of the pilot and its tasks"}
+    settings = {"plan": asdict(plan), "rabbitmq": broker}
+    known = {name: version for name, version in programs.items() if version}
+    return Report(name, figures, settings, versions(rabbitmq=server.version, **known))
+
+
+@contextmanager
+def runtime_or_none(name: str) -> Iterator[Runtime | None]:
+    """Have a runtime, or say why it is left out."""
+    try:
+        opened = open_runtime(name)
+        runtime = opened.__enter__()
+    except UnavailableError as error:
+        say(f"left out: {name}: {error}")
+        yield None
+        return
+    try:
+        yield runtime
+    finally:
+        opened.__exit__(None, None, None)
+
+
+def say(words: str) -> None:
+    """Say how far it is."""
+    print(words, file=sys.stderr, flush=True)

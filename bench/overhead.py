@@ -1,0 +1,109 @@
+"""Where an event's time goes, and what an event costs the pilot's own process in CPU and instructions.
+
+The stages of an event: `queued` (a slot between two events), `staged` (until its directory and input file are there),
+`started` (until its process is), `ran`, `read` (its output), `published` (until that is confirmed) and `acked`. What an
+engine needs to start a container is in `ran`.
+"""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.broker import Queues, RabbitServer
+from bench.figures import Figure, Label
+from bench.load import Load, Start
+from bench.measure import report, runtime_or_none, say
+from bench.pilot import given, pilot, stubbed, task, variables
+from bench.process import Measured, running
+from bench.report import ROOT, Report
+from bench.runtimes import Runtime
+from bench.throughput import COST
+from bench.timed import STAGES
+
+CALLGRIND = ("valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured."""
+
+    runtimes: tuple[str, ...] = ("process", "bubblewrap", "docker")
+    slots: tuple[int, ...] = (1, 4, 8)
+    rounds: int = 3
+    length: float = 5  # seconds that a run is to take, roughly
+    counted: tuple[int, int] = (50, 250)  # events of two runs whose instructions are counted; none: 0, 0
+
+
+FULL = Plan()
+QUICK = Plan(runtimes=("process", "bubblewrap"), slots=(4,), rounds=1, length=2, counted=(0, 0))
+
+
+def measure(plan: Plan, server: RabbitServer) -> Report:
+    """Measure all of the plan."""
+    figures, programs = [], {}
+    for name in plan.runtimes:
+        with runtime_or_none(name) as runtime:
+            if runtime:
+                programs[name] = runtime.version
+                figures += [figure for slots in plan.slots for figure in _figures(plan, runtime, server, slots)]
+    figures += _instructions(plan, server)
+    return report("overhead", figures, plan, server, **programs)
+
+
+def _figures(plan: Plan, runtime: Runtime, server: RabbitServer, slots: int) -> Iterator[Figure]:
+    load = Load(max(3 * slots, round(plan.length / COST[runtime.name])))
+    settings = {"max_concurrent_tasks": slots, "task_args": task(0), **runtime.settings}
+    labels: dict[str, Label] = {"runtime": runtime.name, "slots": slots}
+    runs = [load.done_by(pilot(settings, runtime.env), server) for _ in range(plan.rounds)]
+    yield Figure({**labels, "what": "CPU of the pilot"}, "ms", [1000 * run.cpu / load.events for run in runs])
+    times: list[dict[str, float]] = []
+    for _ in range(plan.rounds):
+        load.done_by(timed(settings, runtime.env, times.append), server)
+    for stage in STAGES:
+        yield Figure({**labels, "what": stage}, "ms", [1000 * time[stage] for time in times])
+    say(f"{labels}: {', '.join(f'{stage} {1000 * times[-1][stage]:.2f} ms' for stage in STAGES)}")
+
+
+def timed(settings: Mapping[str, Any], env: Mapping[str, str], tell: Callable[[dict[str, float]], None]) -> Start:
+    """Give what starts a pilot that looks at the clock, and in the end tells the mean seconds of each stage."""
+
+    @contextmanager
+    def start(queues: Queues, directory: Path) -> Iterator[Measured]:
+        found = directory / "times.json"
+        command = [sys.executable, "-m", "bench.timed", given(queues, directory, settings), str(found)]
+        with running(command, directory, {**variables(), **env, "PYTHONPATH": str(ROOT)}) as process:
+            yield process
+            process.end()
+        tell(json.loads(found.read_text()))
+
+    return start
+
+
+def _instructions(plan: Plan, server: RabbitServer) -> Iterator[Figure]:
+    """Count the instructions of two runs, of which the difference is that of so many events.
+
+    valgrind knows no pidfd_open(2), which the pilot needs for its children: so the tasks are stubs.
+    """
+    few, many = plan.counted
+    if not many:
+        return
+    if not shutil.which("valgrind"):
+        say("left out: instructions: there is no valgrind")
+        return
+    less, more = (_counted(number, server) for number in (few, many))
+    yield Figure({"runtime": "stub", "slots": 1, "what": "instructions of the pilot"}, "M", [(more - less) / (many - few)])
+
+
+def _counted(events: int, server: RabbitServer) -> float:
+    """Give the million instructions of a pilot that does so many events."""
+    said: list[str] = []
+    Load(events).done_by(stubbed({}, CALLGRIND, said.append), server)
+    found = re.search(r"Collected : (\d+)", said[0])
+    assert found, f"callgrind has not told what it counted: {said[0][-2000:]}"
+    return int(found[1]) / 1e6

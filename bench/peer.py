@@ -1,0 +1,89 @@
+"""Against ewms-pilot: the same broker, engine and events; the results of both are checked.
+
+Of two settings of ewms-pilot's prefetch, the better one of each round counts.
+
+`stand-in` is the cheapest runtime that ewms-pilot can be given: a shell script in place of apptainer that starts a plain
+process. trio-pilot runs the very same script, by its runtime `process`.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from bench.broker import RabbitServer
+from bench.ewms_pilot import STAND_IN_ARGS, VERSION, ewms_pilot, platform, stand_in
+from bench.figures import Figure, alternate, compared
+from bench.load import Load, Start
+from bench.measure import report, runtime_or_none, say
+from bench.pilot import pilot, task
+from bench.report import Report
+from bench.runtimes import Runtime
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is compared. `events` are those of each engine for each run."""
+
+    engines: tuple[tuple[str, int], ...] = (("stand-in", 100), ("apptainer", 40), ("docker", 20))
+    slots: tuple[int, ...] = (1, 2, 4, 8, 16)
+    rounds: int = 3
+
+
+FULL = Plan()
+QUICK = Plan(engines=(("stand-in", 50),), slots=(1, 4), rounds=1)
+
+OURS, THEIRS = "trio-pilot", "ewms-pilot"
+
+
+def measure(plan: Plan, server: RabbitServer) -> Report:
+    """Measure all of the plan."""
+    figures, programs = [], {"ewms-pilot": VERSION}
+    for name, events in plan.engines:
+        with _engine(name) as engine:
+            if engine:
+                programs[name] = engine.version
+                figures += [figure for slots in plan.slots for figure in _figures(plan, engine, server, slots, events)]
+    return report("peer", figures, plan, server, **programs)
+
+
+@contextmanager
+def _engine(name: str) -> Iterator[Runtime | None]:
+    if name != "stand-in":
+        with runtime_or_none(name) as runtime:
+            yield runtime
+        return
+    with tempfile.TemporaryDirectory(prefix="trio-pilot-bench-stand-in-") as directory:
+        stand_in(Path(directory))
+        yield Runtime(name, {"runtime": "process"}, "", {"PATH": f"{directory}:{os.environ['PATH']}"})
+
+
+def _figures(plan: Plan, engine: Runtime, server: RabbitServer, slots: int, events: int) -> Iterator[Figure]:
+    starts = {OURS: _ours(engine, slots)}
+    prefetches = (slots, 4 * slots)  # with fewer than slots it waits a second for each event
+    starts |= {f"{THEIRS}, prefetch {prefetch}": _theirs(engine, slots, prefetch) for prefetch in prefetches}
+    found = alternate(plan.rounds, {name: partial(_rate, events, start, server) for name, start in starts.items()})
+    ours, *theirs = found.values()
+    samples = {OURS: ours, THEIRS: [max(rates) for rates in zip(*theirs, strict=True)]}
+    for figure in compared({"engine": engine.name, "slots": slots}, "1/s", samples, OURS):
+        say(f"{dict(figure.labels)}: {figure.median:.3g} {figure.unit}")
+        yield figure
+
+
+def _rate(events: int, start: Start, server: RabbitServer) -> float:
+    return Load(events).done_by(start, server).rate
+
+
+def _ours(engine: Runtime, slots: int) -> Start:
+    args = f"apptainer {STAND_IN_ARGS} {task(0)}" if engine.name == "stand-in" else task(0)
+    network = {"task_network": ""} if "task_network" in engine.settings else {}  # ewms-pilot has no say in that
+    return pilot({"max_concurrent_tasks": slots, "task_args": args, **engine.settings, **network}, engine.env)
+
+
+def _theirs(engine: Runtime, slots: int, prefetch: int) -> Start:
+    name = "docker" if engine.name == "docker" else "apptainer"
+    settings = {"max_concurrent_tasks": slots, "prefetch": prefetch, "task_args": task(0), "task_image": engine.image}
+    return ewms_pilot(settings, {**engine.env, **platform(name)})

@@ -1,0 +1,126 @@
+"""Start and end: what it takes to import the pilot, to its first task, to be idle, and to end."""
+
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench.broker import Queues, RabbitServer, open_queues
+from bench.figures import Figure, alternate
+from bench.measure import report, say
+from bench.pilot import pilot, task
+from bench.report import Report
+
+# All that a run with RabbitMQ and a container has imported before its first event.
+IMPORTS = "import trio_pilot.cli, trio_pilot.commands.run, trio_pilot.brokers.rabbitmq, trio_pilot.runtimes.bubblewrap"
+
+IDLE = 1.0  # seconds after which an idle pilot ends
+SLOTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured."""
+
+    rounds: int = 11
+    idle: float = 20  # seconds for which an idle pilot is looked at
+
+
+FULL = Plan()
+QUICK = Plan(rounds=3, idle=4)
+
+
+def measure(plan: Plan, server: RabbitServer) -> Report:
+    """Measure all of the plan."""
+    figures = [*_imports(plan), *_moments(plan, server), _idle(plan, server)]
+    for figure in figures:
+        say(f"{figure.labels['what']}: {figure.median:.3g} {figure.unit}")
+    return report("start", figures, plan, server)
+
+
+def _imports(plan: Plan) -> Iterator[Figure]:
+    took = alternate(plan.rounds, {code: partial(_python, code) for code in ("pass", IMPORTS)})
+    bare = statistics.median(took["pass"])
+    yield Figure({"what": "a Python that does nothing"}, "ms", took["pass"])
+    yield Figure({"what": "import of all that a run needs"}, "ms", [each - bare for each in took[IMPORTS]])
+
+
+def _python(code: str) -> float:
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return 1000 * (time.monotonic() - started)
+
+
+def _moments(plan: Plan, server: RabbitServer) -> Iterator[Figure]:
+    sides: dict[str, Callable[[], float]] = {
+        "start to listening": partial(_with_queues, server, _listening),
+        "start to first result": partial(_with_queues, server, _first_result),
+        "end after the idle timeout": partial(_with_queues, server, _overtime),
+        f"end by SIGTERM of {SLOTS} running tasks, without grace": partial(_with_queues, server, _drain),
+    }
+    for what, samples in alternate(plan.rounds, sides).items():
+        yield Figure({"what": what}, "ms", [1000 * seconds for seconds in samples])
+
+
+def _with_queues(server: RabbitServer, measurement: Callable[[Queues, Path], float]) -> float:
+    with open_queues(server) as queues, tempfile.TemporaryDirectory(prefix="trio-pilot-bench-") as directory:
+        return measurement(queues, Path(directory))
+
+
+def _listening(queues: Queues, directory: Path) -> float:
+    with pilot(_settings())(queues, directory) as process:
+        return process.wait_for("listening") - process.started
+
+
+def _first_result(queues: Queues, directory: Path) -> float:
+    queues.fill(["event"])
+    with pilot(_settings())(queues, directory) as process:
+        while not queues.ready(queues.outgoing):
+            process.assert_alive()
+            time.sleep(0.002)
+        return time.monotonic() - process.started
+
+
+def _overtime(queues: Queues, directory: Path) -> float:
+    with pilot(_settings(timeout_queue_incoming=IDLE))(queues, directory) as process:
+        listening = process.wait_for("listening")
+        process.process.wait()
+        return time.monotonic() - listening - IDLE
+
+
+def _drain(queues: Queues, directory: Path) -> float:
+    queues.fill(str(number) for number in range(SLOTS))
+    settings = _settings(task_args=task(60), max_concurrent_tasks=SLOTS, grace=0)
+    with pilot(settings)(queues, directory) as process:
+        while len(list(directory.glob("ewms-pilot-data/*/outputs/stdoutfile"))) < SLOTS:
+            process.assert_alive()
+            time.sleep(0.005)
+        process.process.send_signal(signal.SIGTERM)
+        told = time.monotonic()
+        process.process.wait()
+        assert queues.ready(queues.incoming) == SLOTS, "not all events were returned"
+        return time.monotonic() - told
+
+
+def _idle(plan: Plan, server: RabbitServer) -> Figure:
+    return Figure({"what": "CPU of an idle pilot"}, "%", [_with_queues(server, partial(_idle_cpu, plan.idle))])
+
+
+def _idle_cpu(seconds: float, queues: Queues, directory: Path) -> float:
+    with pilot(_settings())(queues, directory) as process:
+        process.wait_for("listening")
+        time.sleep(1)
+        before = process.cpu_to_the_nanosecond()
+        time.sleep(seconds)
+        return 100 * (process.cpu_to_the_nanosecond() - before) / seconds
+
+
+def _settings(**more: Any) -> dict[str, Any]:
+    return {"runtime": "process", "task_args": task(0), **more}

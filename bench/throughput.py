@@ -1,0 +1,72 @@
+"""How many events a second: over runtimes, slots, how long a task takes, and the size of an event.
+
+From the first event that is taken to the last result that the broker has confirmed; the queue is full before that. With
+tasks that take time also the part of the slots' time in which a task was doing what it was asked for.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from bench.broker import RabbitServer
+from bench.figures import Figure, Label
+from bench.load import Load
+from bench.measure import report, runtime_or_none, say
+from bench.pilot import pilot, task
+from bench.report import Report
+from bench.runtimes import Runtime
+
+COST = {"process": 0.004, "bubblewrap": 0.012, "apptainer": 0.1, "docker": 0.3, "podman": 0.3}  # rough seconds of CPU a task
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured: each length of task with 1 kB events, each size of event with tasks that take no time."""
+
+    runtimes: tuple[str, ...] = ("process", "bubblewrap")
+    slots: tuple[int, ...] = (1, 2, 4, 8, 16)
+    seconds: tuple[float, ...] = (0, 0.01, 0.1, 1, 10)
+    sizes: tuple[int, ...] = (20, 1000, 1_000_000)
+    rounds: int = 3
+    length: float = 3  # seconds that a run is to take
+    waves: int = 3  # tasks a slot does at the least
+
+
+FULL = Plan()
+QUICK = Plan(slots=(1, 4), seconds=(0, 1), sizes=(1000, 1_000_000), rounds=1, length=1)
+
+
+def measure(plan: Plan, server: RabbitServer) -> Report:
+    """Measure all of the plan."""
+    figures, programs = [], {}
+    for name in plan.runtimes:
+        with runtime_or_none(name) as runtime:
+            if runtime:
+                programs[name] = runtime.version
+                figures += [figure for point in points(plan) for figure in _figures(plan, runtime, server, *point)]
+    return report("throughput", figures, plan, server, **programs)
+
+
+def points(plan: Plan) -> Iterator[tuple[int, float, int]]:
+    """Give slots, seconds of a task and bytes of an event of each point."""
+    for slots in plan.slots:
+        yield from ((slots, seconds, 1000) for seconds in plan.seconds)
+        yield from ((slots, 0, size) for size in plan.sizes if size != 1000)
+
+
+def _figures(plan: Plan, runtime: Runtime, server: RabbitServer, slots: int, seconds: float, size: int) -> Iterator[Figure]:
+    load = Load(events(plan, COST[runtime.name], slots, seconds), size)
+    settings: dict[str, Any] = {"max_concurrent_tasks": slots, "task_args": task(seconds), **runtime.settings}
+    runs = [load.done_by(pilot(settings, runtime.env), server) for _ in range(plan.rounds)]
+    labels: dict[str, Label] = {"runtime": runtime.name, "slots": slots, "task s": seconds, "bytes": size}
+    rate = Figure({**labels, "what": "events"}, "1/s", [run.rate for run in runs])
+    say(f"{labels}: {rate.median:.1f}/s")
+    yield rate
+    if seconds:
+        yield Figure({**labels, "what": "utilisation"}, "%", [100 * seconds * run.rate / slots for run in runs])
+
+
+def events(plan: Plan, cost: float, slots: int, seconds: float) -> int:
+    """Tell how many events keep the slots, and two cores, busy for about as long as a run is to take."""
+    each = max(cost / min(slots, 2), (seconds + cost) / slots)
+    return max(slots * plan.waves, round(plan.length / each))
