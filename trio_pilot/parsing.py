@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def integer(least: int, most: float = math.inf) -> Parse:
     return parse
 
 
-AUTO = 0  # a number that is to be found out: no such number is 0
+AUTO = -1  # in the place of a number that is to be found out
 
 
 def or_auto(parse: Parse) -> Parse:
@@ -85,6 +86,19 @@ def seconds(raw: Any, *, zero: bool = False) -> float:
 def seconds_or_none_at_all(raw: Any) -> float:
     """Take a number of seconds that may be 0."""
     return seconds(raw, zero=True)
+
+
+def moment(raw: Any) -> float:
+    """Take a date and time of ISO 8601 (of this machine's time zone, if it has none), or Unix time."""
+    try:
+        at = raw if isinstance(raw, datetime) else datetime.fromisoformat(str(raw).strip())
+        return at.timestamp()
+    except ValueError:
+        pass
+    try:
+        return seconds(raw)
+    except ValueError:
+        raise ValueError("must be a time such as 2027-01-31T18:30, or Unix time") from None
 
 
 UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}

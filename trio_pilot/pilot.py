@@ -18,6 +18,7 @@ import trio
 from trio_util import wait_any
 
 from trio_pilot.brokers import Consumer, Delivery, Sink, Source
+from trio_pilot.condor.time_left import TimeLeft
 from trio_pilot.errors import ContainerLostError, NodeError, PilotError, TasksFailedError, names
 from trio_pilot.guard import Guard
 from trio_pilot.ledger import Life
@@ -33,12 +34,13 @@ from trio_pilot.workspace import Workspace, open_workspace, root_in
 class Drain:
     """The ways to end: no more events, and a deadline for those that run."""
 
-    def __init__(self, grace: float) -> None:
+    def __init__(self, grace: float, time_left: TimeLeft) -> None:
         self.listening = trio.CancelScope()  # around init and the taking of events
-        self.tasks = trio.CancelScope()
+        self.tasks = trio.CancelScope(deadline=time_left.end)
         self.begun = trio.Event()
         self.signal: int | None = None
         self._grace = grace
+        self._time_left = time_left
 
     async def heed(self, signals: AsyncIterable[int]) -> None:
         """Drain at the first signal; at any further one, at once."""
@@ -50,12 +52,20 @@ class Drain:
                 LOGGER.warning("signal %d: taking no more events; %g s for running tasks", number, self._grace)
                 self.signal = number
                 self.begun.set()
-                self.tasks.deadline = trio.current_time() + self._grace
+                self.tasks.deadline = min(self.tasks.deadline, trio.current_time() + self._grace)
                 self.stop_listening()
 
     def stop_listening(self) -> None:
         """Take no more events."""
         self.listening.cancel()
+
+    def watch_the_time(self) -> None:
+        """Take no more events from the moment on in which another task is not likely to end in time."""
+        self.listening.deadline = self._time_left.last_start
+
+    def time_is_short(self) -> bool:
+        """Tell whether that moment has come."""
+        return trio.current_time() >= self._time_left.last_start
 
 
 async def serve(
@@ -80,7 +90,7 @@ async def serve(
         NodeError: this machine cannot run tasks.
         BrokerError: the broker cannot be used.
     """
-    drain = Drain(settings.grace)
+    drain = Drain(settings.grace, TimeLeft(settings, status.run_times))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(drain.heed, signals)
         async with guard as guardian, reporter:
@@ -135,6 +145,8 @@ class Pilot:
                     await self._initialise()
                     await self._take_events(tasks)
                 self._worker.bench.clear()
+                if self._drain.time_is_short():
+                    LOGGER.info("taking no more events: another task is not likely to end before this slot does")
                 self._status.state.value = State.PENDING
                 await self._status.running.wait_value(0)
                 self._shelter.close()
@@ -165,6 +177,7 @@ class Pilot:
             LOGGER.info("listening for events: %d slot(s), runtime %s", self._slots.total_tokens, self._tools.runtime.name)
             while True:
                 slot = object()
+                self._drain.watch_the_time()
                 await self._slots.acquire_on_behalf_of(slot)
                 delivery = await self._next_event(consumers, idle_limit)
                 if delivery is None:

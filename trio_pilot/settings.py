@@ -25,6 +25,7 @@ from trio_pilot.parsing import (
     extension,
     integer,
     log_level,
+    moment,
     one_of,
     or_auto,
     path,
@@ -42,6 +43,7 @@ from trio_pilot.runtimes.choice import NAMES
 ENVFILE = "ewms_htcondor_envfile.sh"
 CONFIG_FILE = "trio-pilot.toml"
 PREFIX = "EWMS_PILOT_"
+LAST_STEPS = 5.0  # seconds that a pilot needs in the end, but for the killing: a few tenths as a rule
 MOST_SHOWN = 80  # characters of a wrong value in a message
 
 
@@ -133,7 +135,13 @@ class Settings:
     retry_delay: float = setting(
         "1", seconds_or_none_at_all, "seconds before an event that failed is tried again; doubled each time, up to 30"
     )
-    grace: float = setting("10", seconds_or_none_at_all, "seconds running tasks have after SIGTERM or Ctrl-C")
+    until: float | None = setting(None, moment, "when this slot ends, as 2027-01-31T18:30 or Unix time, if not sooner")
+    max_runtime: float | None = setting(None, seconds, "seconds after which it ends, if not sooner")
+    grace: float = setting(
+        "auto",
+        or_auto(seconds_or_none_at_all),
+        "seconds running tasks have after SIGTERM or Ctrl-C; auto: what HTCondor leaves for them, else 10",
+    )
     kill_grace: float = setting("2", seconds_or_none_at_all, "seconds a container has between SIGTERM and SIGKILL")
     settle_grace: float = setting("10", seconds, "seconds to send and settle what is done, when told to stop")
 
@@ -204,6 +212,11 @@ class Settings:
     def first_event_timeout(self) -> float:
         """Seconds to wait for the first event."""
         return self.timeout_queue_wait_for_first_message or self.timeout_queue_incoming
+
+    @property
+    def last_steps(self) -> float:
+        """Seconds from the end of the tasks' time to that of the pilot: to kill, settle, tidy up and report."""
+        return self.kill_grace + LAST_STEPS
 
     @property
     def limits(self) -> Limits:

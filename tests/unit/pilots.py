@@ -41,6 +41,7 @@ class Lab:
         "task_args": ("run", "{{INFILE}}", "{{OUTFILE}}"),
         "queue_incoming": ("in",),
         "queue_outgoing": ("out",),
+        "grace": 10.0,
     }
 
     def __post_init__(self) -> None:

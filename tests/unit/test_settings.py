@@ -112,7 +112,7 @@ def test_the_rows_of_the_contract_and_our_own_settings_are_all_there_are() -> No
     ours = {"config", "broker", "broker_token", "broker_patience", "wire", "max_payload", "max_attempts"}
     ours |= {"grace", "kill_grace", "settle_grace", "engine_patience", "dead_letter_directory", "retry_delay"}
     ours |= {"task_memory", "task_cpus", "task_pids", "task_network", "task_user", "max_output"}
-    ours |= {"cpus_per_task", "pin_tasks"}
+    ours |= {"cpus_per_task", "pin_tasks", "until", "max_runtime"}
     assert {name for _, name, _, _ in ROWS} | ours == FIELDS.keys()
 
 

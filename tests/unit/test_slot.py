@@ -68,7 +68,7 @@ def test_what_is_quoted_is_read_as_it_was(tmp_path: Path, text: str) -> None:
 
 def test_the_machine_ad_is_believed_before_the_job_ad(tmp_path: Path) -> None:
     environ = {**ads(tmp_path, JOB=JOB, MACHINE=MACHINE), "_CONDOR_SCRATCH_DIR": "/scratch"}
-    assert find_slot(environ) == Slot(3, "machine ad", 2 * GB, "machine ad", 4 * 2**20, Path("/scratch"))
+    assert find_slot(environ) == Slot(3, "machine ad", 2 * GB, "machine ad", 4 * 2**20, Path("/scratch"), 20)
 
 
 def test_the_job_ad_will_do(tmp_path: Path) -> None:

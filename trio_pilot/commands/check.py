@@ -1,12 +1,10 @@
 """`trio-pilot check`: what works with these settings, what does not, and how to cure it."""
 
-import base64
-import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,10 +14,11 @@ from typing import Any
 
 import trio
 
-from trio_pilot import limits
+from trio_pilot import jwt, limits
 from trio_pilot.brokers import QueueAddress, open_sink, open_source
 from trio_pilot.commands.signals import run_until_signalled
 from trio_pilot.condor.slot import find_slot, fitted
+from trio_pilot.condor.time_left import End, find_end
 from trio_pilot.errors import BrokerError, NodeError, PilotError, SettingsError, leaves, map_exceptions
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import Runtime, bubblewrap
@@ -138,7 +137,14 @@ async def _slot(settings: Settings) -> str:
     slot = find_slot(os.environ)
     fit = fitted(settings, slot)
     memory = f", {fit.task_memory / 1e6:.0f} MB" if fit.task_memory else ""
-    return f"{slot}: {fit.max_concurrent_tasks} task(s) at once, {fit.cpus_per_task:g} CPU(s){memory} each"
+    end = f"; until {end}" if (end := _end(settings)) else ""
+    return f"{slot}: {fit.max_concurrent_tasks} task(s) at once, {fit.cpus_per_task:g} CPU(s){memory} each{end}"
+
+
+def _end(settings: Settings) -> End | None:
+    with suppress(SettingsError):  # which the check of the settings tells
+        return find_end(settings, os.environ, time.time())
+    return None
 
 
 def _queues(find: Callable[[], list[QueueAddress]]) -> list[QueueAddress]:
@@ -295,7 +301,7 @@ def _clock(settings: Settings) -> str:
 
 async def _token(queue: QueueAddress) -> str:
     """Tell how long a token is good, where it is a JWT. It is the broker who checks whether it is genuine."""
-    claims, now = _claims(queue.token), time.time()
+    claims, now = jwt.claims(queue.token), time.time()
     begins, ends = (claims.get(name) for name in ("nbf", "exp"))
     if isinstance(begins, int | float) and begins > now + MOST_SKEW:
         raise BrokerError(f"the token of {queue.queue} is good in {_span(begins - now)} only")
@@ -305,15 +311,6 @@ async def _token(queue: QueueAddress) -> str:
         raise BrokerError(f"the token of {queue.queue} has expired {_span(now - ends)} ago")
     soon = ": soon" if ends < now + SOON else ""
     return f"{queue.queue}: good for {_span(ends - now)}{soon}"
-
-
-def _claims(token: str) -> Mapping[str, Any]:
-    """Read the claims of a JWT (RFC 7519); of any other token there are none."""
-    parts = token.split(".")
-    with suppress(ValueError, RecursionError):
-        claims = json.loads(base64.urlsafe_b64decode(parts[1] + "==")) if len(parts) == 3 else {}
-        return claims if isinstance(claims, dict) else {}
-    return {}
 
 
 def _span(seconds: float) -> str:

@@ -3,6 +3,8 @@
 import gc
 import os
 import signal
+import time
+from dataclasses import replace
 
 import trio
 
@@ -11,6 +13,7 @@ from trio_pilot.children import end_strays
 from trio_pilot.commands import SIGNALLED
 from trio_pilot.condor.reporter import open_reporter
 from trio_pilot.condor.slot import find_slot, fitted
+from trio_pilot.condor.time_left import find_end
 from trio_pilot.guard import open_guard
 from trio_pilot.log import LOGGER
 from trio_pilot.pilot import serve
@@ -32,7 +35,7 @@ def run(settings: Settings) -> int:
 
 async def serve_here(settings: Settings) -> int | None:
     """Serve with the brokers, the runtime and the signals of this process; give the signal that ended it, if one did."""
-    settings, status = fitted(settings, find_slot(os.environ)), Status()
+    settings, status = _in_this_slot(settings), Status()
     patience = _patience(settings, status)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         try:
@@ -49,6 +52,14 @@ async def serve_here(settings: Settings) -> int | None:
         finally:
             for line in status.summary():
                 LOGGER.info(line)
+
+
+def _in_this_slot(settings: Settings) -> Settings:
+    """Give tasks their shares of the slot, and of its time."""
+    end = find_end(settings, os.environ, time.time())
+    if end:
+        LOGGER.info("this slot ends at %s", end)
+    return replace(fitted(settings, find_slot(os.environ)), until=end.at if end else None)
 
 
 def _patience(settings: Settings, status: Status) -> Patience:

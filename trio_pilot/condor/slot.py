@@ -29,6 +29,7 @@ THREADS = (
     "TF_NUM_THREADS",
 )
 
+DEFAULT_GRACE = 10.0  # seconds that tasks have where nobody says how many
 PILOTS_OWN = 128 * 2**20  # bytes of a slot's memory that the pilot keeps for itself and its guardian
 
 Ad = Mapping[str, classad.Literal]
@@ -46,6 +47,7 @@ class Slot:
     memory_by: str
     disk: int | None = None  # bytes; None: as much as the disk has
     scratch: Path | None = None  # the directory that goes with the slot, in an HTCondor job
+    vacate: float | None = None  # seconds from SIGTERM to SIGKILL, where that is known
 
     def __str__(self) -> str:
         disk = f", {self.disk / 1e9:.1f} GB disk" if self.disk else ""
@@ -66,7 +68,21 @@ def find_slot(environ: Mapping[str, str]) -> Slot:
     memory, memory_by = _said(job, "MemoryProvisioned", machine, "Memory", MB) or _own_memory()
     disk = _said(job, "DiskProvisioned", machine, "Disk", KB)
     scratch = environ.get(SCRATCH)
-    return Slot(cpus, cpus_by, int(memory), memory_by, int(disk[0]) if disk else None, Path(scratch) if scratch else None)
+    return Slot(
+        cpus,
+        cpus_by,
+        int(memory),
+        memory_by,
+        int(disk[0]) if disk else None,
+        Path(scratch) if scratch else None,
+        _vacate(job, machine),
+    )
+
+
+def _vacate(job: Ad, machine: Ad) -> float | None:
+    """Of what the job wants and what the machine grants, the least counts."""
+    said = [job.get("jobmaxvacatetime"), job.get("killsigtimeout"), machine.get("machinemaxvacatetime")]
+    return min((seconds for seconds in said if isinstance(seconds, int | float) and seconds >= 0), default=None)
 
 
 def _said(job: Ad, in_job: str, machine: Ad, in_machine: str, unit: int = 1) -> tuple[float, str] | None:
@@ -103,6 +119,7 @@ def fitted(settings: Settings, slot: Slot) -> Settings:
         settings,
         max_concurrent_tasks=tasks,
         cpus_per_task=cpus,
+        grace=_grace(settings, slot),
         task_memory=memory,
         task_env_json={**_threads(cpus), **settings.task_env_json},
         init_env_json={**_threads(slot.cpus), **settings.init_env_json},
@@ -110,8 +127,14 @@ def fitted(settings: Settings, slot: Slot) -> Settings:
 
 
 def _most_at_once(settings: Settings, slot: Slot) -> int:
-    by_cpus = int(slot.cpus / (settings.cpus_per_task or 1))
-    return min(by_cpus, slot.memory_of_tasks // settings.task_memory) if settings.task_memory else by_cpus
+    by_cpus, memory = int(slot.cpus / (settings.cpus_per_task or 1)), settings.task_memory
+    return by_cpus if memory in (None, AUTO) else min(by_cpus, slot.memory_of_tasks // memory)
+
+
+def _grace(settings: Settings, slot: Slot) -> float:
+    if settings.grace != AUTO:
+        return settings.grace
+    return DEFAULT_GRACE if slot.vacate is None else max(0.0, slot.vacate - settings.last_steps)
 
 
 def _threads(cpus: float) -> dict[str, str]:
