@@ -7,14 +7,18 @@ import trio
 
 
 class Proxy:
-    """Forwards connections to a port; they can be cut, and new ones refused."""
+    """Forwards connections to a port; they can be cut, held up, swallowed, and new ones refused."""
 
     def __init__(self, target: int, port: int) -> None:
         self.port = port
         self.refusing = False
+        self.delay = 0.0  # seconds for which what is said is held up
+        self.swallowing = False  # what is said on open connections, and what will be on new ones, goes nowhere
         self.accepted = 0
         self._target = target
         self._open: set[trio.SocketStream] = set()
+        self._servers: set[trio.SocketStream] = set()
+        self._half_open: set[trio.SocketStream] = set()
 
     @property
     def address(self) -> str:
@@ -25,6 +29,12 @@ class Proxy:
         for stream in list(self._open):
             stream.socket.close()
 
+    def half_open(self) -> None:
+        """Have the server see the other end of every connection, and nobody tell the clients."""
+        self._half_open |= self._servers
+        for stream in list(self._servers):
+            stream.socket.close()
+
     async def forward(self, client: trio.SocketStream) -> None:
         self.accepted += 1
         if self.refusing:
@@ -32,22 +42,27 @@ class Proxy:
             return
         server = await trio.open_tcp_stream("127.0.0.1", self._target)
         self._open |= {client, server}
+        self._servers.add(server)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._pump, client, server, nursery.cancel_scope)
                 nursery.start_soon(self._pump, server, client, nursery.cancel_scope)
         finally:
             self._open -= {client, server}
+            self._servers.discard(server)
             await trio.aclose_forcefully(client)
             await trio.aclose_forcefully(server)
 
     async def _pump(self, source: trio.SocketStream, sink: trio.SocketStream, both: trio.CancelScope) -> None:
         try:
             async for data in source:
-                await sink.send_all(data)
+                if not self.swallowing and sink not in self._half_open:
+                    await trio.sleep(self.delay)
+                    await sink.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
-        both.cancel()
+        if not {source, sink} & self._half_open:
+            both.cancel()
 
 
 @asynccontextmanager

@@ -118,6 +118,7 @@ def receive(
     to: Annotated[Path | None, Parameter(metavar="DIRECTORY")] = None,
     count: Annotated[int | None, Parameter(metavar="NUMBER")] = None,
     idle: Annotated[float, Parameter(metavar="SECONDS")] = 1.0,
+    unique: Annotated[bool, Parameter(negative="", show_default=False)] = False,
     flags: BrokerFlags = None,
 ) -> int:
     """Receive messages from a queue, as JSON lines on stdout; each is acknowledged once it is written.
@@ -132,10 +133,12 @@ def receive(
         Stop after so many messages.
     idle
         Stop once none has come for so many seconds; `inf` is never.
+    unique
+        Drop messages whose id was there before: of the last 100 000, or among the files of the directory.
     """
     from trio_pilot.commands.receive import receive
 
-    return receive(_settings(flags), queue, to, count, idle)
+    return receive(_settings(flags), queue, to, count, idle, unique=unique)
 
 
 @app.command

@@ -3,13 +3,18 @@
 A broker that has lost the connection to us gives our events to whoever listens; that may be us.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+
+import trio
 
 from trio_pilot.brokers import Delivery
 
 MOST_DONE = 10_000  # events to remember that were done and not settled; a broker that is back delivers them at once
+
+IN_DOUBT = 10.0  # seconds for which a broker may not yet have on its disk that an event is acked; it takes milliseconds
 
 
 class Life:
@@ -26,6 +31,7 @@ class Ledger:
     def __init__(self) -> None:
         self._running: dict[tuple[str, str], list[Life]] = {}
         self._done: OrderedDict[tuple[str, str], int] = OrderedDict()
+        self._acked: deque[tuple[float, Delivery]] = deque()
 
     @contextmanager
     def life(self, delivery: Delivery) -> Iterator[Life]:
@@ -46,6 +52,15 @@ class Ledger:
         if len(self._done) > MOST_DONE:
             self._done.popitem(last=False)
 
+    def acked(self, delivery: Delivery) -> None:
+        """Enter an event that is acked: a connection that breaks, or a broker that crashes, right after may not have it.
+
+        Not one that its sender gave no name: another, equal to it, could be taken for it.
+        """
+        self._forget_acked()
+        if delivery.named:
+            self._acked.append((trio.current_time(), replace(delivery, body=b"")))
+
     def adopt(self, delivery: Delivery) -> bool:
         """Give a new delivery to the event that is run already, if its own is lost; tell whether there was one."""
         for life in self._running.get(_key(delivery), ()) if delivery.redelivered else ():
@@ -56,13 +71,33 @@ class Ledger:
 
     def was_done(self, delivery: Delivery) -> bool:
         """Tell whether a new delivery is of an event that is done already; once for each that was."""
+        if not delivery.redelivered:
+            return False
         key = _key(delivery)
-        if not delivery.redelivered or key not in self._done:
+        self._doubt_acked()
+        if key not in self._done:
             return False
         self._done[key] -= 1
         if not self._done[key]:
             del self._done[key]
         return True
+
+    def _forget_acked(self) -> None:
+        while self._acked and self._acked[0][0] < trio.current_time() - IN_DOUBT:
+            _, delivery = self._acked.popleft()
+            if delivery.source.has_lost(delivery):
+                self.done(delivery)
+
+    def _doubt_acked(self) -> None:
+        """Take those for done and not settled that were acked just before their connection was lost."""
+        self._forget_acked()
+        kept = deque[tuple[float, Delivery]]()
+        for at, delivery in self._acked:
+            if delivery.source.has_lost(delivery):
+                self.done(delivery)
+            else:
+                kept.append((at, delivery))
+        self._acked = kept
 
 
 def _key(delivery: Delivery) -> tuple[str, str]:

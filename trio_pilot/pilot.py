@@ -141,6 +141,7 @@ class Pilot:
             async with trio.open_nursery() as tasks:
                 tasks.start_soon(self._shelter.watch)
                 tasks.start_soon(self._worker.outputs.watch)
+                tasks.start_soon(self._worker.unsent.watch)
                 with self._drain.listening:
                     await self._initialise()
                     await self._take_events(tasks)
@@ -151,6 +152,7 @@ class Pilot:
                 await self._status.running.wait_value(0)
                 self._shelter.close()
                 self._worker.outputs.close()
+                self._worker.unsent.close()
         if self._node_error:
             raise self._node_error
 

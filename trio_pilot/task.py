@@ -34,6 +34,7 @@ from trio_pilot.settings import Settings
 from trio_pilot.spares import Spares
 from trio_pilot.staging import TaskFiles
 from trio_pilot.status import Status
+from trio_pilot.unsent import Unsent
 from trio_pilot.wire import WIRES, Message
 from trio_pilot.workspace import Workspace
 
@@ -88,6 +89,7 @@ class Worker:
         self._wire = WIRES[settings.wire]
         self._disk = Disk()
         self.outputs = Outputs(settings.max_output, self._disk)
+        self.unsent = Unsent()
         self._pins = Pins(settings.max_concurrent_tasks if settings.pin_tasks else 0, settings.cpus_per_task or 1)
         self._spares = Spares()
         self._ledger = Ledger()
@@ -162,8 +164,9 @@ class Worker:
         with self._shelter.linger() as scope:
             body = await self._disk.call(staging.outfile_size(files), self._collect, event, files)
             if body is not None:
-                for sink in self._tools.sinks:
-                    await sink.send(body, delivery.message_id)
+                with self.unsent.sending(files.outfile_path):
+                    for sink in self._tools.sinks:
+                        await sink.send(body, delivery.message_id)
         if scope.cancelled_caught:
             await trio.lowlevel.checkpoint_if_cancelled()
 
@@ -207,6 +210,9 @@ class Worker:
             LOGGER.warning("not settled (%s): %s", settlement.value, error)
             if settlement is Settlement.ACK or isinstance(error, DeliveryReplacedError):
                 self._ledger.done(delivery)
+        else:
+            if settlement is Settlement.ACK:
+                self._ledger.acked(delivery)
         return True
 
     async def _release(self, life: Life) -> None:

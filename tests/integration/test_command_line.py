@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from tests.servers import RabbitServer
 from tests.unit.test_readme import shell_blocks
+from trio_pilot.brokers import QueueAddress, local
+from trio_pilot.wire import EwmsWire, Message
 
 TRIO_PILOT = (sys.executable, "-m", "trio_pilot")
 TIMEOUT = 60
@@ -181,6 +184,27 @@ def test_events_before_a_bad_line_are_sent_and_counted(command: Run) -> None:
     assert told[0] == "2 event(s) sent to q"
     assert told[1].startswith("trio-pilot: stdin, line 3, must be JSON, not b'{oops\\n'")
     assert lines(command("receive", "q", "--idle", "0.1")) == [1, 2]
+
+
+def test_receive_unique_drops_what_has_the_id_of_an_earlier_message(command: Run, tmp_path: Path) -> None:
+    def put(*names: str) -> None:
+        async def send() -> None:
+            async with local.open_sink(QueueAddress("q", "local", str(tmp_path / local.DEFAULT_FILE))) as sink:
+                for name in names:
+                    await sink.send(EwmsWire().encode(Message(name)), name)
+
+        trio.run(send)
+
+    put("a", "b", "a", "a", "c")
+    received = command("receive", "q", "--unique", "--idle", "0.1")
+    assert lines(received) == ["a", "b", "c"]
+    assert received.stderr == b"3 message(s) received from q, 2 duplicate(s) dropped\n"
+    put("a", "b", "a")
+    to_files = "receive", "q", "--to", "out", "--unique", "--idle", "0.1"
+    assert command(*to_files).stderr == b"2 message(s) received from q, 1 duplicate(s) dropped\n"
+    put("b", "c")
+    assert command(*to_files).stderr == b"1 message(s) received from q, 1 duplicate(s) dropped\n"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.txt", "b.txt", "c.txt"]
 
 
 def test_a_file_too_large_to_be_received_is_not_sent(command: Run, tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import trio
 
@@ -92,3 +94,40 @@ async def test_the_memory_of_what_was_done_is_bounded(monkeypatch: pytest.Monkey
         for message_id in "abcd":
             known.done(delivery(source, message_id))
         assert [known.was_done(delivery(source, message_id)) for message_id in "abcd"] == [False, True, True, True]
+
+
+async def test_an_ack_that_a_lost_connection_may_have_lost_is_made_up_for(lab: Lab) -> None:
+    source = Losing(lab.broker, "in")
+    known = Ledger()
+    known.acked(delivery(source, "a"))
+    assert not known.was_done(delivery(source, "a"))
+    source.has_lost_all = True
+    assert not known.was_done(delivery(source, "a", redelivered=False))
+    assert known.was_done(delivery(source, "a"))
+    assert not known.was_done(delivery(source, "a"))
+
+
+async def test_an_ack_of_long_ago_has_arrived(lab: Lab) -> None:
+    source = Losing(lab.broker, "in")
+    known = Ledger()
+    known.acked(delivery(source, "a"))
+    await trio.sleep(ledger.IN_DOUBT + 1)
+    known.acked(delivery(source, "b"))
+    source.has_lost_all = True
+    assert [known.was_done(delivery(source, message_id)) for message_id in "ab"] == [False, True]
+
+
+async def test_an_ack_of_an_event_without_a_name_of_its_own_is_never_in_doubt(lab: Lab) -> None:
+    source = Losing(lab.broker, "in")
+    known = Ledger()
+    known.acked(replace(delivery(source, "a"), named=False))
+    source.has_lost_all = True
+    assert not known.was_done(delivery(source, "a"))
+
+
+class Losing(FakeSource):
+    has_lost_all = False
+
+    def has_lost(self, delivery: Delivery) -> bool:
+        del delivery
+        return self.has_lost_all

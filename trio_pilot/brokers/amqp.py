@@ -27,6 +27,7 @@ from trio_pilot.errors import BrokerError
 
 CONNECT_TIMEOUT = 15.0  # seconds for TCP, TLS and the AMQP handshake together
 ANSWER_TIMEOUT = 30.0  # seconds for the server to answer a declare or a consume: a quorum queue elects a leader first
+HEARTBEAT = 20  # seconds; after two of them in silence a connection is dead. A server that wants fewer has its way
 CLOSE_TIMEOUT = 3.0  # seconds for the server to confirm a close; after that the socket is just closed
 
 # Reply codes of AMQP 0-9-1, "Constants".
@@ -398,6 +399,7 @@ def _parameters(address: Address) -> pika.ConnectionParameters:
     return pika.ConnectionParameters(
         **given,
         stack_timeout=CONNECT_TIMEOUT,
+        heartbeat=lambda _, servers: int(min(servers or HEARTBEAT, HEARTBEAT)),
         client_properties={"product": "trio-pilot"},
     )
 

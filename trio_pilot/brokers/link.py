@@ -14,7 +14,7 @@ from trio_pilot.errors import BrokerError
 from trio_pilot.log import LOGGER
 
 RETRY_DELAY = 0.5  # seconds before the second try to connect, doubled from then on ...
-RETRY_DELAY_MOST = 30.0  # ... to this; each time a random part of it, so that pilots do not come back as one
+RETRY_DELAY_MOST = 10.0  # ... to this; each time a random part of it, so that pilots do not come back as one
 
 
 class LostError(Exception):

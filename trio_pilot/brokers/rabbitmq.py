@@ -125,6 +125,7 @@ class RabbitSource(RabbitQueue):
             match settlement:
                 case Settlement.ACK:
                     arrival.channel.write("basic_ack", arrival.tag)
+                    arrival.body = b""  # who remembers the delivery need not keep that
                 case Settlement.DEAD_LETTER:
                     await self._set_aside(delivery, dead_letters.facts(delivery, reason, error))
                 case _:

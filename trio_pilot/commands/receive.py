@@ -5,8 +5,8 @@ import json
 import os
 import re
 import uuid
-from collections import deque
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -26,12 +26,14 @@ from trio_pilot.wire import WIRES
 AHEAD = 64  # messages to have at hand while one is written
 GIVE_BACK_TIMEOUT = 1.0
 STDOUT = 1
+MOST_KNOWN = 100_000  # ids to remember; some 15 MB
+SUFFIXES = ".bin", ".txt", ".json"
 
 Write = Callable[[str, Any], None]  # takes the id of a message, and its data; may block
 
 
-def receive(settings: Settings, queue: str, to: Path | None, count: int | None, idle: float) -> int:
-    """Receive until `count` messages are here, or none has come for `idle` seconds."""
+def receive(settings: Settings, queue: str, to: Path | None, count: int | None, idle: float, *, unique: bool = False) -> int:
+    """Receive until `count` messages are here, or none has come for `idle` seconds; `unique`: those of one id once."""
     if not idle > 0:
         raise SettingsError(f"--idle must be a number of seconds > 0, not {idle}")
     if count is not None and count < 1:
@@ -39,8 +41,9 @@ def receive(settings: Settings, queue: str, to: Path | None, count: int | None, 
     if to:
         with map_exceptions({OSError: NodeError}, f"cannot make the directory {to}"):
             to.mkdir(parents=True, exist_ok=True)
-    receiving = Receiving(settings, queue, partial(_to_directory, to) if to else _to_stdout)
-    with report(lambda: f"{receiving.received} message(s) received from {queue}"):
+    known = Known(to) if unique else None
+    receiving = Receiving(settings, queue, partial(_to_directory, to) if to else _to_stdout, known)
+    with report(receiving.summary):
         run_until_signalled(receiving.receive, count, idle)
     return 0
 
@@ -48,13 +51,20 @@ def receive(settings: Settings, queue: str, to: Path | None, count: int | None, 
 class Receiving:
     """Receives the messages of a queue, has them written, and acknowledges each after that."""
 
-    def __init__(self, settings: Settings, queue: str, write: Write) -> None:
+    def __init__(self, settings: Settings, queue: str, write: Write, known: "Known | None" = None) -> None:
         self.received = 0
+        self._dropped = 0
+        self._known = known
         self._address = settings.at_broker(queue)
         self._patience = settings.broker_patience
         self._most = settings.max_payload
         self._wire = WIRES[settings.wire]
         self._write = write
+
+    def summary(self) -> str:
+        """Say what was done."""
+        dropped = f", {self._dropped} duplicate(s) dropped" if self._known else ""
+        return f"{self.received} message(s) received from {self._address.queue}{dropped}"
 
     async def receive(self, count: int | None, idle: float) -> None:
         """Receive `count` messages, or until none has come for `idle` seconds."""
@@ -73,6 +83,10 @@ class Receiving:
                     raise
 
     async def _take(self, delivery: Delivery) -> None:
+        if self._known and delivery.named and delivery.message_id in self._known:
+            await delivery.source.settle(delivery, Settlement.ACK)
+            self._dropped += 1
+            return
         try:
             message = self._wire.decode(delivery.body, self._most)
         except DecodeError as error:
@@ -82,8 +96,32 @@ class Receiving:
         # Who reads from us may have stopped: then the thread is left behind.
         write = partial(self._write, delivery.message_id, message.data)
         await trio.to_thread.run_sync(write, abandon_on_cancel=True)
+        if self._known:
+            self._known.add(delivery.message_id)
         await delivery.source.settle(delivery, Settlement.ACK)
         self.received += 1
+
+
+class Known:
+    """The ids of messages that were received: the last of them, and those that have a file in a directory."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        self._ids: OrderedDict[str, None] = OrderedDict()
+
+    def __contains__(self, message_id: str) -> bool:
+        return message_id in self._ids or (
+            _stem(message_id) == message_id and any(map(Path.exists, self._files(message_id)))
+        )
+
+    def add(self, message_id: str) -> None:
+        """Know one more."""
+        self._ids[message_id] = None
+        if len(self._ids) > MOST_KNOWN:
+            self._ids.popitem(last=False)
+
+    def _files(self, name: str) -> Iterator[Path]:
+        return (self._directory / f"{name}{suffix}" for suffix in SUFFIXES) if self._directory else iter(())
 
 
 async def _give_back(delivery: Delivery) -> None:
@@ -107,12 +145,16 @@ def _to_stdout(_message_id: str, data: Any) -> None:
 def _to_directory(to: Path, message_id: str, data: Any) -> None:
     with map_exceptions({OSError: NodeError}, f"cannot write to {to}"):
         suffix, content = _file(data)
-        stem = re.sub(r"[^A-Za-z0-9._-]", "_", message_id)[:100].lstrip(".") or uuid.uuid4().hex
+        stem = _stem(message_id) or uuid.uuid4().hex
         path = to / f"{stem}{suffix}"
         if not path.exists():
             write_durably(path, content)
         elif path.read_bytes() != content:  # another message of the same name; no file is ever written over
             write_durably(to / f"{stem}-{uuid.uuid4().hex}{suffix}", content)
+
+
+def _stem(message_id: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "_", message_id)[:100].lstrip(".")
 
 
 def _file(data: Any) -> tuple[str, bytes]:

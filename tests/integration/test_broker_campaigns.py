@@ -1,0 +1,186 @@
+# Brokers that crash, and networks that misbehave, again and again during one run: no result is lost, nothing is run twice.
+
+import json
+import random
+import re
+import subprocess
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests import proxy as proxies
+from tests import servers
+from tests.brokers import Rabbit, new_name
+from tests.conftest import cannot
+from tests.integration.test_broker_faults import send_all, settings
+from tests.pilot_process import COMMAND, assert_nothing_left, environment, pilot
+from trio_pilot.brokers.link import RETRY_DELAY_MOST
+from trio_pilot.wire import EwmsWire, Message
+
+RESUME = 15.0  # seconds from a broker that is there again to events that flow again
+SLOTS = 4
+BRIEFLY = "0.$(($$ % 9))"  # what tasks sleep, in seconds
+LONGER = "$((1 + $$ % 5))"
+
+# Leaves a line at the start and at the end of every run of an event.
+TASK = (
+    "n=$(cat $EWMS_TASK_INFILE); echo start >> {log}/$n; sleep {seconds}; "
+    "cp $EWMS_TASK_INFILE $EWMS_TASK_OUTFILE; echo end >> {log}/$n"
+)
+
+Fault = Callable[[], Awaitable[None]]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[servers.RabbitServer]:
+    """Have a server of our own, that hangs up on who is silent for long."""
+    try:
+        with servers.rabbitmq(config="heartbeat = 2\n") as server:
+            yield server
+    except servers.UnavailableError as error:
+        cannot(str(error))
+
+
+@pytest.fixture
+def broker(server: servers.RabbitServer) -> Rabbit:
+    return Rabbit(server)
+
+
+@pytest.fixture
+async def proxy(server: servers.RabbitServer) -> AsyncIterator[proxies.Proxy]:
+    async with proxies.proxy(server.port) as forwarder:
+        yield forwarder
+
+
+class Campaign:
+    """One pilot and its events, while something goes wrong again and again."""
+
+    def __init__(self, broker: Rabbit, directory: Path, count: int, seconds: str) -> None:
+        self.broker, self.count, self.seconds = broker, count, seconds
+        self.queue = new_name()
+        self.directory, self.log = directory / "slot", directory / "log"
+        self.longest_pause = 0.0
+        for made in (self.directory, self.log):
+            made.mkdir()
+
+    async def run(self, address: str, faults: list[Fault]) -> str:
+        """Run the pilot at an address, with faults at random moments; give what it said."""
+        await send_all(self.broker, self.queue, *[EwmsWire().encode(Message(number)) for number in range(self.count)])
+        task = f"sh -c '{TASK.format(log=self.log, seconds=self.seconds)}'"
+        more = {"TASK_ARGS": task, "MAX_CONCURRENT_TASKS": SLOTS, "TIMEOUT_QUEUE_INCOMING": 5, "BROKER_PATIENCE": 120}
+        given = settings(self.broker, self.queue, **more)
+        for direction in ("INCOMING", "OUTGOING"):
+            given[f"QUEUE_{direction}_BROKER_ADDRESS"] = address
+        with pilot(self.directory, given) as child:
+            for fault in faults:
+                await trio.sleep(random.uniform(0, 1.5))
+                await fault()
+                await self._resumes(child)
+            with trio.fail_after(60 + self.count):
+                _, stderr = await trio.to_thread.run_sync(child.communicate)
+        assert child.returncode == 0, stderr[-4000:]
+        assert "Traceback" not in stderr
+        return stderr
+
+    async def _resumes(self, child: "subprocess.Popen[str]") -> None:
+        """See an event started that was not before, unless there is none left."""
+        begun, before = trio.current_time(), self.started()
+        with trio.fail_after(RESUME):
+            while self.started() == before < self.count:
+                assert child.poll() is None
+                await trio.sleep(0.1)
+        self.longest_pause = max(self.longest_pause, trio.current_time() - begun)
+
+    def started(self) -> int:
+        return sum(1 for _ in self.log.iterdir())
+
+    def check(self, stderr: str) -> None:
+        """All results are there; each event was run once; what came twice is known, and dropped."""
+        assert_nothing_left(self.directory)
+        runs = Counter(tuple(path.read_text().split()) for path in self.log.iterdir())
+        arrived = self.broker.ready(f"{self.queue}-out")
+        found = self._receive()
+        lost = len(re.findall("connecting again", stderr))
+        print(
+            f"{self.count} events, {lost} connections lost, {dict(runs)}; {arrived} outputs, {len(found)} unique;", end=" "
+        )
+        print(f"events flowed again within {self.longest_pause:.1f} s")
+        assert runs == {("start", "end"): self.count}
+        assert Counter(found) == Counter(range(self.count))
+        assert self.broker.server.counts(self.queue) == (0, 0)
+
+    def _receive(self) -> list[int]:
+        command = [COMMAND, "receive", f"{self.queue}-out", "--unique"]
+        done = subprocess.run(
+            command, env=environment({"BROKER": f"amqp://{self.broker.server.address}"}), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return [
+            json.loads(json.loads(line)) if line.startswith('"') else json.loads(line) for line in done.stdout.splitlines()
+        ]
+
+
+@pytest.mark.parametrize(
+    ("kills", "count", "seconds"), [(5, 200, BRIEFLY), pytest.param(200, 1000, LONGER, marks=pytest.mark.soak)]
+)
+async def test_a_broker_that_is_killed_again_and_again_costs_no_result_and_no_second_run(
+    broker: Rabbit, tmp_path: Path, kills: int, count: int, seconds: str
+) -> None:
+    async def crash() -> None:
+        await trio.to_thread.run_sync(broker.server.kill)
+        await trio.sleep(random.uniform(0, 1))
+        broker.server.launch()
+        await trio.to_thread.run_sync(broker.server.wait_until_ready)
+
+    campaign = Campaign(broker, tmp_path, count, seconds)
+    campaign.check(await campaign.run(broker.server.address, [crash] * kills))
+
+
+@pytest.mark.parametrize(
+    ("rounds", "count", "seconds"), [(1, 100, BRIEFLY), pytest.param(25, 1000, LONGER, marks=pytest.mark.soak)]
+)
+async def test_a_network_that_misbehaves_costs_no_result_and_no_second_run(
+    broker: Rabbit, proxy: proxies.Proxy, tmp_path: Path, rounds: int, count: int, seconds: str
+) -> None:
+    async def cut() -> None:
+        proxy.cut()
+
+    async def refuse_for_a_while() -> None:
+        proxy.refusing = True
+        proxy.cut()
+        await trio.sleep(random.uniform(0, 3))
+        proxy.refusing = False
+
+    async def slow_down() -> None:
+        proxy.delay = 0.2
+        await trio.sleep(3)
+        proxy.delay = 0
+
+    async def half_open() -> None:
+        proxy.half_open()
+        await trio.sleep(6)  # three heartbeats: now it is known
+
+    async def swallow() -> None:
+        proxy.swallowing = True
+        await trio.sleep(8)
+        proxy.swallowing = False
+        proxy.cut()  # what has lost a part of the conversation is worth nothing more
+
+    campaign = Campaign(broker, tmp_path, count, seconds)
+    faults: list[Fault] = [cut, refuse_for_a_while, slow_down, half_open, swallow]
+    campaign.check(await campaign.run(proxy.address, faults * rounds))
+
+
+def test_a_restarting_broker_is_given_time_by_a_thousand_pilots() -> None:
+    from trio_pilot.brokers.link import _retry_delay
+
+    for failures in range(1, 12):
+        delays = sorted(_retry_delay(failures) for _ in range(1000))
+        most = min(0.5 * 2 ** (failures - 1), RETRY_DELAY_MOST)
+        assert most / 2 <= delays[0] <= delays[-1] <= most
+        # No tenth of the time sees more than a third of them.
+        tenths = Counter(int(delay / (most / 20)) for delay in delays)
+        assert max(tenths.values()) < 1000 / 3
