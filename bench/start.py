@@ -18,8 +18,17 @@ from bench.measure import report, say
 from bench.pilot import pilot, task
 from bench.report import Report
 
-# All that a run with RabbitMQ and a container has imported before its first event.
-IMPORTS = "import trio_pilot.cli, trio_pilot.commands.run, trio_pilot.brokers.rabbitmq, trio_pilot.runtimes.bubblewrap"
+# All that a run with RabbitMQ and a container has imported before its first event: with its settings in the environment, and
+# with flags.
+RUN = (
+    "trio_pilot.commands.run, trio_pilot.commands.settings_here, trio_pilot.brokers.rabbitmq, trio_pilot.runtimes.bubblewrap"
+)
+IMPORTS = {
+    "import of all that a run needs": f"import trio_pilot.program, {RUN}",
+    "import of all that a run with flags needs": f"import trio_pilot.program, trio_pilot.cli, {RUN}",
+}
+
+NOTHING = "a Python that does nothing"
 
 IDLE = 1.0  # seconds after which an idle pilot ends
 SLOTS = 4
@@ -46,10 +55,11 @@ def measure(plan: Plan, server: RabbitServer) -> Report:
 
 
 def _imports(plan: Plan) -> Iterator[Figure]:
-    took = alternate(plan.rounds, {code: partial(_python, code) for code in ("pass", IMPORTS)})
-    bare = statistics.median(took["pass"])
-    yield Figure({"what": "a Python that does nothing"}, "ms", took["pass"])
-    yield Figure({"what": "import of all that a run needs"}, "ms", [each - bare for each in took[IMPORTS]])
+    codes = {NOTHING: "pass", **IMPORTS}
+    took = alternate(plan.rounds, {what: partial(_python, code) for what, code in codes.items()})
+    bare = statistics.median(took[NOTHING])
+    for what, samples in took.items():
+        yield Figure({"what": what}, "ms", samples if what == NOTHING else [each - bare for each in samples])
 
 
 def _python(code: str) -> float:

@@ -1,24 +1,17 @@
-"""The `trio-pilot` command: its subcommands, and what becomes of their errors."""
+"""The command line: subcommands and flags. Nothing else imports cyclopts, which takes half as long as Trio."""
 
 import dataclasses
-import os
-import signal
-import sys
-import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeAlias, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from trio_pilot import __version__, log
-from trio_pilot.commands import SIGNALLED, SignalledError
-from trio_pilot.errors import ContainerRunError, PilotError, SettingsError, TasksFailedError, leaves
-from trio_pilot.log import LOGGER
-from trio_pilot.settings import FIELDS, Settings, environment, flag_of, load, sections, unknown_variables
-
-USAGE_ERROR = 2
-SOFTWARE_ERROR = 70  # sysexits.h, EX_SOFTWARE: a defect of ours
+from trio_pilot import __version__
+from trio_pilot.commands.settings_here import settings_here
+from trio_pilot.errors import SettingsError, UsageError
+from trio_pilot.program import main as main  # the scripts of older installations look for it here
+from trio_pilot.settings import FIELDS, Settings, flag_of, sections
 
 # What sending and receiving need of the settings, and the demo.
 BROKER_FLAGS = ("broker", "broker_token", "broker_patience", "wire", "max_payload", "config", "cl_log")
@@ -160,29 +153,12 @@ def demo(*, flags: DemoFlags = None) -> int:
     return demo(_given(flags))
 
 
-def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the command and exit: with the codes that the README lists, and with a line of text rather than a traceback."""
-    code = SOFTWARE_ERROR
+def call(argv: Sequence[str]) -> int:
+    """Do what a command line says, and give the exit code. Raises UsageError if it is wrong."""
     try:
-        arguments = _with_command(sys.argv[1:] if argv is None else argv)
-        code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value") or 0
-    except* CycloptsError as usage:
-        code = _tell([f"trio-pilot: {' '.join(str(error).split())}" for error in leaves(usage)], USAGE_ERROR)
-    except* PilotError as errors:
-        found = list(leaves(errors))
-        code = _tell([_line(error) for error in found], found[0].exit_code)
-    except* SignalledError as signals:
-        number = next(leaves(signals)).number
-        code = _tell([f"trio-pilot: {error}" for error in leaves(signals)], SIGNALLED + number)
-    except* KeyboardInterrupt:
-        code = _tell(["trio-pilot: interrupted"], SIGNALLED + signal.SIGINT)
-    except* BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = SIGNALLED + signal.SIGPIPE
-    except* Exception:
-        traceback.print_exc()
-        code = _tell(["trio-pilot: this is a defect of trio-pilot; please report it with the lines above"], SOFTWARE_ERROR)
-    sys.exit(code)
+        return app(_with_command(argv), exit_on_error=False, print_error=False, result_action="return_value") or 0
+    except CycloptsError as error:
+        raise UsageError(" ".join(str(error).split())) from error
 
 
 def _with_command(argv: Sequence[str]) -> Sequence[str]:
@@ -196,21 +172,4 @@ def _given(flags: Any) -> Mapping[str, Any]:
 
 
 def _settings(flags: Any) -> Settings:
-    settings = load(_given(flags), os.environ, Path.cwd())
-    log.set_up(settings.cl_log, settings.cl_log_third_party)
-    for warning in unknown_variables(environment(os.environ, Path.cwd())):
-        LOGGER.warning(warning)
-    return settings
-
-
-def _line(error: PilotError) -> str:
-    """Word an error as EWMS does where EWMS reads it, and for people elsewhere."""
-    if isinstance(error, TasksFailedError):
-        return str(error)
-    return f"{type(error).__name__}: {error}" if isinstance(error, ContainerRunError) else f"trio-pilot: {error}"
-
-
-def _tell(lines: Iterable[str], code: int) -> int:
-    for line in lines:
-        print(line, file=sys.stderr)
-    return code
+    return settings_here(_given(flags))

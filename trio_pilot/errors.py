@@ -21,6 +21,12 @@ class SettingsError(PilotError):
     exit_code = 2
 
 
+class UsageError(PilotError):
+    """The command line is wrong."""
+
+    exit_code = SettingsError.exit_code
+
+
 class BrokerError(PilotError):
     """The broker cannot be used: unreachable for too long, or it refuses us."""
 

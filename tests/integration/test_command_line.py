@@ -114,12 +114,16 @@ def test_what_is_wrong_is_told_in_a_line(command: Run, arguments: str, message: 
     assert (done.returncode, done.stdout) == (2, b"")
 
 
-def test_the_pilot_imports_neither_rich_nor_pika_where_it_needs_none(tmp_path: Path) -> None:
-    program = "import sys; from trio_pilot.cli import main\ntry: main()\nfinally: print(sorted(sys.modules))"
-    arguments = ["--task-args", "true", "--queue-incoming", "a", "--queue-outgoing", "b", "--timeout-queue-incoming", "0.01"]
-    command = [sys.executable, "-c", program, *arguments]
-    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=clean_environment(), check=True, timeout=TIMEOUT)
-    for name in (b"'rich'", b"'pika'", b"'asyncio'"):
+@pytest.mark.parametrize("by_flags", [True, False])
+def test_the_pilot_imports_nothing_that_it_does_not_need(tmp_path: Path, by_flags: bool) -> None:
+    program = "import sys; from trio_pilot.program import main\ntry: main()\nfinally: print(sorted(sys.modules))"
+    settings = {"task-args": "true", "queue-incoming": "a", "queue-outgoing": "b", "timeout-queue-incoming": "0.01"}
+    flags = [word for name, value in settings.items() for word in (f"--{name}", value)] if by_flags else []
+    variables = {f"EWMS_PILOT_{name.replace('-', '_').upper()}": value for name, value in settings.items()}
+    env = {**clean_environment(), **({} if by_flags else variables)}
+    command = [sys.executable, "-c", program, *flags]
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=env, check=True, timeout=TIMEOUT)
+    for name in (b"'rich'", b"'pika'", b"'asyncio'", *([] if by_flags else [b"'cyclopts'"])):
         assert name not in done.stdout
     assert b"'trio'" in done.stdout
 

@@ -42,4 +42,9 @@ def test_each_foreign_library_is_imported_in_one_place() -> None:
 def test_the_pilot_knows_neither_brokers_nor_commands() -> None:
     for node in ast.walk(ast.parse((PACKAGE / "pilot.py").read_text())):
         if isinstance(node, ast.ImportFrom):
-            assert node.module not in ("trio_pilot.brokers.local", "trio_pilot.brokers.rabbitmq", "trio_pilot.cli")
+            assert node.module not in (
+                "trio_pilot.brokers.local",
+                "trio_pilot.brokers.rabbitmq",
+                "trio_pilot.cli",
+                "trio_pilot.program",
+            )

@@ -1,8 +1,8 @@
 import re
 from pathlib import Path
 
-from trio_pilot.cli import SOFTWARE_ERROR, USAGE_ERROR
-from trio_pilot.errors import BrokerError, NodeError, SettingsError, TasksFailedError
+from trio_pilot.errors import BrokerError, NodeError, SettingsError, TasksFailedError, UsageError
+from trio_pilot.program import SOFTWARE_ERROR
 from trio_pilot.settings import FIELDS, markdown_table
 
 ROOT = Path(__file__).parents[2]
@@ -28,8 +28,8 @@ def test_every_setting_has_a_meaning_and_fits_its_table() -> None:
 def test_the_exit_codes_are_those_of_the_code() -> None:
     section = README.split("## Exit codes")[1].split("##")[0]
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)}
-    errors = {error.exit_code for error in (BrokerError, NodeError, SettingsError, TasksFailedError)}
-    assert codes == {0, USAGE_ERROR, SOFTWARE_ERROR} | errors
+    errors = {error.exit_code for error in (BrokerError, NodeError, SettingsError, TasksFailedError, UsageError)}
+    assert codes == {0, SOFTWARE_ERROR} | errors
 
 
 def test_the_set_up_is_two_commands_of_a_line_each() -> None:
