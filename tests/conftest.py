@@ -18,6 +18,7 @@ import pytest
 from onefile.__main__ import found_pythons, make
 from tests import engines, servers, sharing
 from tests.apptainer import open_apptainer
+from tests.condor.pool import Pool, open_pool
 from tests.runtimes_support import make_image
 
 SERVICES: list[str] = []
@@ -88,6 +89,16 @@ def onefile() -> Iterator[Path]:
     make(file, found_pythons())
     yield file
     shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def condor() -> Iterator[Pool]:
+    try:
+        with open_pool() as pool:
+            SERVICES.append("HTCondor")
+            yield pool
+    except servers.UnavailableError as error:
+        cannot(str(error))
 
 
 @pytest.fixture(scope="session")

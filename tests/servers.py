@@ -74,15 +74,20 @@ def rabbitmq(suite: str = "", config: str = "", plugins: str = "") -> Iterator["
         shutil.rmtree(directory)
 
 
-def debian(suite: str, package: str) -> Path:
-    """Have a tree of a Debian suite with a package in it: made once, and kept in the cache directory."""
+def debian(suite: str, package: str, *more: str) -> Path:
+    """Have a tree of a Debian suite with packages in it: made once, and kept in the cache directory."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trio-pilot-tests"
     tree = cache / f"{package}-{suite}"
     if not tree.exists():
         need("mmdebstrap", "mmdebstrap")
         cache.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f"{package}-{suite}-", dir=cache))
-        options = ["--variant=minbase", f"--include={package}", '--aptopt=Acquire::Check-Valid-Until "false"']
+        options = [
+            "--variant=minbase",
+            f"--include={','.join([package, *more])}",
+            '--aptopt=Acquire::Check-Valid-Until "false"',
+        ]
+        options += ["--aptopt=APT::Install-Recommends false", "--dpkgopt=force-unsafe-io"]
         done = subprocess.run(["mmdebstrap", *options, suite, new, mirror()], capture_output=True, text=True, timeout=600)
         if done.returncode:
             shutil.rmtree(new, ignore_errors=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
 
 from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts.validators import Number
 
 from trio_pilot import __version__
 from trio_pilot.commands.settings_here import settings_here
@@ -140,6 +141,47 @@ def check(*, flags: AllFlags = None) -> int:
     from trio_pilot.commands.check import check
 
     return check(lambda: _settings(flags))
+
+
+@app.command
+def condor_submit(
+    *,
+    pilots: Annotated[int, Parameter(metavar="NUMBER", validator=Number(gte=1))] = 1,
+    cpus: Annotated[int, Parameter(metavar="NUMBER", validator=Number(gte=1), help="CPUs of each.")] = 1,
+    memory: Annotated[str, Parameter(metavar="BYTES")] = "2g",
+    disk: Annotated[str, Parameter(metavar="BYTES")] = "4g",
+    time: Annotated[float | None, Parameter(metavar="SECONDS", validator=Number(gt=0))] = None,
+    executable: Annotated[Path | None, Parameter(metavar="FILE")] = None,
+    container_image: Annotated[str, Parameter(metavar="IMAGE", show_default=False)] = "",
+    cron: Annotated[str, Parameter(metavar="FIELDS", show_default=False)] = "",
+    transfer: Annotated[tuple[Path, ...], Parameter(metavar="FILE", negative="", show_default=False)] = (),
+    flags: AllFlags = None,
+) -> int:
+    """Print the description of HTCondor jobs that run pilots with these settings, for condor_submit.
+
+    Parameters
+    ----------
+    pilots
+        Pilots to start.
+    memory
+        Memory of each, as in 2g.
+    disk
+        Scratch disk of each.
+    time
+        Seconds a pilot may take.
+    executable
+        trio-pilot as one file [this one, if it is one].
+    container_image
+        An image that starts trio-pilot, or has what the executable needs.
+    cron
+        Five fields as in a crontab: when to start pilots again and again.
+    transfer
+        A file that is to go with the job; may be repeated.
+    """
+    from trio_pilot.commands.condor_submit import Request, condor_submit
+
+    request = Request(pilots, cpus, memory, disk, time, executable, container_image, cron, transfer)
+    return condor_submit(_settings(flags), _given(flags), environment(os.environ, Path.cwd()), request)
 
 
 @app.command

@@ -1,0 +1,230 @@
+"""Pilots as HTCondor's jobs, in a real pool: the single file, as `trio-pilot condor-submit` describes it."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pika
+import pytest
+
+from tests.brokers import new_name
+from tests.condor.pool import USER_ID, Job, Pool
+from tests.runtimes_support import command_line, processes_with, until_sync
+from tests.servers import RabbitServer
+from trio_pilot.commands.condor_submit import LEAST_SILENCE, RELEASE_AFTER, SILENT
+from trio_pilot.errors import BrokerError, NodeError
+
+PILOTS, EVENTS = 4, 400
+PREFIX = "HTChirpEWMSPilot"
+IDLE, RUNNING, HELD = 1, 2, 5  # JobStatus
+BY_POLICY = 3  # HoldReasonCode: the job's own expressions
+
+
+class Submitter:
+    """A user with a queue at a broker, who submits pilots."""
+
+    def __init__(self, pool: Pool, onefile: Path, rabbitmq: RabbitServer) -> None:
+        self.pool = pool
+        self.home = pool.jobs / new_name("user")
+        self.home.mkdir()
+        self.program = Path(shutil.copy(onefile, self.home / "trio-pilot"))
+        self.config = self.home / "trio-pilot.toml"
+        self.config.touch(0o600)
+        self.config.write_text(f'broker = "amqp://guest:guest@{rabbitmq.address}"\n')
+        for path in (self.home, self.config):
+            os.chown(path, USER_ID, USER_ID)
+        self._port = rabbitmq.port
+        self.events, self.results = new_name("events"), new_name("results")
+
+    def describe(self, *flags: str) -> str:
+        """Have a description of the jobs."""
+        queues = (f"--queue-incoming={self.events}", f"--queue-outgoing={self.results}")
+        return self.command("condor-submit", *queues, "--memory=256m", "--disk=100m", *flags)
+
+    def submit(self, *flags: str) -> Job:
+        return self.pool.submit(self.describe(*flags), self.home)
+
+    def ready(self) -> int:
+        """Count the events that a pilot could take."""
+        with closing(pika.BlockingConnection(pika.ConnectionParameters("127.0.0.1", self._port))) as connection:
+            return int(connection.channel().queue_declare(self.events, passive=True).method.message_count)
+
+    def log(self, job: Job) -> str:
+        return (self.home / f"trio-pilot-{job.cluster}.log").read_text()
+
+    def command(self, *arguments: str, given: str = "") -> str:
+        command = [str(self.program), *arguments]
+        done = subprocess.run(command, cwd=self.home, env={}, input=given, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def send(self, events: Sequence[object]) -> None:
+        self.command("send", self.events, given="\n".join(map(json.dumps, events)))
+
+    def receive(self, queue: str) -> list[Any]:
+        said = self.command("receive", queue, "--idle=0.5")
+        return [json.loads(line) for line in said.splitlines()]
+
+
+@pytest.fixture
+def user(condor: Pool, onefile: Path, rabbitmq: RabbitServer) -> Submitter:
+    return Submitter(condor, onefile, rabbitmq)
+
+
+def test_pilots_drain_a_queue_and_tell_of_it(user: Submitter) -> None:
+    user.send(range(EVENTS))
+    job = user.submit(
+        f"--pilots={PILOTS}",
+        "--runtime=bubblewrap",
+        "--task-image=/",
+        "--task-args=sh -c 'sleep 0.05; cp $EWMS_TASK_INFILE $EWMS_TASK_OUTFILE'",
+        "--outfile-ext=.json",
+        "--timeout-queue-incoming=3",
+        "--htchirp-ratelimit-interval=1",
+    )
+    until_sync(lambda: any(ad.get(f"{PREFIX}Status") == "Tasking" for ad in job.ads()), "a pilot to tell that it works")
+    ads = job.wait()
+    assert sorted(user.receive(user.results)) == list(range(EVENTS))
+    assert [ad["ExitCode"] for ad in ads] == [0] * PILOTS
+    assert {ad[f"{PREFIX}Status"] for ad in ads} == {"Done"}
+    assert sum(ad.get(f"{PREFIX}TasksSuccess", 0) for ad in ads) == EVENTS
+    assert not any("guest:guest" in str(ad) for ad in ads)
+    assert all(ad[f"{PREFIX}StartedTimestamp"] <= ad[f"{PREFIX}LastUpdatedTimestamp"] for ad in ads)
+
+
+def test_the_event_log_has_the_lines_that_ewms_reads(user: Submitter) -> None:
+    user.send(["event"])
+    task = ["sh", "-c", r"""printf 'caf\303\251 "x" \\' >&2; exit 3"""]
+    job = user.submit("--runtime=process", f"--task-args={shlex.join(task)}", "--htchirp-dest=JOB_EVENT_LOG")
+    (ad,) = job.wait()
+    told = re.findall(rf"^008 .* ({PREFIX}.*)\n\.\.\.$", user.log(job), re.MULTILINE)
+    assert all(re.fullmatch(rf"""{PREFIX}[A-Za-z]+: "([^"\\]|\\.)*\"""", line) for line in told)
+    error = r"""ContainerRunError: task failed (exit code 3): caf\303\251 \"x\" \\"""
+    assert {f'{PREFIX}Status: "Tasking"', f'{PREFIX}TasksFailed: "1"', f'{PREFIX}Error: "{error}"'} <= set(told)
+    assert f"{PREFIX}Status" not in ad
+    assert ad["ExitCode"] == 1
+
+
+GRACEFUL = {"evicted": "condor_vacate_job", "held": "condor_hold", "removed": "condor_rm"}
+HARD = {"killed": "condor_vacate_job -fast", "orphaned": ""}
+
+
+@pytest.fixture
+def mark() -> str:
+    return f"mark-{uuid.uuid4().hex}"
+
+
+def long_tasks(mark: str) -> Sequence[str]:
+    task = ("--runtime=bubblewrap", "--task-image=/", f"--task-args=sh -c 'sleep 1000; : {mark}'")
+    return *task, "--max-concurrent-tasks=2", "--prefetch=4", "--grace=1", "--kill-grace=0.5", "--timeout-queue-incoming=100"
+
+
+@pytest.fixture
+def job(user: Submitter, mark: str) -> Iterator[Job]:
+    """A job whose tasks run for long; once it has gone, it is not started again."""
+    user.send(range(4))
+    job = user.submit(*long_tasks(mark))
+    until_sync(lambda: job.ads()[0].get(f"{PREFIX}TasksRunning") == 2, "tasks to run")
+    user.pool.run("condor_qedit", job.cluster, "Requirements", "NumJobStarts == 0")
+    yield job
+    if job.ads():
+        user.pool.run("condor_rm", job.cluster)
+        job.wait()
+
+
+def assert_nothing_is_left(user: Submitter, mark: str) -> None:
+    """Say that all events are back, nothing runs on, and the scratch directory is gone."""
+    until_sync(lambda: user.ready() == 4, "all events to be back")
+    until_sync(lambda: not processes_with(mark) and not processes_with("condor_exec.exe"), "all processes to go")
+    until_sync(lambda: not user.pool.run("ls", "-A", "/var/lib/condor/execute"), "the scratch directory to go")
+
+
+@pytest.mark.parametrize("how", GRACEFUL)
+def test_a_job_that_has_to_go_returns_its_events_and_ends_by_itself(user: Submitter, job: Job, mark: str, how: str) -> None:
+    user.pool.run(GRACEFUL[how], job.cluster)
+    assert_nothing_is_left(user, mark)
+    until_sync(lambda: all(ad["JobStatus"] != RUNNING for ad in job.ads()), "the job to have ended")
+    [ad] = job.ads() or job.ads(past=True)
+    assert ad["ExitCode"] == 128 + signal.SIGTERM
+    assert (ad[f"{PREFIX}Status"], ad[f"{PREFIX}EventsReturned"]) == ("Done", 2)
+    assert f"{PREFIX}TasksFailed" not in ad
+
+
+@pytest.mark.parametrize("how", HARD)
+def test_a_job_that_is_killed_leaves_nothing(user: Submitter, job: Job, mark: str, how: str) -> None:
+    if HARD[how]:
+        user.pool.run(*HARD[how].split(), job.cluster)
+    else:
+        [starter] = [pid for pid in processes_with("condor_starter") if command_line(pid)[0] == "condor_starter"]
+        os.kill(starter, signal.SIGKILL)
+    assert_nothing_is_left(user, mark)
+
+
+def edit(job: Job, attribute: str, change: int) -> None:
+    """Have time pass, as far as an attribute of a job tells."""
+    job.pool.run("condor_qedit", job.cluster, attribute, str(job.ads()[0][attribute] + change))
+
+
+def held(job: Job) -> int:
+    """Wait until its own expressions hold a job; tell the subcode."""
+    until_sync(lambda: job.ads()[0]["JobStatus"] == HELD, "the job to be held")
+    [ad] = job.ads()
+    assert ad["HoldReasonCode"] == BY_POLICY
+    return int(ad["HoldReasonSubCode"])
+
+
+def test_a_pilot_without_a_broker_is_held_says_why_and_is_tried_again_later(user: Submitter) -> None:
+    user.config.write_text('broker = "amqp://guest:guest@127.0.0.1:1"\nbroker-patience = 0.1\n')
+    job = user.submit("--runtime=process", "--task-args=true")
+    assert held(job) == BrokerError.exit_code
+    assert job.ads()[0]["HoldReason"].startswith("BrokerError: ")
+    edit(job, "EnteredCurrentStatus", -RELEASE_AFTER)
+    until_sync(lambda: job.ads()[0]["NumJobStarts"] == 2, "another start")
+    user.pool.run("condor_rm", job.cluster)
+
+
+def test_a_pilot_does_not_go_back_to_a_bad_machine(user: Submitter) -> None:
+    job = user.submit("--runtime=docker", "--task-image=image", "--task-args=true")
+    assert held(job) == NodeError.exit_code
+    edit(job, "EnteredCurrentStatus", -RELEASE_AFTER)
+    until_sync(lambda: job.ads()[0]["JobStatus"] == IDLE, "the job to be released")
+    released = time.time()
+    until_sync(lambda: job.ads()[0].get("LastRejMatchTime", 0) > released, "the only machine to be passed over")
+    assert job.ads()[0]["NumJobStarts"] == 1
+    user.pool.run("condor_rm", job.cluster)
+
+
+def test_a_pilot_that_says_nothing_any_more_is_held(user: Submitter, mark: str) -> None:
+    user.send(range(4))
+    description = user.describe(*long_tasks(mark))  # whose pilot has nothing new to say for a minute
+    job = user.pool.submit(description.replace(str(LEAST_SILENCE), "1"), user.home)
+    assert held(job) == SILENT
+    assert_nothing_is_left(user, mark)
+    user.pool.run("condor_rm", job.cluster)
+
+
+def test_a_file_of_settings_keeps_its_mode_in_the_job(user: Submitter) -> None:
+    look = user.home / "look"
+    look.write_text("#!/bin/sh\nexec stat --format=%a trio-pilot.toml\n")
+    description = re.sub("executable = .*", f"executable = {look}", user.describe("--task-args=true"))
+    job = user.pool.submit(description, user.home)
+    job.wait()
+    assert (user.home / f"trio-pilot-{job.cluster}.0.out").read_text() == "600\n"
+
+
+@pytest.mark.parametrize("more", [[], ["--cron=*/10 * * * *"], ["--container-image=docker://image", "--time=60"]])
+def test_condor_submit_takes_every_description(user: Submitter, more: list[str]) -> None:
+    (user.home / "description").write_text(user.describe("--task-args=true", *more))
+    said = user.pool.run("condor_submit", "-dry-run", "-", "description", directory=user.home)
+    assert "1 job(s) dry-run" in said
+    assert "WARNING" not in said
