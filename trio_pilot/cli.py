@@ -181,7 +181,7 @@ def condor_submit(
     from trio_pilot.commands.condor_submit import Request, condor_submit
 
     request = Request(pilots, cpus, memory, disk, time, executable, container_image, cron, transfer)
-    return condor_submit(_settings(flags), _given(flags), environment(os.environ, Path.cwd()), request)
+    return condor_submit(_settings(flags), _given(flags), request)
 
 
 @app.command

@@ -1,6 +1,7 @@
 """`trio-pilot condor-submit`: the description of an HTCondor job that runs pilots."""
 
 import math
+import os
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from urllib.parse import urlsplit
 
 from trio_pilot.errors import SettingsError
 from trio_pilot.parsing import AUTO, size
-from trio_pilot.settings import CONFIG_FILE, FIELDS, PREFIX, Settings, flag_of, variables_of
+from trio_pilot.settings import CONFIG_FILE, FIELDS, PREFIX, Settings, environment, flag_of, variables_of
 
 # How a hold is told from others: by the pilot's exit code, or this.
 SILENT = 100
@@ -87,7 +88,7 @@ class Request:
     transfer: tuple[Path, ...]
 
 
-def condor_submit(settings: Settings, flags: Mapping[str, Any], environ: Mapping[str, str], request: Request) -> int:
+def condor_submit(settings: Settings, flags: Mapping[str, Any], request: Request) -> int:
     """Print it.
 
     Raises:
@@ -99,7 +100,8 @@ def condor_submit(settings: Settings, flags: Mapping[str, Any], environ: Mapping
             raise SettingsError(
                 f"queue {queue.queue} is in a file of this machine: name a broker, as in --broker amqp://HOST"
             )
-    lines = list(_description(settings, dict(_variables(settings, flags, environ)), request))
+    variables = dict(_variables(settings, flags, environment(os.environ, Path.cwd())))
+    lines = list(_description(settings, variables, request))
     print("\n".join(lines))
     return 0
 
