@@ -11,15 +11,15 @@ serve
 """
 
 from collections import deque
-from collections.abc import AsyncIterable, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, closing
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, asynccontextmanager, closing
 
 import trio
 from trio_util import wait_any
 
 from trio_pilot.brokers import Consumer, Delivery, Sink, Source
 from trio_pilot.condor.time_left import TimeLeft
-from trio_pilot.errors import ContainerLostError, NodeError, PilotError, TasksFailedError, names
+from trio_pilot.errors import BrokerError, ContainerLostError, NodeError, PilotError, TasksFailedError, names
 from trio_pilot.guard import Guard
 from trio_pilot.ledger import Life
 from trio_pilot.log import LOGGER
@@ -93,7 +93,7 @@ async def serve(
     drain = Drain(settings.grace, TimeLeft(settings, status.run_times))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(drain.heed, signals)
-        async with guard as guardian, reporter:
+        async with guard as guardian, reporter, _quarantine(settings, status, drain):
             guardian.watch("data", root_in(settings.data_dir_parent_path_on_host))
             with status.concluding(), _open_workspace(settings) as workspace:
                 async with runtime as containers, sources as incoming, sinks as outgoing:
@@ -102,7 +102,6 @@ async def serve(
                         guardian.watch("engine", containers.engine)
                     tools = Tools(guardian, workspace, containers, outgoing)
                     await Pilot(settings, tools, incoming, status, drain).work()
-            await _quarantine(settings, status, drain)
         nursery.cancel_scope.cancel()
     if status.failed.value:
         raise TasksFailedError(status.failures())
@@ -181,6 +180,7 @@ class Pilot:
                 slot = object()
                 self._drain.watch_the_time()
                 await self._slots.acquire_on_behalf_of(slot)
+                await self._worker.canary.calm()
                 delivery = await self._next_event(consumers, idle_limit)
                 if delivery is None:
                     return
@@ -246,9 +246,14 @@ async def next_delivery(consumers: deque[Consumer], idle_limit: float) -> Delive
             await wait_any(*(consumer.wait for consumer in consumers))
 
 
-async def _quarantine(settings: Settings, status: Status, drain: Drain) -> None:
+@asynccontextmanager
+async def _quarantine(settings: Settings, status: Status, drain: Drain) -> AsyncIterator[None]:
     """Hold the slot for a while after an error, so that a bad node does not eat job after job."""
-    if status.failed.value and settings.quarantine_time:
-        LOGGER.warning("holding the slot for %g s after an error", settings.quarantine_time)
-        with trio.move_on_after(settings.quarantine_time):
-            await drain.begun.wait()
+    try:
+        yield
+    finally:
+        is_brokers = isinstance(status.error.value, BrokerError)
+        if status.state.value is State.FATAL and not is_brokers and settings.quarantine_time:
+            LOGGER.warning("holding the slot for %g s after an error", settings.quarantine_time)
+            with trio.move_on_after(settings.quarantine_time):
+                await drain.begun.wait()

@@ -1,15 +1,18 @@
 """One event's life: stage, run, publish, settle."""
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import trio
 
-from trio_pilot import staging
+from trio_pilot import node, staging
 from trio_pilot.bench import Bench
 from trio_pilot.brokers import Delivery, Settlement, Sink
+from trio_pilot.canary import Canary
 from trio_pilot.disk import Disk
 from trio_pilot.errors import (
     BrokerError,
@@ -28,7 +31,7 @@ from trio_pilot.ledger import Ledger, Life
 from trio_pilot.log import LOGGER
 from trio_pilot.outputs import Outputs
 from trio_pilot.pins import Pins
-from trio_pilot.runtimes import DATA_DIRECTORY, Container, Exit, Limits, Runtime
+from trio_pilot.runtimes import DATA_DIRECTORY, NOT_FOUND_REASONS, Container, Exit, Limits, Runtime
 from trio_pilot.scopes import Shelter
 from trio_pilot.settings import Settings
 from trio_pilot.spares import Spares
@@ -38,6 +41,7 @@ from trio_pilot.unsent import Unsent
 from trio_pilot.wire import WIRES, Message
 from trio_pilot.workspace import Workspace
 
+CANARY, CANARY_TIMEOUT = ("true",), 60.0  # seconds, on a node that is merely busy
 DUMP_TIMEOUT = 30.0  # seconds to wait for a reader of our own stdout and stderr
 
 
@@ -93,6 +97,7 @@ class Worker:
         self._pins = Pins(settings.max_concurrent_tasks if settings.pin_tasks else 0, settings.cpus_per_task or 1)
         self._spares = Spares()
         self._ledger = Ledger()
+        self.canary = Canary(partial(run_canary, tools, settings))
         self.bench = Bench(settings.retry_delay)
 
     def life(self, delivery: Delivery) -> AbstractContextManager[Life]:
@@ -142,7 +147,7 @@ class Worker:
 
     async def _settled(self, life: Life, files: TaskFiles) -> PilotError | None:
         try:
-            await self._work(life.delivery, files)
+            await self._judged(life.delivery, files)
         except (EventError, NodeError) as error:
             settlement = self._by_cause(error, life.delivery)
             if settlement is not Settlement.REJECT:
@@ -154,12 +159,23 @@ class Worker:
         await self._settle(life, Settlement.ACK)
         return None
 
+    async def _judged(self, delivery: Delivery, files: TaskFiles) -> None:
+        """Work, and tell a failure of the node from one of the event's."""
+        try:
+            await self._work(delivery, files)
+        except (ContainerTimeoutError, ContainerOutOfMemoryError):
+            raise  # limits that the user has set
+        except ContainerRunError as error:
+            await self.canary.judge(error, partial(self._remove, files))  # for it may have filled the disk
+            raise
+
     async def _work(self, delivery: Delivery, files: TaskFiles) -> None:
         event = await self._disk.call(self._wire.size(delivery.body), self._stage, delivery, files)
         started = trio.current_time()
         with self._pins.lent() as cpus:
             order = replace(self._order, pinned=cpus) if cpus else self._order
             await run(self._tools, self._disk, self.outputs, order, files)
+        self.canary.sings()
         self._status.run_times.add(trio.current_time() - started)
         with self._shelter.linger() as scope:
             body = await self._disk.call(staging.outfile_size(files), self._collect, event, files)
@@ -187,6 +203,10 @@ class Worker:
         if isinstance(error, NodeError):
             return Settlement.RELEASE
         return Settlement.DEAD_LETTER if delivery.attempt >= self._settings.max_attempts else Settlement.REJECT
+
+    async def _remove(self, files: TaskFiles) -> None:
+        if not self._settings.keep_all_task_files:
+            await self._disk.finish(math.inf, staging.remove, files)
 
     async def _tidy(self, files: TaskFiles) -> None:
         if not await self._disk.finish(staging.outfile_size(files), self._spares.take_back, files):
@@ -259,14 +279,44 @@ def _conclude(outputs: Outputs, files: TaskFiles, ended: Exit | None) -> str:
 
 async def run_init(tools: Tools, settings: Settings, outputs: Outputs) -> None:
     """Run the init container; raises what `run` raises."""
-    name = f"init-{tools.workspace.new_name().replace('-', '')}"
+    async with _aside(tools, "init", keep=settings.keep_all_task_files) as files:
+        await tools.runtime.prepare(settings.init_image)
+        await run(tools, Disk(), outputs, Order.init(settings), files)
+
+
+async def run_canary(tools: Tools, settings: Settings) -> None:
+    """Run next to nothing, on this disk, by this clock, in a container like a task's.
+
+    Raises:
+        NodeError: it does not work here. An image that has no such command is fine: what said so was a container.
+    """
+    await Disk().call(math.inf, _look_at_node, tools.workspace.root)
+    async with _aside(tools, "canary", keep=False) as files:
+        order = replace(Order.task(settings), args=CANARY, env={})
+        with trio.move_on_after(CANARY_TIMEOUT):
+            ended = await tools.runtime.run(replace(_container(tools, order, files), plain=True))
+            reason = last_words(files.stderr) if ended.code else ""
+            if ended.code and not reason.endswith(NOT_FOUND_REASONS):
+                raise NodeError(f"`{CANARY[0]}` in a container fails (exit code {ended.code}): {reason}")
+            return
+        raise NodeError(f"`{CANARY[0]}` in a container takes more than {CANARY_TIMEOUT:g} s")
+
+
+def _look_at_node(root: Path) -> None:
+    node.write_to(root)
+    node.skew_of(root)
+
+
+@asynccontextmanager
+async def _aside(tools: Tools, what: str, *, keep: bool) -> AsyncIterator[TaskFiles]:
+    """Make the directory of a container that is no task's, and remove it."""
+    name = f"{what}-{tools.workspace.new_name().replace('-', '')}"
     files, disk = TaskFiles(tools.workspace.root / name, infile="", outfile=""), Disk()
     try:
         await disk.call(0, staging.make, files)
-        await tools.runtime.prepare(settings.init_image)
-        await run(tools, disk, outputs, Order.init(settings), files)
+        yield files
     finally:
-        if not settings.keep_all_task_files:
+        if not keep:
             await disk.finish(math.inf, staging.remove, files)
 
 

@@ -227,7 +227,7 @@ def _is_orphaned(owner: Path, file: IO[bytes]) -> bool:
 
 
 def _remove_of(root: Path, prefix: str) -> int:
-    directories = [*root.glob(f"{prefix}-*"), *root.glob(f"init-{prefix}*")]
+    directories = [*root.glob(f"{prefix}-*"), *root.glob(f"init-{prefix}*"), *root.glob(f"canary-{prefix}*")]
     for directory in directories:
         remove_tree(directory)
     return len(directories)

@@ -110,6 +110,16 @@ async def test_a_pinned_container_runs_on_its_cpus_and_this_process_on_all(subje
     assert os.sched_getaffinity(0) == ours
 
 
+@real_ones
+async def test_a_plain_container_tells_a_command_that_works_from_one_that_is_not_there(
+    subject: Subject, runtime: Runtime
+) -> None:
+    assert await run(runtime, replace(subject.container("true"), plain=True)) == 0
+    missing = replace(subject.container("no-such-command"), plain=True)
+    assert await run(runtime, missing) == 127
+    assert last_words(missing.stderr).endswith(": No such file or directory")
+
+
 # What goes in and comes out.
 
 

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -14,12 +13,12 @@ from typing import Any
 
 import trio
 
-from trio_pilot import jwt, limits
+from trio_pilot import jwt, limits, node
 from trio_pilot.brokers import QueueAddress, open_sink, open_source
 from trio_pilot.commands.signals import run_until_signalled
 from trio_pilot.condor.slot import find_slot, fitted
 from trio_pilot.condor.time_left import End, find_end
-from trio_pilot.errors import BrokerError, NodeError, PilotError, SettingsError, leaves, map_exceptions
+from trio_pilot.errors import BrokerError, NodeError, PilotError, SettingsError, leaves
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import Runtime, bubblewrap
 from trio_pilot.runtimes.choice import ENGINES, OWN_ROOT, choose, open_runtime
@@ -27,8 +26,6 @@ from trio_pilot.settings import FIELDS, Settings, flag_of
 from trio_pilot.workspace import open_workspace
 
 LEAST_FREE = 100 * 10**6  # bytes on the disk of the data directory
-YEARS = range(2026, 2100)  # that a clock may show
-MOST_SKEW = 60.0  # seconds between our clock and that of the data directory's file system
 SOON = 3600.0  # seconds that a token has still to live
 
 
@@ -277,10 +274,7 @@ def _is_there(place: Path, root: Path, settings: Settings, *, contained: bool) -
 def _data(settings: Settings) -> str:
     with open_workspace(settings.data_dir_parent_path_on_host, settings.external_directories) as workspace:
         root = workspace.root
-        with map_exceptions({OSError: NodeError}, f"cannot write in {root}"), tempfile.TemporaryFile(dir=root) as file:
-            file.write(b"?" * 4096)
-            file.flush()
-            os.fsync(file.fileno())
+        node.write_to(root)
         free = shutil.disk_usage(root).free
     if free < LEAST_FREE:
         raise NodeError(f"{root} has {free / 1e6:.0f} MB free, fewer than {LEAST_FREE / 1e6:.0f} MB")
@@ -288,22 +282,15 @@ def _data(settings: Settings) -> str:
 
 
 def _clock(settings: Settings) -> str:
-    now = datetime.now(UTC)
-    if now.year not in YEARS:
-        raise NodeError(f"the clock says {now:%Y-%m-%d}")
-    parent = settings.data_dir_parent_path_on_host
-    with map_exceptions({OSError: NodeError}, f"no file in {parent}"), tempfile.TemporaryFile(dir=parent) as file:
-        skew = os.fstat(file.fileno()).st_mtime - time.time()
-    if abs(skew) > MOST_SKEW:
-        raise NodeError(f"the file system of {parent} is {skew:+.0f} s off our clock")
-    return f"{now:%Y-%m-%d %H:%M:%S} UTC, the data directory's within {abs(skew):.0f} s"
+    skew = node.skew_of(settings.data_dir_parent_path_on_host)
+    return f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, the data directory's within {abs(skew):.0f} s"
 
 
 async def _token(queue: QueueAddress) -> str:
     """Tell how long a token is good, where it is a JWT. It is the broker who checks whether it is genuine."""
     claims, now = jwt.claims(queue.token), time.time()
     begins, ends = (claims.get(name) for name in ("nbf", "exp"))
-    if isinstance(begins, int | float) and begins > now + MOST_SKEW:
+    if isinstance(begins, int | float) and begins > now + node.MOST_SKEW:
         raise BrokerError(f"the token of {queue.queue} is good in {_span(begins - now)} only")
     if not isinstance(ends, int | float):
         return f"{queue.queue}: it does not say how long it is good"

@@ -46,6 +46,7 @@ class Container:
     stderr: Path
     limits: Limits = Limits()
     pinned: tuple[int, ...] = ()  # CPUs that it may run on; none: any
+    plain: bool = False  # run the arguments as they are, without what the image puts before them
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,7 +154,7 @@ class ApptainerRuntime:
             )
 
     def _argv(self, order: _Order) -> list[str]:
-        container, action = order.container, order.image.action
+        container, action = order.container, "exec" if order.container.plain else order.image.action
         args: Sequence[str] = container.args
         if verbatim.needs_help(args, container.env) or order.address_space is not None:
             command = [f"/{RUNSCRIPT}"] if action == "run" else []

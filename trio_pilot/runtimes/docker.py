@@ -48,7 +48,7 @@ def spec(order: Order) -> Spec:
     return {
         "NetworkDisabled": is_alone,
         "Image": order.image,
-        "Cmd": container.args,
+        **({"Entrypoint": container.args} if container.plain else {"Cmd": container.args}),
         "Env": [f"{name}={value}" for name, value in container.env.items()],
         "User": options.user,
         "Labels": labels(container),

@@ -58,7 +58,7 @@ def spec(order: Order) -> Spec:
     return {
         "name": order.name,
         "image": order.image,
-        "command": container.args,
+        **({"entrypoint": container.args} if container.plain else {"command": container.args}),
         "env": dict(container.env),
         "user": options.user,
         "labels": labels(container),
