@@ -88,10 +88,11 @@ class Local:
 
 
 class Rabbit:
+    counts_losses = False
+
     def __init__(self, server: RabbitServer, directory: Path | None = None) -> None:
         self.server = server
         self.directory = directory or server.directory / "dead-letters"
-        self.counts_losses = server.version.startswith("4.3")
 
     def address(self, queue: str, server: str = "", user: str = "", token: str = "") -> QueueAddress:
         where = f"{user and user + '@'}{server or self.server.address}"

@@ -9,7 +9,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,8 +53,29 @@ def cannot(reason: str) -> NoReturn:
 
 @pytest.fixture(scope="session")
 def rabbitmq() -> Iterator[servers.RabbitServer]:
+    with open_rabbitmq() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_trixie() -> Iterator[servers.RabbitServer]:
+    """RabbitMQ 4.0."""
+    with open_rabbitmq("trixie") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_sid() -> Iterator[servers.RabbitServer]:
+    """RabbitMQ 4.3 or later."""
+    with open_rabbitmq("sid") as server:
+        yield server
+
+
+@contextmanager
+def open_rabbitmq(suite: str = "", config: str = "", plugins: str = "") -> Iterator[servers.RabbitServer]:
+    """Run a server, or skip the test; see `servers.rabbitmq`."""
     try:
-        with servers.rabbitmq() as server:
+        with servers.rabbitmq(suite, config, plugins) as server:
             SERVICES.append(f"RabbitMQ {server.version}")
             yield server
     except servers.UnavailableError as error:

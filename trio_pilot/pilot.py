@@ -168,13 +168,13 @@ class Pilot:
 
     async def _take_events(self, tasks: trio.Nursery) -> None:
         """Start a task for each event, until a free slot has waited in vain for as long as it should."""
-        # As many events at hand as there are slots, so that all of them fill at once; no more unless told so.
-        prefetch = max(self._settings.prefetch, self._settings.max_concurrent_tasks)
         self._status.state.value = State.AWAITING_FIRST
         idle_limit = self._settings.first_event_timeout
         async with AsyncExitStack() as stack:
             consumers = deque[Consumer]([self._worker.bench])
-            consumers += [await stack.enter_async_context(source.consume(prefetch)) for source in self._sources]
+            for source in self._sources:
+                listening = source.consume(self._settings.most_at_hand, self._settings.lease)
+                consumers.append(await stack.enter_async_context(listening))
             LOGGER.info("listening for events: %d slot(s), runtime %s", self._slots.total_tokens, self._tools.runtime.name)
             while True:
                 slot = object()

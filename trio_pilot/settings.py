@@ -6,6 +6,7 @@ those of ewms-pilot (its quirks included) and more of the kind; they are also re
 
 import dataclasses
 import difflib
+import math
 import shlex
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trio_pilot.brokers import DEAD_LETTERS, QueueAddress
+from trio_pilot.brokers import DEAD_LETTERS, LONGEST_LEASE, QueueAddress
 from trio_pilot.errors import SettingsError
 from trio_pilot.parsing import (
     Parse,
@@ -79,6 +80,7 @@ APPTAINER_BUILD = ("_EWMS_PILOT_APPTAINER_BUILD_WORKDIR",)
 APPTAINER_IMAGE = ("_EWMS_PILOT_APPTAINER_IMAGE_DIRECTORY_MUST_BE_PRESENT",)
 SHM_SIZE = ("_EWMS_PILOT_DOCKER_SHM_SIZE",)
 
+LEASE_MARGIN = 900.0  # seconds for all that is done with an event besides running it
 MOST_AHEAD = 65535  # messages that AMQP lets a consumer have unsettled
 
 
@@ -249,6 +251,19 @@ class Settings:
     def dead_letters(self) -> Path:
         """Where dead letters go that the broker does not take."""
         return self.dead_letter_directory or self.data_dir_parent_path_on_host / DEAD_LETTERS
+
+    @property
+    def most_at_hand(self) -> int:
+        """Events to have at hand: as many as there are slots, so that all fill at once, and no more unless told so."""
+        return max(self.prefetch, self.max_concurrent_tasks)
+
+    @property
+    def lease(self) -> float:
+        """Seconds for which an event may be unsettled: while it waits for a slot, is run, sent, or held back."""
+        if self.task_timeout is None:
+            return LONGEST_LEASE
+        turns = math.ceil(self.most_at_hand / self.max_concurrent_tasks)
+        return min(turns * self.task_timeout + LEASE_MARGIN, LONGEST_LEASE)
 
     def at_broker(self, queue: str) -> QueueAddress:
         """Find a queue at the broker of all queues."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import trio
 
-from trio_pilot.brokers import Delivery, Settlement, dead_letter_queue, dead_letters
+from trio_pilot.brokers import LONGEST_LEASE, Delivery, Settlement, dead_letter_queue, dead_letters
 from trio_pilot.errors import DeliveryLostError
 from trio_pilot.runtimes import Container, Exit
 
@@ -109,6 +109,7 @@ class FakeSource:
     def __init__(self, broker: FakeBroker, queue: str) -> None:
         self.broker = broker
         self.queue = queue
+        self.lease = 0.0  # as it was asked for last
         self._tags: set[int] = set()
 
     async def ready(self) -> None:
@@ -116,8 +117,9 @@ class FakeSource:
         await self.broker.call("source.ready")
 
     @asynccontextmanager
-    async def consume(self, prefetch: int) -> AsyncIterator["FakeConsumer"]:
+    async def consume(self, prefetch: int, lease: float = LONGEST_LEASE) -> AsyncIterator["FakeConsumer"]:
         """Listen to the queue."""
+        self.lease = lease
         await self.broker.call("source.consume")
         yield FakeConsumer(self, prefetch)
 

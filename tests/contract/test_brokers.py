@@ -13,8 +13,10 @@ from trio_pilot import identity
 from trio_pilot.brokers import Consumer, Delivery, Settlement, Source, dead_letter_queue
 from trio_pilot.errors import DeliveryLostError
 
+OTHER_VERSIONS = [pytest.param(name, marks=pytest.mark.soak) for name in ("rabbitmq_trixie", "rabbitmq_sid")]
 
-@pytest.fixture(params=["fake", "local", "rabbitmq"])
+
+@pytest.fixture(params=["fake", "local", "rabbitmq", *OTHER_VERSIONS])
 def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Broker:
     match request.param:
         case "fake":
@@ -22,7 +24,7 @@ def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Broker:
         case "local":
             return Local(tmp_path / "queues.sqlite")
         case _:
-            return Rabbit(request.getfixturevalue("rabbitmq"))
+            return Rabbit(request.getfixturevalue(request.param))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import trio
 from tests import proxy as proxies
 from tests import servers
 from tests.brokers import Rabbit, new_name
-from tests.conftest import cannot
+from tests.conftest import open_rabbitmq
 from tests.integration.test_broker_faults import send_all, settings
 from tests.pilot_process import COMMAND, assert_nothing_left, environment, pilot
 from trio_pilot.brokers.link import RETRY_DELAY_MOST
@@ -34,14 +34,17 @@ TASK = (
 Fault = Callable[[], Awaitable[None]]
 
 
+@pytest.fixture(params=["", *(pytest.param(suite, marks=pytest.mark.soak) for suite in ("trixie", "sid"))])
+def suite(request: pytest.FixtureRequest) -> str:
+    """Name a suite of Debian whose RabbitMQ is to be used: 4.0, 4.3, or (no name) the one that is installed."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[servers.RabbitServer]:
     """Have a server of our own, that hangs up on who is silent for long."""
-    try:
-        with servers.rabbitmq(config="heartbeat = 2\n") as server:
-            yield server
-    except servers.UnavailableError as error:
-        cannot(str(error))
+    with open_rabbitmq(config="heartbeat = 2\n") as server:
+        yield server
 
 
 @pytest.fixture
@@ -66,12 +69,12 @@ class Campaign:
         for made in (self.directory, self.log):
             made.mkdir()
 
-    async def run(self, address: str, faults: list[Fault]) -> str:
+    async def run(self, address: str, faults: list[Fault], **more: object) -> str:
         """Run the pilot at an address, with faults at random moments; give what it said."""
         await send_all(self.broker, self.queue, *[EwmsWire().encode(Message(number)) for number in range(self.count)])
         task = f"sh -c '{TASK.format(log=self.log, seconds=self.seconds)}'"
-        more = {"TASK_ARGS": task, "MAX_CONCURRENT_TASKS": SLOTS, "TIMEOUT_QUEUE_INCOMING": 5, "BROKER_PATIENCE": 120}
-        given = settings(self.broker, self.queue, **more)
+        usual = {"TASK_ARGS": task, "MAX_CONCURRENT_TASKS": SLOTS, "TIMEOUT_QUEUE_INCOMING": 5, "BROKER_PATIENCE": 120}
+        given = settings(self.broker, self.queue, **{**usual, **more})
         for direction in ("INCOMING", "OUTGOING"):
             given[f"QUEUE_{direction}_BROKER_ADDRESS"] = address
         with pilot(self.directory, given) as child:
@@ -110,7 +113,7 @@ class Campaign:
         print(f"events flowed again within {self.longest_pause:.1f} s")
         assert runs == {("start", "end"): self.count}
         assert Counter(found) == Counter(range(self.count))
-        assert self.broker.server.counts(self.queue) == (0, 0)
+        assert self.broker.ready(self.queue) == 0
 
     def _receive(self) -> list[int]:
         command = [COMMAND, "receive", f"{self.queue}-out", "--unique"]
@@ -172,6 +175,21 @@ async def test_a_network_that_misbehaves_costs_no_result_and_no_second_run(
     campaign = Campaign(broker, tmp_path, count, seconds)
     faults: list[Fault] = [cut, refuse_for_a_while, slow_down, half_open, swallow]
     campaign.check(await campaign.run(proxy.address, faults * rounds))
+
+
+@pytest.mark.parametrize("seconds", ["20", pytest.param("60", marks=pytest.mark.soak)])
+async def test_a_task_that_takes_longer_than_the_server_likes_is_run_once_and_its_result_comes_once(
+    tmp_path: Path, suite: str, seconds: str
+) -> None:
+    with open_rabbitmq(suite, config="heartbeat = 2\nconsumer_timeout = 10000\n") as server:
+        server.evaluate("application:set_env(rabbit, channel_tick_interval, 1000).")  # how often it looks, in milliseconds
+        campaign = Campaign(Rabbit(server), tmp_path, 10, seconds)
+        stderr = await campaign.run(server.address, [], MAX_CONCURRENT_TASKS=10, TIMEOUT_QUEUE_INCOMING=15)
+        arrived = campaign.broker.ready(f"{campaign.queue}-out")
+        campaign.check(stderr)
+        assert arrived == 10
+        # Before RabbitMQ 3.12 the lease cannot be had, and what the server does instead is told.
+        assert ("delivery acknowledgement on channel" in stderr) == server.version.startswith("3.")
 
 
 def test_a_restarting_broker_is_given_time_by_a_thousand_pilots() -> None:

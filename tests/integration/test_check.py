@@ -170,3 +170,13 @@ def test_a_token_that_is_not_yet_good_is_told(check: Check) -> None:
 @pytest.mark.parametrize("token", ["a.b.c", "plain", jwt(exp="never"), "e30.W10.e30"])
 def test_a_token_of_another_kind_is_no_fault(check: Check, token: str) -> None:
     assert check(QUEUE_INCOMING_AUTH_TOKEN=token)[0] == 0
+
+
+@pytest.mark.parametrize("seconds", ["", "3600", "60"])
+def test_a_server_that_takes_events_of_long_tasks_back_is_warned_of(
+    check: Check, rabbitmq: RabbitServer, seconds: str
+) -> None:
+    found = check(BROKER=f"amqp://{rabbitmq.address}", QUEUE_INCOMING="check-in", TASK_TIMEOUT=seconds)
+    (incoming,) = facts(found, "incoming")
+    assert incoming.startswith("ok")
+    assert ("consumer_timeout" in incoming) == (rabbitmq.version < "3.12" and seconds != "60")

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from trio_pilot.brokers import QueueAddress
+from trio_pilot.brokers import LONGEST_LEASE, QueueAddress
 from trio_pilot.errors import SettingsError
 from trio_pilot.runtimes import Limits
-from trio_pilot.settings import FIELDS, Settings, environment, flag_of, load, unknown_variables, variables_of
+from trio_pilot.settings import FIELDS, LEASE_MARGIN, Settings, environment, flag_of, load, unknown_variables, variables_of
 
 NOWHERE = Path("/nonexistent")
 
@@ -428,3 +428,16 @@ def test_arguments_have_no_nul(tmp_path: Path) -> None:
     (tmp_path / "trio-pilot.toml").write_text('task-args = ["a\\u0000b"]\n')
     with pytest.raises(SettingsError, match="must be arguments without NUL characters"):
         load({}, {}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [
+        ({}, LONGEST_LEASE),
+        ({"task_timeout": 100.0}, 100 + LEASE_MARGIN),
+        ({"task_timeout": 100.0, "prefetch": 5, "max_concurrent_tasks": 2}, 300 + LEASE_MARGIN),
+        ({"task_timeout": math.inf}, LONGEST_LEASE),
+    ],
+)
+def test_a_lease_is_long_enough_for_all_that_wait_their_turn(given: dict[str, Any], seconds: float) -> None:
+    assert Settings(**given).lease == seconds

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 DEAD_LETTERS = Path("ewms-pilot-dead-letters")  # the usual directory for those that a broker does not take
 
+LONGEST_LEASE = 30 * 86400.0  # seconds
+
 
 class Settlement(Enum):
     """What becomes of an event, by cause."""
@@ -58,8 +60,11 @@ class Source(Protocol):
     async def ready(self) -> None:
         """Wait until the queue was found, or raise BrokerError."""
 
-    def consume(self, prefetch: int) -> AbstractAsyncContextManager[Consumer]:
-        """Listen to the queue, with up to `prefetch` deliveries unsettled; at the end give back what was not taken."""
+    def consume(self, prefetch: int, lease: float = LONGEST_LEASE) -> AbstractAsyncContextManager[Consumer]:
+        """Listen to the queue, with up to `prefetch` deliveries unsettled; at the end give back what was not taken.
+
+        A delivery may stay unsettled for `lease` seconds: the broker is asked not to take it back before.
+        """
 
     def has_lost(self, delivery: Delivery) -> bool:
         """Tell whether the broker has taken a delivery back, as far as is known: then it comes again, to us or another."""

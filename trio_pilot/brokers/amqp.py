@@ -24,6 +24,7 @@ import trio
 from trio_pilot.brokers.link import ConnectError, LostError
 from trio_pilot.brokers.mailbox import Mailbox, Reply
 from trio_pilot.errors import BrokerError
+from trio_pilot.log import LOGGER
 
 CONNECT_TIMEOUT = 15.0  # seconds for TCP, TLS and the AMQP handshake together
 ANSWER_TIMEOUT = 30.0  # seconds for the server to answer a declare or a consume: a quorum queue elects a leader first
@@ -38,6 +39,7 @@ PRECONDITION_FAILED = 406
 NOT_ALLOWED = 530
 
 METHOD_ON_CHANNEL_0 = b"\x01\x00\x00"  # how the first frame of a server begins
+CANCELLED = "the server has cancelled our consumer: its consumer_timeout is over, or the queue was deleted or moved"
 PERSISTENT = 2
 DELIVERY_COUNT = "x-delivery-count"
 MOST_MESSAGE_ID = 255  # bytes of a short string
@@ -192,6 +194,8 @@ class Connection:
                 on_open_error_callback=lambda _, error: self._end(error),
                 on_close_callback=lambda _, error: self._end(error),
             )
+            self._pika.add_on_connection_blocked_callback(self._blocked)
+            self._pika.add_on_connection_unblocked_callback(self._unblocked)
             if self._hang_up:  # asked before there was anything to ask
                 self._close()
             self._pika.ioloop.start()
@@ -200,6 +204,13 @@ class Connection:
         finally:
             if self._pika is not None:
                 self._pika.ioloop.close()
+
+    def _blocked(self, _connection: object, frame: Any) -> None:
+        why = frame.method.reason
+        LOGGER.warning("RabbitMQ at %s takes no more from us for now, and outputs wait: %s", self._parameters.host, why)
+
+    def _unblocked(self, _connection: object, _frame: object) -> None:
+        LOGGER.warning("RabbitMQ at %s takes messages again", self._parameters.host)
 
     def _end(self, error: BaseException) -> None:
         """Take note that the connection is closed, or could not be opened: fail who waits for it, end the thread."""
@@ -309,13 +320,15 @@ class Channel:
 
         await self._post(start).wait()
 
-    async def consume(self, queue: str, consumer_tag: str, arrived: Callable[[Arrival], object]) -> None:
+    async def consume(
+        self, queue: str, consumer_tag: str, arrived: Callable[[Arrival], object], arguments: Mapping[str, Any]
+    ) -> None:
         """Have `arrived` called, on Trio's side, for each message of a queue."""
 
         def deliver(_channel: object, method: Any, properties: Any, body: bytes) -> None:
             self.connection.tell(arrived, Arrival(self, method.delivery_tag, body, method.redelivered, properties))
 
-        await self.ask("basic_consume", queue, deliver, consumer_tag=consumer_tag)
+        await self.ask("basic_consume", queue, deliver, consumer_tag=consumer_tag, arguments=dict(arguments))
 
     def _post(self, start: Callable[[Reply], object]) -> Reply:
         reply = Reply()
@@ -328,7 +341,7 @@ class Channel:
         """Follow pika's channel."""
         self._pika = channel
         channel.add_on_close_callback(lambda _, error: self.end(_closed(error)))
-        channel.add_on_cancel_callback(lambda _: channel.close(reply_text="the consumer was cancelled"))
+        channel.add_on_cancel_callback(lambda _: channel.close(reply_text=CANCELLED))
 
     def opened(self, _channel: object) -> None:
         """Hand the channel over to who asked for it."""

@@ -25,7 +25,7 @@ from typing import Any
 import inotify_simple
 import trio
 
-from trio_pilot.brokers import Delivery, QueueAddress, Settlement, dead_letter_queue, dead_letters
+from trio_pilot.brokers import LONGEST_LEASE, Delivery, QueueAddress, Settlement, dead_letter_queue, dead_letters
 from trio_pilot.errors import BrokerError, DeliveryLostError, map_exceptions
 
 DEFAULT_FILE = "trio-pilot-queues.sqlite"
@@ -241,8 +241,8 @@ class LocalSource:
         await trio.lowlevel.checkpoint()
 
     @asynccontextmanager
-    async def consume(self, prefetch: int) -> AsyncIterator["LocalConsumer"]:  # noqa: ARG002 -- nothing is hoarded
-        """Listen to the queue. Messages are claimed when taken, so that there is never one to give back."""
+    async def consume(self, prefetch: int, lease: float = LONGEST_LEASE) -> AsyncIterator["LocalConsumer"]:  # noqa: ARG002
+        """Listen to the queue. Messages are claimed when taken, so that there is never one to give back, and for good."""
         with self.file.bell.watch() as inotify:
             yield LocalConsumer(self, inotify)
 

@@ -1,8 +1,10 @@
 """RabbitMQ: a source and a sink, each by a link of its own.
 
-What counts as a failure. A server counts the deliveries of an event that came back; from 4.3 on, quorum queues leave out
-those that were released (nack). Anywhere else nobody could tell a failure from an eviction: there, an event that failed goes
-back as a copy of itself with the number of its failures in a header, confirmed before the original is acked.
+What counts as a failure. Quorum queues count the deliveries of an event that came back, for whatever reason; from 4.3 on
+not those that were released (nack), but still those of lost connections, and what pika itself rejects because it arrives
+while a consumer is being cancelled. Nobody could tell a failure from an eviction by that. So an event that failed goes back
+as a copy of itself, to the end of the queue, with the number of its failures in a header; confirmed before the original is
+acked.
 """
 
 import hashlib
@@ -17,7 +19,7 @@ from typing import Any
 import trio
 from trio_util import AsyncValue, move_on_when
 
-from trio_pilot.brokers import Delivery, Patience, QueueAddress, Settlement, dead_letter_queue, dead_letters
+from trio_pilot.brokers import LONGEST_LEASE, Delivery, Patience, QueueAddress, Settlement, dead_letter_queue, dead_letters
 from trio_pilot.brokers.amqp import (
     ACCESS_REFUSED,
     NO_ROUTE,
@@ -29,14 +31,16 @@ from trio_pilot.brokers.amqp import (
     Connection,
 )
 from trio_pilot.brokers.link import RETRY_DELAY, kept_connected
-from trio_pilot.brokers.rabbitmq_queue import RabbitQueue, find, find_for_sending
+from trio_pilot.brokers.rabbitmq_queue import RabbitQueue, find_for_sending
 from trio_pilot.errors import BrokerError, DeliveryLostError, DeliveryReplacedError, NodeError, PublishRefusedError
 from trio_pilot.log import LOGGER
 
 MOST_HELD = 100  # deliveries held back that do not count towards the prefetch; with more of them, all events must wait
 GIVE_BACK_TIMEOUT = 5.0  # seconds to give back what was prefetched; the end of the connection gives it back as well
 
-COUNTS_BY_CAUSE = (4, 3)  # the first version of the server that does; seen with 3.10, 4.0 and 4.3
+GRANTS_LEASES = (3, 12)  # the first version of the server that does
+CONSUMER_TIMEOUT = "x-consumer-timeout"  # milliseconds, of one consumer
+USUAL_TIMEOUT = 1800.0  # seconds: the server's consumer_timeout where nobody has set it
 FAILURES = "x-trio-pilot-failures"  # header: how often the event has failed before this copy of it was sent
 RENEW_AT = 10  # deliveries that a server has counted; from 4.0 on it drops what was delivered more than 20 times
 
@@ -65,16 +69,15 @@ class RabbitSource(RabbitQueue):
         self._directory = address.dead_letters
         self._copies = Copies()
         self.holding = AsyncValue(0)  # deliveries that are not to count towards the prefetch
-        self._is_quorum = False
-
-    async def _open(self, connection: Connection) -> Channel:
-        channel, self._is_quorum = await find(connection, self.name)
-        return channel
 
     @asynccontextmanager
-    async def consume(self, prefetch: int) -> AsyncIterator["RabbitConsumer"]:
-        """Listen to the queue, on each new connection anew."""
-        consumer = RabbitConsumer(self)
+    async def consume(self, prefetch: int, lease: float = LONGEST_LEASE) -> AsyncIterator["RabbitConsumer"]:
+        """Listen to the queue, on each new connection anew.
+
+        Where the server does not grant the lease it closes the channel, or cancels the consumer, and delivers once more what
+        was unsettled: to us, as far as it can be, who know it then.
+        """
+        consumer = RabbitConsumer(self, lease)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_listening, consumer, prefetch)
             try:
@@ -106,6 +109,17 @@ class RabbitSource(RabbitQueue):
         finally:
             self.holding.value -= 1
 
+    def warning(self, lease: float) -> str:
+        """Say what this server will not do for us, once it is connected; nothing if it does all."""
+        channel = self._session.value
+        if lease <= USUAL_TIMEOUT or channel is None or channel.connection.version >= GRANTS_LEASES:
+            return ""
+        version = ".".join(map(str, channel.connection.version)) or "(of another make)"
+        return (
+            f"; RabbitMQ {version} takes an event back after its consumer_timeout, usually {USUAL_TIMEOUT / 60:g} min:"
+            " a task that takes longer goes on, but another pilot may run its event as well (not so from 3.12 on)"
+        )
+
     def has_lost(self, delivery: Delivery) -> bool:
         """Tell whether the channel that it came by is closed."""
         return bool(delivery.tag.channel.is_closed)
@@ -134,17 +148,15 @@ class RabbitSource(RabbitQueue):
     async def _give_back(self, delivery: Delivery, settlement: Settlement) -> None:
         """Return an event to the queue, in a way that counts what is to be counted, and nothing else."""
         arrival: Arrival = delivery.tag
-        rejected = settlement is Settlement.REJECT
-        tells, is_young = self._tells(arrival), (arrival.deliveries or 0) < RENEW_AT
-        if (tells and is_young) if rejected else (tells or is_young):
-            arrival.channel.write("basic_reject" if rejected else "basic_nack", arrival.tag, requeue=True)
+        if settlement is Settlement.RELEASE and (arrival.deliveries or 0) < RENEW_AT:
+            arrival.channel.write("basic_nack", arrival.tag, requeue=True)
             return
-        headers = {FAILURES: delivery.attempt if rejected else delivery.attempt - 1}
+        failures = delivery.attempt if settlement is Settlement.REJECT else delivery.attempt - 1
         try:
-            await self._copies.send(self.name, arrival, headers)
+            await self._copies.send(self.name, arrival, {FAILURES: failures})
         except (BrokerError, ClosedError) as error:
             LOGGER.warning("the event %s goes back without its count: no copies for us (%s)", delivery.message_id, error)
-            arrival.channel.write("basic_reject", arrival.tag, requeue=True)
+            arrival.channel.write("basic_nack", arrival.tag, requeue=True)
         else:
             _drop(delivery)
 
@@ -169,16 +181,6 @@ class RabbitSource(RabbitQueue):
         else:
             LOGGER.warning("the event %s is now the dead letter %s: no queue for it (%s)", delivery.message_id, path, why)
             _drop(delivery)
-
-    def attempt(self, arrival: Arrival) -> int:
-        """Tell which try of an event this is: one more than it is known to have failed."""
-        said = arrival.headers.get(FAILURES)
-        failures = said if isinstance(said, int) and said > 0 else 0
-        return 1 + failures + ((arrival.deliveries or 0) if self._tells(arrival) else 0)
-
-    def _tells(self, arrival: Arrival) -> bool:
-        """Tell whether the server's count of deliveries leaves out those that were released."""
-        return arrival.channel.connection.version >= COUNTS_BY_CAUSE and (self._is_quorum or arrival.deliveries is not None)
 
 
 @contextmanager
@@ -235,9 +237,10 @@ class Copies:
 class RabbitConsumer:
     """Holds what RabbitMQ has sent ahead."""
 
-    def __init__(self, source: RabbitSource) -> None:
+    def __init__(self, source: RabbitSource, lease: float) -> None:
         self.listening_since = math.inf
         self._source = source
+        self._lease = lease
         self._channel: Channel | None = None
         self._tags: list[str] = []  # ours, so that there is no moment at which one could not be cancelled
         self._arrived: deque[Delivery] = deque()
@@ -280,7 +283,8 @@ class RabbitConsumer:
     async def _consume(self, channel: Channel, prefetch: int) -> None:
         await channel.ask("basic_qos", prefetch_count=prefetch)
         self._tags.append(uuid.uuid4().hex)
-        await channel.consume(self._source.name, self._tags[-1], self._on_arrival)
+        arguments = {CONSUMER_TIMEOUT: int(1000 * self._lease)} if channel.connection.version >= GRANTS_LEASES else {}
+        await channel.consume(self._source.name, self._tags[-1], self._on_arrival, arguments)
 
     def lost(self) -> None:
         """Forget what has arrived: the broker has it again."""
@@ -306,13 +310,13 @@ class RabbitConsumer:
             self._changed.set()
 
     def _delivery(self, arrival: Arrival) -> Delivery:
-        source, message_id = self._source, arrival.message_id
+        source, message_id, failures = self._source, arrival.message_id, arrival.headers.get(FAILURES)
         return Delivery(
             source,
             source.name,
             arrival.body,
             message_id or hashlib.sha256(arrival.body).hexdigest()[:32],
-            source.attempt(arrival),
+            1 + failures if isinstance(failures, int) and failures > 0 else 1,
             arrival,
             redelivered=arrival.redelivered,
             named=message_id is not None,

@@ -37,12 +37,11 @@ class RabbitQueue(Link[Channel]):
             yield await self._open(connection)
 
     async def _open(self, connection: Connection) -> Channel:
-        channel, _ = await find(connection, self.name)
-        return channel
+        return await find(connection, self.name)
 
 
-async def find(connection: Connection, queue: str) -> tuple[Channel, bool]:
-    """Declare a queue, or be content that it exists; tell whether it is known to be a quorum queue.
+async def find(connection: Connection, queue: str) -> Channel:
+    """Declare a queue, or be content that it exists.
 
     Raises:
         BrokerError: it is not there, or not for us.
@@ -53,8 +52,8 @@ async def find(connection: Connection, queue: str) -> tuple[Channel, bool]:
     except ClosedError as error:
         if error.code not in (ACCESS_REFUSED, PRECONDITION_FAILED):
             raise
-        return await _find_passively(connection, queue), False
-    return channel, True
+        channel = await _find_passively(connection, queue)
+    return channel
 
 
 async def _find_passively(connection: Connection, queue: str) -> Channel:
@@ -70,7 +69,7 @@ async def _find_passively(connection: Connection, queue: str) -> Channel:
 
 async def find_for_sending(connection: Connection, queue: str) -> Channel:
     """Find a queue, as `find` does; give a channel on which what is sent is confirmed."""
-    channel, _ = await find(connection, queue)
+    channel = await find(connection, queue)
     await channel.confirm_publishes()
     return channel
 

@@ -14,7 +14,7 @@ from typing import Any
 import trio
 
 from trio_pilot import jwt, limits, node
-from trio_pilot.brokers import QueueAddress, open_sink, open_source
+from trio_pilot.brokers import QueueAddress, Sink, Source, open_sink, open_source
 from trio_pilot.commands.signals import run_until_signalled
 from trio_pilot.condor.slot import find_slot, fitted
 from trio_pilot.condor.time_left import End, find_end
@@ -110,7 +110,10 @@ def _checks(settings: Settings) -> list[Check]:
     found_cure = "correct it, or name its directory in EWMS_PILOT_EXTERNAL_DIRECTORIES"
     return [
         Check("settings", partial(_settings, settings), "the README lists all settings"),
-        *(Check("incoming", partial(_queue, open_source, queue), _broker_cure("INCOMING")) for queue in incoming),
+        *(
+            Check("incoming", partial(_queue, open_source, queue, settings.lease), _broker_cure("INCOMING"))
+            for queue in incoming
+        ),
         *(Check("outgoing", partial(_queue, open_sink, queue), _broker_cure("OUTGOING")) for queue in outgoing),
         Check("slot", partial(_slot, settings), "correct it"),
         Check("runtime", partial(_runtime, settings), runtime_cure),
@@ -157,12 +160,18 @@ def _broker_cure(direction: str) -> str:
     )
 
 
-async def _queue(open_queue: Callable[..., Any], queue: QueueAddress) -> str:
+async def _queue(open_queue: Callable[..., Any], queue: QueueAddress, lease: float = 0) -> str:
     if queue.broker == "local":
         return await _local_queue(open_queue, queue)
     async with open_queue(queue, lambda _seconds: False) as found:
         await found.ready()
-    return f"{queue.queue}, {queue.broker}"
+        return f"{queue.queue}, {queue.broker}{_warning(found, lease)}"
+
+
+def _warning(found: Source | Sink, lease: float) -> str:
+    from trio_pilot.brokers.rabbitmq import RabbitSource
+
+    return found.warning(lease) if isinstance(found, RabbitSource) else ""
 
 
 async def _local_queue(open_queue: Callable[..., Any], queue: QueueAddress) -> str:
