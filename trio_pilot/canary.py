@@ -18,8 +18,8 @@ PATIENCE = 2  # failures in a row, on a node that has worked before
 class Canary:
     """Doubts the node when tasks fail."""
 
-    def __init__(self, look: Callable[[], Awaitable[None]]) -> None:
-        """Be told how to look at the node: NodeError, if it is broken."""
+    def __init__(self, look: Callable[[PilotError], Awaitable[None]]) -> None:
+        """Be told how to look at the node because of an error: NodeError, if it is broken."""
         self._look = look
         self._lock = trio.Lock()
         self._looking: AsyncValue[int] = AsyncValue(0)
@@ -61,7 +61,7 @@ class Canary:
         try:
             if self._fault:
                 raise self._fault
-            await self._look()
+            await self._look(error)
         except NodeError as fault:
             self._fault = fault
             raise NodeError(f"this node breaks tasks: {fault}; so this may be none of the event's: {error}") from fault

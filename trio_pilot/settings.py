@@ -132,7 +132,9 @@ class Settings:
     )
     stop_listening_on_task_error: bool = setting("true", boolean, "take no more events after a task failed")
     okay_errors: frozenset[str] = setting("", words, "names of errors that are no reason to stop listening")
-    quarantine_time: float = setting("0", seconds_or_none_at_all, "seconds to hold the slot after a task failed")
+    quarantine_time: float = setting(
+        "0", seconds_or_none_at_all, "seconds to hold the slot after a task, or this node, failed"
+    )
     max_attempts: int = setting("20", integer(1), "tries of an event that fails, before it is a dead letter")
     retry_delay: float = setting(
         "1", seconds_or_none_at_all, "seconds before an event that failed is tried again; doubled each time, up to 30"

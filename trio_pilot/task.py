@@ -284,11 +284,11 @@ async def run_init(tools: Tools, settings: Settings, outputs: Outputs) -> None:
         await run(tools, Disk(), outputs, Order.init(settings), files)
 
 
-async def run_canary(tools: Tools, settings: Settings) -> None:
-    """Run next to nothing, on this disk, by this clock, in a container like a task's.
+async def run_canary(tools: Tools, settings: Settings, error: PilotError) -> None:
+    """Run next to nothing, on this disk, by this clock, in a container like that of a task that failed.
 
     Raises:
-        NodeError: it does not work here. An image that has no such command is fine: what said so was a container.
+        NodeError: it does not work here. An image need not have such a command; but it must have this, or the task's own.
     """
     await Disk().call(math.inf, _look_at_node, tools.workspace.root)
     async with _aside(tools, "canary", keep=False) as files:
@@ -296,7 +296,10 @@ async def run_canary(tools: Tools, settings: Settings) -> None:
         with trio.move_on_after(CANARY_TIMEOUT):
             ended = await tools.runtime.run(replace(_container(tools, order, files), plain=True))
             reason = last_words(files.stderr) if ended.code else ""
-            if ended.code and not reason.endswith(NOT_FOUND_REASONS):
+            is_missing = reason.endswith(NOT_FOUND_REASONS)
+            if is_missing and str(error).endswith(tuple(f" {settings.task_args[0]}: {why}" for why in NOT_FOUND_REASONS)):
+                raise NodeError(f"the image has neither `{settings.task_args[0]}` nor `{CANARY[0]}`")
+            if ended.code and not is_missing:
                 raise NodeError(f"`{CANARY[0]}` in a container fails (exit code {ended.code}): {reason}")
             return
         raise NodeError(f"`{CANARY[0]}` in a container takes more than {CANARY_TIMEOUT:g} s")

@@ -115,6 +115,17 @@ async def test_an_image_without_the_canarys_command_is_no_fault_of_the_node(lab:
         await lab.run(**GO_ON, max_attempts=1)
 
 
+async def test_an_image_that_has_neither_is_one(lab: Lab) -> None:
+    async def has_nothing(container: Container) -> int:
+        container.stderr.write_text(f"{container.args[0]}: No such file or directory\n")
+        return 127
+
+    lab.runtime.script = lab.runtime.canary = has_nothing
+    lab.put(1)
+    assert "this node breaks tasks: the image has neither `run` nor `true`" in await run_on_a_bad_node(lab)
+    assert settled(lab) == [("RELEASE", "1")]
+
+
 async def test_a_canary_that_hangs_is_a_fault_of_the_node(lab: Lab) -> None:
     async def canary(container: Container) -> int:
         del container

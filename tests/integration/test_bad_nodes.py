@@ -1,0 +1,65 @@
+# Nodes that break every task, and events that fail on every node.
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.runtimes_support import PilotCommand, until_sync
+from trio_pilot.errors import NodeError
+
+EVENTS = 60
+COPY = ("sh", "-c", 'sleep 0.05; cat "$1" > "$2"', "copy", "{{INFILE}}", "{{OUTFILE}}")
+
+
+@pytest.fixture
+def own_image(image: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(image, tmp_path / "own-image", symlinks=True))
+
+
+def goes_away(image: Path) -> None:
+    (image / "bin/busybox").unlink()
+
+
+def cannot_be_read(image: Path) -> None:
+    (image / "bin/busybox").write_bytes(b"")
+
+
+def may_not_be_run(image: Path) -> None:
+    (image / "bin/busybox").chmod(0o600)
+
+
+@pytest.mark.parametrize("breaks", [goes_away, cannot_be_read, may_not_be_run])
+def test_a_node_that_breaks_touches_three_events_at_most_and_charges_one(
+    pilots: PilotCommand, own_image: Path, breaks: Callable[[Path], None], need: Callable[[str, str], None]
+) -> None:
+    need("bwrap", "bubblewrap")
+    pilots.send(*range(EVENTS))
+    pilot = pilots.start(*COPY, runtime="bubblewrap", task_image=own_image, stop_listening_on_task_error=False)
+    until_sync(lambda: len(pilots.queue("outputs")) >= 3)
+    breaks(own_image)
+    assert pilot.wait() == NodeError.exit_code
+    assert "this node breaks tasks: " in pilot.last_line
+    assert sum(", attempt " in line for line in pilot.stderr.splitlines()) <= 3
+    waiting = pilots.queue()
+    assert sum(attempts for attempts, _ in waiting) <= 1
+    assert not any(is_claimed for _, is_claimed in waiting)
+    assert len(waiting) + len(pilots.queue("outputs")) == EVENTS
+
+
+@pytest.mark.usefixtures("runtime")
+def test_poison_does_not_stop_a_good_node(pilots: PilotCommand, runtime: str) -> None:
+    pilots.send(*range(20))
+    script = 'n=$(cat "$1"); [ $((n % 10)) -gt 2 ] || exit 3; cat "$1" > "$2"'
+    pilot = pilots.run(
+        *("sh", "-c", script, "some", "{{INFILE}}", "{{OUTFILE}}"),
+        runtime=runtime,
+        stop_listening_on_task_error=False,
+        max_attempts=2,
+        retry_delay=0,
+        max_concurrent_tasks=2,
+    )
+    assert pilot.wait() == 1, pilot.stderr
+    assert sorted(map(int, map(str, pilots.receive()))) == [number for number in range(20) if number % 10 > 2]
+    assert len(pilots.queue("events.dead-letters")) == 6
