@@ -25,12 +25,12 @@ class Plan:
     """What is measured."""
 
     at_once: tuple[int, ...] = (1, 16, 64)  # messages between source and acknowledgement
-    events: int = 10_000
+    events: int = 3000
     rounds: int = 5
 
 
 FULL = Plan()
-QUICK = Plan(at_once=(16,), events=2000, rounds=1)
+QUICK = Plan(at_once=(16,), events=1500, rounds=1)
 
 PATIENCE = 60.0  # seconds for the next message
 

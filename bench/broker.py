@@ -1,5 +1,6 @@
 """The broker of a measurement, and its queues: filled, counted, emptied. pika is in here alone."""
 
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ QUORUM = {"x-queue-type": "quorum"}
 PERSISTENT = pika.BasicProperties(delivery_mode=2)
 WIRE = EwmsWire()
 LARGEST = 2**26  # bytes of a result
+PATIENCE = 60.0  # seconds for messages to arrive
 
 __all__ = ["Queues", "RabbitServer", "open_queues", "rabbitmq"]
 
@@ -36,13 +38,18 @@ class Queues:
         for count, event in enumerate(events):  # noqa: B007 -- how many
             self.put(event)
         # Confirms would take turns with the messages; a count of all of them says the same.
-        self._channel.connection.process_data_events(0)
-        while self.ready(self.incoming) <= count:
-            self._channel.connection.sleep(0.01)
+        self.wait_for(self.incoming, count + 1)
 
     def put(self, event: Any) -> None:
         """Put one event into the incoming queue."""
         self._channel.basic_publish("", self.incoming, WIRE.encode(Message(event)), PERSISTENT)
+
+    def wait_for(self, queue: str, count: int, interval: float = 0.01) -> None:
+        """Wait until so many messages of a queue are ready. Raises AssertionError if they never are."""
+        deadline = time.monotonic() + PATIENCE
+        while (ready := self.ready(queue)) < count:
+            assert time.monotonic() < deadline, f"{ready} messages in {queue} instead of {count}"
+            time.sleep(interval)
 
     def ready(self, queue: str) -> int:
         """Count the messages of a queue that nobody has taken; the broker is asked, which takes it half a millisecond."""

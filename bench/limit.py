@@ -11,7 +11,7 @@ from bench.broker import RabbitServer
 from bench.figures import Figure, alternate, compared
 from bench.load import Load
 from bench.measure import report, runtime_or_none, say
-from bench.pilot import pilot, task
+from bench.pilot import OURS, pilot, task
 from bench.report import Report
 from bench.runtimes import Runtime
 from bench.throughput import COST
@@ -22,7 +22,7 @@ class Plan:
     """What is compared."""
 
     runtimes: tuple[str, ...] = ("process", "bubblewrap", "docker")
-    slots: tuple[int, ...] = (1, 4, 8)
+    slots: tuple[int, ...] = (1, 4)
     rounds: int = 5
     length: float = 3  # seconds that a run is to take, roughly
 
@@ -49,8 +49,8 @@ def _figures(plan: Plan, runtime: Runtime, server: RabbitServer, slots: int) -> 
         sides: dict[str, Callable[[], float]] = {
             way: partial(bare.rate, way, runtime, slots, tasks, Path(directory)) for way in bare.ways(runtime)
         }
-        sides["trio-pilot"] = lambda: Load(tasks).done_by(start, server).rate
+        sides[OURS] = lambda: Load(tasks).done_by(start, server).rate
         samples = alternate(plan.rounds, sides)
-    for figure in compared({"runtime": runtime.name, "slots": slots}, "1/s", samples, "trio-pilot"):
+    for figure in compared({"runtime": runtime.name, "slots": slots}, "1/s", samples, OURS):
         say(f"{dict(figure.labels)}: {figure.median:.3g} {figure.unit}")
         yield figure

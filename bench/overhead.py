@@ -37,11 +37,11 @@ class Plan:
     slots: tuple[int, ...] = (1, 4, 8)
     rounds: int = 3
     length: float = 5  # seconds that a run is to take, roughly
-    counted: tuple[int, int] = (50, 250)  # events of two runs whose instructions are counted; none: 0, 0
+    counted: tuple[int, int] = (20, 120)  # events of two runs whose instructions are counted; none: 0, 0
 
 
 FULL = Plan()
-QUICK = Plan(runtimes=("process", "bubblewrap"), slots=(4,), rounds=1, length=2, counted=(0, 0))
+QUICK = Plan(runtimes=("process", "bubblewrap"), slots=(4,), rounds=1, length=1, counted=(0, 0))
 
 
 def measure(plan: Plan, server: RabbitServer) -> Report:

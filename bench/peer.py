@@ -19,34 +19,37 @@ from bench.ewms_pilot import STAND_IN_ARGS, VERSION, ewms_pilot, platform, stand
 from bench.figures import Figure, alternate, compared
 from bench.load import Load, Start
 from bench.measure import report, runtime_or_none, say
-from bench.pilot import pilot, task
+from bench.pilot import OURS, pilot, task
 from bench.report import Report
 from bench.runtimes import Runtime
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is compared. `events` are those of each engine for each run."""
+    """What is compared: engines, how many events each is given for a run, and with how many slots."""
 
-    engines: tuple[tuple[str, int], ...] = (("stand-in", 100), ("apptainer", 40), ("docker", 20))
-    slots: tuple[int, ...] = (1, 2, 4, 8, 16)
+    engines: tuple[tuple[str, int, tuple[int, ...]], ...] = (
+        ("stand-in", 40, (1, 2, 4, 8, 16)),
+        ("apptainer", 16, (1, 4)),
+        ("docker", 12, (1, 4)),
+    )
     rounds: int = 3
 
 
 FULL = Plan()
-QUICK = Plan(engines=(("stand-in", 50),), slots=(1, 4), rounds=1)
+QUICK = Plan((("stand-in", 30, (1, 4)),), rounds=1)
 
-OURS, THEIRS = "trio-pilot", "ewms-pilot"
+THEIRS = "ewms-pilot"
 
 
 def measure(plan: Plan, server: RabbitServer) -> Report:
     """Measure all of the plan."""
     figures, programs = [], {"ewms-pilot": VERSION}
-    for name, events in plan.engines:
+    for name, events, all_slots in plan.engines:
         with _engine(name) as engine:
             if engine:
                 programs[name] = engine.version
-                figures += [figure for slots in plan.slots for figure in _figures(plan, engine, server, slots, events)]
+                figures += [figure for slots in all_slots for figure in _figures(plan, engine, server, slots, events)]
     return report("peer", figures, plan, server, **programs)
 
 

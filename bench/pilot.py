@@ -15,6 +15,7 @@ from bench.process import Measured, running
 from bench.report import ROOT
 
 COMMAND = Path(sys.executable).with_name("trio-pilot")
+OURS = "trio-pilot"  # the name of the side
 LONG = 120  # seconds that it waits for events: it is ended as soon as the last result is there
 
 COPY = 'cp "$EWMS_TASK_INFILE" "$EWMS_TASK_OUTFILE"'

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib as mpl
 
 from bench.figures import Figure
+from bench.pilot import OURS
 from bench.report import Report
 from bench.timed import STAGES
 
@@ -17,6 +18,7 @@ mpl.rcParams.update(
 )
 
 from matplotlib import pyplot  # noqa: E402 -- the backend is to be chosen before
+from matplotlib.ticker import LogFormatter  # noqa: E402
 
 WIDTH, HEIGHT = 4.2, 3.2  # inches of each of the axes of a plot
 
@@ -48,9 +50,11 @@ def _line(axes: Any, figures: list[Figure], label: str, x: str = "slots", **styl
 def _over_slots(axes: Any, title: str) -> None:
     axes.set_title(title)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.set_xlabel("slots")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
+    axes.set_xlabel("slots")
     axes.set_ylabel("events a second")
     axes.grid(visible=True, which="major", alpha=0.3)
     axes.legend(frameon=False, fontsize="small")
@@ -83,7 +87,7 @@ def _sides(by: str) -> Callable[[Report], Any]:
         figure, all_axes = _axes(len(kinds))
         for axes, kind in zip(all_axes, kinds, strict=True):
             rates = [figure for figure in _having(report, **{by: kind}) if figure.unit == "1/s"]
-            for side in sorted({str(figure.labels["what"]) for figure in rates}, reverse=True):
+            for side in sorted({str(figure.labels["what"]) for figure in rates}, key=lambda side: (side != OURS, side)):
                 _line(axes, [figure for figure in rates if figure.labels["what"] == side], side)
             _over_slots(axes, str(kind))
         return figure
@@ -104,7 +108,7 @@ def _overhead(report: Report) -> Any:
         axes.set_title(runtime)
         axes.set_xlabel("slots")
         axes.set_ylabel("ms of a slot, for each event")
-        axes.legend(frameon=False, fontsize="small", reverse=True)
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, reverse=True)
     return figure
 
 

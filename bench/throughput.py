@@ -28,12 +28,12 @@ class Plan:
     seconds: tuple[float, ...] = (0, 0.01, 0.1, 1, 10)
     sizes: tuple[int, ...] = (20, 1000, 1_000_000)
     rounds: int = 3
-    length: float = 3  # seconds that a run is to take
-    waves: int = 3  # tasks a slot does at the least
+    length: float = 2  # seconds that a run is to take
+    waves: int = 2  # tasks a slot does at the least
 
 
 FULL = Plan()
-QUICK = Plan(slots=(1, 4), seconds=(0, 1), sizes=(1000, 1_000_000), rounds=1, length=1)
+QUICK = Plan(slots=(4,), seconds=(0, 1), sizes=(1000, 1_000_000), rounds=1, length=1)
 
 
 def measure(plan: Plan, server: RabbitServer) -> Report:

@@ -80,9 +80,9 @@ class TimedSource(Timed):
     """A source, looked at."""
 
     @asynccontextmanager
-    async def consume(self, prefetch: int) -> AsyncIterator["TimedConsumer"]:
+    async def consume(self, *how: Any) -> AsyncIterator["TimedConsumer"]:
         """As the source does; what is taken is to be settled by way of us."""
-        async with self._part.consume(prefetch) as consumer:
+        async with self._part.consume(*how) as consumer:
             yield TimedConsumer(consumer, self._times, self)
 
     async def settle(self, delivery: Delivery, *how: Any) -> None:

@@ -53,7 +53,7 @@ def test_the_limit_of_engines(rabbitmq: RabbitServer, runtime: str) -> None:
 
 
 def test_the_peer_and_its_results(rabbitmq: RabbitServer, tmp_path: Path) -> None:
-    found = peer.measure(peer.Plan((("stand-in", 4),), slots=(1,), rounds=1), rabbitmq)
+    found = peer.measure(peer.Plan((("stand-in", 4, (1,)),), rounds=1), rabbitmq)
     assert found.find(what="trio-pilot / ewms-pilot").median > 0
     assert found.versions["ewms-pilot"] == "0.27.0"
     assert "ewms-pilot" in drawn(found, tmp_path)
@@ -61,7 +61,7 @@ def test_the_peer_and_its_results(rabbitmq: RabbitServer, tmp_path: Path) -> Non
 
 @pytest.mark.soak
 def test_the_peer_on_engines(rabbitmq: RabbitServer) -> None:
-    found = peer.measure(peer.Plan((("apptainer", 4), ("docker", 4)), slots=(2,), rounds=1), rabbitmq)
+    found = peer.measure(peer.Plan((("apptainer", 4, (2,)), ("docker", 4, (2,))), rounds=1), rabbitmq)
     assert found.find(engine="docker", what="trio-pilot / ewms-pilot").median > 0
 
 
