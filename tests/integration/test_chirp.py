@@ -3,15 +3,19 @@
 import os
 import re
 import signal
+import sqlite3
+import statistics
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.chirp_proxy import FAULTS, Fault, chirp_proxy, hangs
 from tests.pilot_process import Ended, assert_nothing_left, pilot, run_pilot
+from tests.runtimes_support import until_sync
 from trio_pilot.condor.reporter import LAST_TIMEOUT
 
 EVENTS = 20
@@ -21,10 +25,14 @@ EVENTS = 20
 def slot(tmp_path: Path) -> Path:
     path = tmp_path / "slot"
     path.mkdir()
-    events = "".join(f"{number}\n" for number in range(EVENTS))
-    command = [sys.executable, "-m", "trio_pilot", "send", "in", "--broker", "./queues.sqlite"]
-    subprocess.run(command, input=events, cwd=tmp_path, text=True, check=True, capture_output=True, timeout=60)
+    send(tmp_path, EVENTS)
     return path
+
+
+def send(directory: Path, number: int) -> None:
+    events = "".join(f"{one}\n" for one in range(number))
+    command = [sys.executable, "-m", "trio_pilot", "send", "in", "--broker", "./queues.sqlite"]
+    subprocess.run(command, input=events, cwd=directory, text=True, check=True, capture_output=True, timeout=60)
 
 
 def settings(slot: Path, **more: object) -> dict[str, object]:
@@ -88,3 +96,78 @@ def test_a_proxy_that_hangs_costs_no_cpu_and_does_not_keep_a_pilot_that_is_told_
     assert child.returncode == 128 + signal.SIGTERM
     assert time.monotonic() - begun < LAST_TIMEOUT + 5
     assert used.ru_utime < 3  # which a thread that spins would have used, waiting alone
+
+
+def job(slot: Path, **facts: object) -> dict[str, object]:
+    """Be in a job with this ad."""
+    (slot.parent / "job.ad").write_text("".join(f"{name} = {value}\n" for name, value in facts.items()))
+    return {"_CONDOR_JOB_AD": slot.parent / "job.ad"}
+
+
+def waiting(slot: Path) -> list[int]:
+    """List the events in the queue: of each how often it was tried in vain."""
+    with closing(sqlite3.connect(slot.parent / "queues.sqlite", timeout=60)) as connection:
+        return [tried for (tried,) in connection.execute("SELECT attempts FROM message WHERE queue = 'in'")]
+
+
+def test_an_evicted_pilot_is_gone_with_seconds_to_spare_and_has_said_so(slot: Path) -> None:
+    given = settings(slot, TASK_ARGS="sleep 1000", **job(slot, JobMaxVacateTime=8, KillSig='"SIGTERM"'))
+    with chirp_proxy(slot.parent) as proxy, pilot(slot, given) as child:
+        until_sync(lambda: proxy.values("TasksRunning") == ["1"] or proxy.values("Status")[-1:] == ['"Tasking"'])
+        child.send_signal(signal.SIGTERM)
+        begun = time.monotonic()
+        assert child.wait(30) == 128 + signal.SIGTERM
+    assert time.monotonic() - begun < 8
+    assert waiting(slot) == [0] * EVENTS
+    assert proxy.values("Status")[-1] == '"Done"'
+    assert proxy.values("EventsReturned")[-1] == "1"
+    assert_nothing_left(slot)
+
+
+def test_a_pilot_ends_before_its_job_has_to(slot: Path) -> None:
+    started = time.time()
+    ad = job(slot, JobCurrentStartDate=int(started), OriginalTime=12)
+    with chirp_proxy(slot.parent):
+        ended = run_pilot(slot, settings(slot, TASK_ARGS="sleep 1000", **ad))
+    assert ended.code == 0
+    assert time.time() < started + 12
+    assert "by OriginalTime of the job" in ended.stderr
+    assert waiting(slot) == [0] * EVENTS
+
+
+# Soak: `pytest -m soak tests/integration/test_chirp.py -s`, on a machine that does nothing else.
+
+MANY, ROUNDS = 1500, 7
+
+
+def rate(slot: Path, fault: Fault | None) -> float:
+    """Give the events a second, from the first output to the last."""
+    with chirp_proxy(slot.parent, fault), closing(sqlite3.connect(slot.parent / "queues.sqlite")) as queues:
+        queues.execute("DELETE FROM message")
+        queues.commit()
+        send(slot.parent, MANY)
+        with pilot(slot, settings(slot, HTCHIRP_RATELIMIT_INTERVAL=1, MAX_CONCURRENT_TASKS=4)) as child:
+            begun, first = 0.0, 0
+            while (done := _outputs(queues)) < MANY:
+                if done and not begun:
+                    begun, first = time.monotonic(), done
+                time.sleep(0.02)
+            seconds = time.monotonic() - begun
+            child.communicate(timeout=60)
+    return (MANY - first) / seconds
+
+
+def _outputs(queues: sqlite3.Connection) -> int:
+    return int(queues.execute("SELECT COUNT(*) FROM message WHERE queue = 'out'").fetchone()[0])
+
+
+@pytest.mark.soak
+def test_no_fault_of_the_proxy_costs_throughput(slot: Path) -> None:
+    rates: dict[Fault | None, list[float]] = {fault: [] for fault in (None, *FAULTS)}
+    for _ in range(ROUNDS):
+        for fault, found in rates.items():
+            found.append(rate(slot, fault))
+    medians = {fault: statistics.median(found) for fault, found in rates.items()}
+    for fault, median in medians.items():
+        print(f"{fault.__name__ if fault else 'no fault':>20} {median:6.0f}/s  {median / medians[None]:.3f}")
+    assert min(medians.values()) >= 0.95 * medians[None]
