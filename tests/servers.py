@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import random
 import re
 import shutil
 import socket
@@ -19,6 +20,7 @@ STOP_TIMEOUT = 15.0
 # The package's /usr/sbin/rabbitmq-server goes through su; this is what it calls.
 RABBITMQ_SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 SOURCES = Path("/etc/apt/sources.list.d/debian.sources"), Path("/etc/apt/sources.list")
+PORTS = 10_000, 32_768  # below ip_local_port_range
 MAX_MESSAGE_SIZE = 4 * 2**20
 
 # Without busy waiting: as its documentation advises where a server has not the cores for itself.
@@ -30,9 +32,12 @@ class UnavailableError(Exception):
 
 
 def free_port() -> int:
+    """Find a port that nobody has, and that is given to no connection as its own end before a server has it."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        while True:
+            with suppress(OSError):
+                probe.bind(("127.0.0.1", port := random.randrange(*PORTS)))
+                return port
 
 
 def wait_for_port(port: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
