@@ -1,7 +1,7 @@
 """Servers that tests share, each started when it is first needed.
 
 `.ci/test` runs several tests at once. One that measures time, or looks at all that runs on the machine, says
-`@pytest.mark.alone`; the fixture of a new server is added to SERVERS in tests/sharing.py.
+`@pytest.mark.alone`; the fixture of a new server is added to SHARED in tests/sharing.py.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Which tests run beside which: a plugin for pytest, of use where pytest-xdist has several workers (`.ci/test`).
 
 Any two tests may run at once, in two workers, but for one that is marked `alone`: none runs beside it, and it comes last.
-Tests that need the same server run in the same worker, one after the other, so that each server is started once.
+Tests that need the same server (or whatever is SHARED) run in the same worker, one after the other: it is started once.
 """
 
 import fcntl
@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 ALONE = "alone"
-# Fixtures, and words in the names of parameters.
-SERVERS = "onefile", "docker", "podman", "apptainer", "rabbitmq", "nats", "linux"
+# Fixtures that take long to make, and words in the names of parameters that ask for them.
+SHARED = "pool", "onefile", "docker", "podman", "apptainer", "rabbitmq", "nats", "linux"
 ROOM = Path(__file__).parent  # whatever all workers can lock
 
 
@@ -35,7 +35,7 @@ def group_of(item: pytest.Item) -> str | None:
     if is_alone(item):
         return ALONE
     words = {*getattr(item, "fixturenames", ()), *item.name.partition("[")[2].strip("]").split("-")}
-    return next((server for server in SERVERS if server in words), None)
+    return next((name for name in SHARED if name in words), None)
 
 
 def is_alone(item: pytest.Item) -> bool:
