@@ -18,7 +18,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from tests.servers import UnavailableError, free_port, need
+from tests.servers import IN_NAMESPACE, UnavailableError, end_namespace, free_port, need
 from trio_pilot.engine_leftovers import LABEL, UnixConnection
 
 START_TIMEOUT = 60.0  # seconds; it takes less than one on an idle machine
@@ -123,18 +123,15 @@ class Engine:
         self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        self._signal(signal.SIGCONT)
+        assert self._daemon
+        os.killpg(self._daemon.pid, signal.SIGCONT)  # nsenter has stopped with it
 
     def close(self) -> None:
         """End the daemon and all that it has ever started."""
-        for process in (self._daemon, self._keeper):
-            if process is not None:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait(STOP_TIMEOUT)
-                _reap(process.pid)
-                if process.stdout:
-                    process.stdout.close()
+        if self._keeper:
+            end_namespace(self._keeper)
+        if self._daemon:
+            self._wait()
         self._daemon = self._keeper = None
 
     def containers(self, *states: str) -> list[str]:
@@ -163,16 +160,18 @@ class Engine:
         return content
 
     def _make_namespaces(self) -> "subprocess.Popen[bytes]":
-        unshare = ["unshare", "--pid", "--fork", "--mount", "--propagation", "slave", "--mount-proc", "--kill-child"]
-        keeper = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", *unshare, "sh", "-c", f"{self._preparation} && {KEEPER}"],
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-        )
+        with self._log.open("ab") as log:
+            keeper = subprocess.Popen(
+                [*IN_NAMESPACE, "--propagation", "slave", "sh", "-c", f"{self._preparation} && {KEEPER}"],
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
         assert keeper.stdout
-        if keeper.stdout.readline() != b"ready\n":
-            raise UnavailableError("an engine needs namespaces of its own, and they cannot be made here")
+        with keeper.stdout as said:
+            if said.readline() != b"ready\n":
+                raise UnavailableError("an engine needs namespaces of its own, and they cannot be made here")
         return keeper
 
     def _signal(self, number: signal.Signals) -> None:
@@ -183,13 +182,6 @@ class Engine:
     def _wait(self) -> None:
         assert self._daemon
         self._daemon.wait(STOP_TIMEOUT)
-
-
-def _reap(group: int) -> None:
-    """Reap what of a killed process group has become ours: tests of children make of us a subreaper."""
-    with suppress(ChildProcessError):
-        while True:
-            os.waitpid(-group, 0)
 
 
 @contextmanager

@@ -116,14 +116,9 @@ def _told(pid: int) -> bytes:
     return told
 
 
-# What a killed RabbitMQ leaves becomes ours, since tests of children make of us a subreaper; it ends when it likes.
-ERLANGS = "epmd", "erl_child_setup", "inet_gethost", "beam.smp"
-
-
 def own_children() -> set[int]:
     """List the children of this process, zombies too."""
-    pids = map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
-    return {pid for pid in pids if not _words_of(pid).startswith(tuple(f"({name})" for name in ERLANGS))}
+    return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
 
 
 def new_children(before: set[int]) -> list[str]:

@@ -5,6 +5,7 @@ import pwd
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -27,6 +28,14 @@ MAX_MESSAGE_SIZE = 4 * 2**20
 ERLANG_FLAGS = "+sbwt none +sbwtdcpu none +sbwtdio none"
 
 
+# A server does not outlive its tests, nor what it has started it; and nothing of that becomes a child of pytest, of which
+# tests of children make a subreaper.
+IN_NAMESPACE = (
+    *("setpriv", "--pdeathsig", "KILL"),
+    *("unshare", "--pid", "--fork", "--kill-child", "--mount-proc"),
+)
+
+
 class UnavailableError(Exception):
     """This machine cannot run the server."""
 
@@ -47,6 +56,14 @@ def wait_for_port(port: int, process: "subprocess.Popen[bytes]", log: Path) -> N
             return
         time.sleep(0.05)
     raise UnavailableError(f"it does not start: {log.read_text(errors='replace')[-2000:]}")
+
+
+def end_namespace(process: "subprocess.Popen[bytes]") -> None:
+    """End at once what was started IN_NAMESPACE, with all that it has started."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+    process.wait(STOP_TIMEOUT)
 
 
 def need(program: str, package: str) -> None:
@@ -153,15 +170,12 @@ class RabbitServer:
         assert self._server
         # It is lazy about new queues; from 4.2 on there is no Mnesia.
         self.evaluate("catch mnesia:sync_log(), [dets:sync(T) || T <- dets:all()].")
-        os.killpg(self._server.pid, 9)
-        self._server.wait(STOP_TIMEOUT)
+        end_namespace(self._server)
 
     def stop(self) -> None:
         for process in (self._server, self._epmd):
             if process is not None:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, 9)
-                process.wait(STOP_TIMEOUT)
+                end_namespace(process)
         self._server = self._epmd = None
 
     def evaluate(self, erlang: str) -> str:
@@ -237,9 +251,10 @@ class RabbitServer:
 
     def _spawn(self, *command: str) -> "subprocess.Popen[bytes]":
         user = {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": []} if self._user else {}
+        mapped = ["--user", "--map-current-user"] if self._user or os.geteuid() else []
         with self._log.open("ab") as log:
             return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
-                ["setpriv", "--pdeathsig", "KILL", *command],  # a server does not outlive its tests
+                [*IN_NAMESPACE, *mapped, *command],
                 env=self._env,
                 cwd=self.directory,
                 start_new_session=True,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ALONE = "alone"
-# Fixtures that take long to make, and words in the names of parameters that ask for them.
+# Fixtures that take long to make, and words in the names of parameters and modules that ask for them.
 SHARED = "pool", "onefile", "docker", "podman", "apptainer", "rabbitmq", "nats", "linux"
 ROOM = Path(__file__).parent  # whatever all workers can lock
 
@@ -34,7 +34,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def group_of(item: pytest.Item) -> str | None:
     if is_alone(item):
         return ALONE
-    words = {*getattr(item, "fixturenames", ()), *item.name.partition("[")[2].strip("]").split("-")}
+    parameters = item.name.partition("[")[2].strip("]").split("-")
+    words = {*getattr(item, "fixturenames", ()), *parameters, *item.path.stem.split("_")}
     return next((name for name in SHARED if name in words), None)
 
 
