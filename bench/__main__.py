@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import os
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from bench.report import RESULTS
+from bench.report import LOAD, RESULTS
 
 MEASUREMENTS = {
     "throughput": "events a second, over runtimes, slots, task times and event sizes",
@@ -22,21 +24,31 @@ MEASUREMENTS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
-    options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--quick", action="store_true", help="little of it: all measurements together take two minutes")
-    options.add_argument("--rounds", type=int, metavar="NUMBER", help="samples of each figure")
-    options.add_argument("--to", type=Path, default=RESULTS, metavar="DIRECTORY", help="for JSON and SVG [bench/results]")
+    """Describe the command line. Options may be before the command and after it."""
     description = f"{__doc__} Without a command: all of them, one after the other."
-    told = argparse.ArgumentParser(prog="python -m bench", description=description, parents=[options])
+    told = argparse.ArgumentParser(prog="python -m bench", description=description, parents=[_options()])
+    told.set_defaults(to=RESULTS)
     commands = told.add_subparsers(dest="command", metavar="COMMAND")
     for name, meaning in MEASUREMENTS.items():
-        commands.add_parser(name, help=meaning, description=meaning, parents=[options])
+        commands.add_parser(name, help=meaning, description=meaning, parents=[_options(argparse.SUPPRESS)])
     comparing = commands.add_parser("compare", help="tell what has changed between two reports")
     comparing.add_argument("before", type=Path)
     comparing.add_argument("after", type=Path)
     commands.add_parser("readme", help="write the README's section on speed from bench/results")
     return told
+
+
+def _options(default: str | None = None) -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False, argument_default=default)
+    options.add_argument("--quick", action="store_true", help="little of it: all measurements together take two minutes")
+    options.add_argument("--rounds", type=int, metavar="NUMBER", help="samples of each figure")
+    options.add_argument("--runtimes", type=_words, metavar="NAME,...", help="of throughput, limit and overhead")
+    options.add_argument("--to", type=Path, metavar="DIRECTORY", help="for JSON and SVG [bench/results]")
+    return options
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,23 +64,37 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             write()
         case name:
-            run([name] if name else list(MEASUREMENTS), given.to, quick=given.quick, rounds=given.rounds)
+            run([name] if name else list(MEASUREMENTS), given)
 
 
-def run(names: Sequence[str], to: Path, *, quick: bool, rounds: int | None) -> None:
+def run(names: Sequence[str], given: argparse.Namespace) -> None:
     """Measure, and for each measurement print its table, and write its report and its plot."""
     from bench.broker import rabbitmq
     from bench.plots import plot
     from tests.servers import ERLANG_FLAGS
 
+    if warning := busy(LOAD, os.cpu_count() or 1):
+        print(warning, file=sys.stderr)
     with rabbitmq() as server:
         print(f"RabbitMQ {server.version}, for all sides alike, on the same cores: {ERLANG_FLAGS}")
         for name in names:
             module: Any = import_module(f"bench.{name}")
-            plan = module.QUICK if quick else module.FULL
-            report = module.measure(dataclasses.replace(plan, rounds=rounds) if rounds else plan, server)
-            print(f"\n{name}\n\n{report.table()}\n\nwritten: {report.write(to)}", flush=True)
-            plot(report, to)
+            report = module.measure(adapted(module.QUICK if given.quick else module.FULL, given), server)
+            print(f"\n{name}\n\n{report.table()}\n\nwritten: {report.write(given.to)}", flush=True)
+            plot(report, given.to)
+
+
+def adapted(plan: Any, given: argparse.Namespace) -> Any:
+    """Change of a plan what the command line says."""
+    names = {field.name for field in dataclasses.fields(plan)} & {"rounds", "runtimes"}
+    return dataclasses.replace(plan, **{name: getattr(given, name) for name in names if getattr(given, name)})
+
+
+def busy(load: float, cores: int) -> str | None:
+    """Say that the machine has something else to do, if it has."""
+    if load <= cores / 2:
+        return None
+    return f"this machine is busy (load {load:.1f} on {cores} cores): much of what is measured now is noise"
 
 
 if __name__ == "__main__":

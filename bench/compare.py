@@ -25,7 +25,7 @@ def _conditions(old: Report, new: Report) -> Iterator[str]:
     for what in ("machine", "versions", "settings"):
         one, other = getattr(old, what), getattr(new, what)
         for name in sorted({**one, **other}):
-            if name != "load" and one.get(name) != other.get(name):
+            if name != "load before" and one.get(name) != other.get(name):
                 yield f"not the same {what}: {name}: {one.get(name)} before, {other.get(name)} after"
 
 

@@ -16,6 +16,8 @@ from bench.figures import Figure
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 
+LOAD = os.getloadavg()[0]  # of the machine, before anything was measured
+
 LIBRARIES = ("cyclopts", "httpx", "pika", "trio", "trio-pilot", "trio-util", "zstandard")
 
 
@@ -100,7 +102,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory": memory["MemTotal"],
         "kernel": platform.release(),
-        "load": os.getloadavg()[0],
+        "load before": LOAD,
     }
 
 

@@ -1,5 +1,6 @@
 """The runtimes of a measurement, each as it works on this machine: engines of our own, and a small image."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -49,7 +50,8 @@ def open_runtime(name: str) -> Iterator[Runtime]:
                 )
                 env = {"DOCKER_HOST": f"unix://{engine.socket}", "CONTAINER_HOST": f"unix://{engine.socket}"}
                 settings = {"runtime": name, "task_image": engines.IMAGE, "task_network": "none"}
-                yield Runtime(name, settings, _version(name, env), env, engines.IMAGE)
+                version = json.loads(engine.api("GET", "/version"))["Version"]
+                yield Runtime(name, settings, version, env, engines.IMAGE)
 
 
 @contextmanager

@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ import pytest
 import trio
 
 from bench import readme
-from bench.__main__ import MEASUREMENTS, parser
+from bench.__main__ import MEASUREMENTS, adapted, busy, parser
 from bench.compare import compare, has_changed
 from bench.ewms_pilot import STAND_IN_ARGS, stand_in
 from bench.figures import Figure, alternate, compared
 from bench.load import Load
-from bench.report import Report, aligned, commit, machine, rounded
+from bench.report import RESULTS, Report, aligned, commit, machine, rounded
 from bench.throughput import Plan, events, points
 from bench.timed import STAGES, Noting, TimedRuntime, TimedSink, TimedSource, Times, wrapped
 from tests.unit.pilots import Lab, all_of
@@ -30,7 +31,7 @@ def report(*figures: Figure, name: str = "limit", **facts: Any) -> Report:
     known = {
         "settings": {},
         "versions": {"python": "3"},
-        "machine": {"cpu": "fast", "load": 1},
+        "machine": {"cpu": "fast", "load before": 1},
         "commit": "abc",
         "made": "now",
     }
@@ -113,7 +114,7 @@ def test_a_figure_has_changed_when_samples_lie_apart_by_more_than_a_little(
 def test_a_comparison_tells_what_has_changed_what_is_new_and_what_else_differs(tmp_path: Path) -> None:
     one = report(figure(10, 11, what="a"), figure(1, 1, what="b"), figure(5, what="gone")).write(tmp_path / "1")
     figures = figure(20, 21, what="a"), figure(1, 1, what="b"), figure(7, what="new")
-    other = report(*figures, versions={"python": "4"}, machine={"cpu": "fast", "load": 9}).write(tmp_path / "2")
+    other = report(*figures, versions={"python": "4"}, machine={"cpu": "fast", "load before": 9}).write(tmp_path / "2")
     _, condition, _, *rows = compare(one, other).splitlines()
     assert condition == "not the same versions: python: 3 before, 4 after"
     assert [row.split() for row in rows] == [
@@ -145,10 +146,20 @@ def test_a_point_has_as_many_events_as_keep_its_slots_busy_for_long_enough() -> 
     assert len(list(points(Plan()))) == 5 * (5 + 2)
 
 
-def test_each_measurement_is_a_command() -> None:
+def test_each_measurement_is_a_command_with_plans_that_can_be_changed() -> None:
     assert parser().parse_args(["--quick"]).command is None
+    assert parser().parse_args(["--quick", "limit"]).quick
+    assert parser().parse_args(["limit"]).to == RESULTS
     for name in MEASUREMENTS:
-        assert parser().parse_args([name, "--rounds", "2"]).rounds == 2
+        given = parser().parse_args([name, "--rounds", "2", "--runtimes", "docker,podman"])
+        plan = adapted(import_module(f"bench.{name}").QUICK, given)
+        assert plan.rounds == 2
+        assert getattr(plan, "runtimes", None) in (None, ("docker", "podman"))
+
+
+def test_a_busy_machine_is_told_of() -> None:
+    assert busy(1.1, 2) == "this machine is busy (load 1.1 on 2 cores): much of what is measured now is noise"
+    assert busy(0.9, 2) is None
 
 
 @pytest.mark.mock_clock
@@ -187,13 +198,17 @@ async def test_what_waits_is_noted_when_it_first_does_and_cancelled_as_ever() ->
         notes.append("begun")
         await trio.lowlevel.checkpoint()
         notes.append("gone on")
-        await trio.sleep_forever()
+        try:
+            await trio.sleep_forever()
+        except trio.Cancelled:
+            notes.append("cancelled")
+            raise
 
     assert await Noting(at_once(), lambda: notes.append("noted")) == "done"
     with trio.move_on_after(0.01) as scope:
         await Noting(wait_twice(), lambda: notes.append("noted"))
     assert scope.cancelled_caught
-    assert notes == ["noted", "begun", "noted", "gone on"]
+    assert notes == ["noted", "begun", "noted", "gone on", "cancelled"]
 
 
 def test_the_stand_in_for_apptainer_runs_the_command_where_its_files_are(tmp_path: Path) -> None:
