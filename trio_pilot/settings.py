@@ -111,7 +111,9 @@ class Settings:
     broker: str = setting(
         "", text, "address of the broker of every queue that names none: amqp://HOST, or a queue file", secret=True
     )
-    broker_token: str = setting("", text, "token for that broker", secret=True)
+    broker_token: str = setting(
+        "", text, "token for that broker; @/FILE: that of a file, read anew when it changes", secret=True
+    )
     broker_patience: float = setting(
         "60", seconds_or_none_at_all, "seconds a broker may be away while no task runs, also at the start"
     )

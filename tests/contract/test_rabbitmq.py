@@ -13,7 +13,7 @@ import trio
 
 from tests.brokers import LONG, Rabbit, eventually, failure_of, leaves, new_name, nothing_comes, take
 from tests.servers import MAX_MESSAGE_SIZE, RabbitServer
-from trio_pilot.brokers import Settlement, dead_letter_queue, dead_letters
+from trio_pilot.brokers import Settlement, dead_letter_queue, dead_letters, rabbitmq
 from trio_pilot.errors import BrokerError, DeliveryLostError, PublishRefusedError
 
 
@@ -281,6 +281,33 @@ async def test_a_source_whose_queue_is_deleted_declares_it_anew_and_listens_agai
         delivery = await take(consumer)
         assert delivery.body == b"b"
         await source.settle(delivery, Settlement.ACK)
+
+
+async def test_a_consumer_that_gets_nothing_though_there_is_something_listens_anew(
+    broker: Rabbit, queue: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rabbitmq, "LOOK_INTERVAL", 0.2)
+    await send(broker, queue, b"a")
+    async with broker.source(queue) as source, source.consume(2) as consumer:
+        delivery = await take(consumer)
+        await delivery.tag.channel.call("basic_cancel", consumer._tags[0])  # type: ignore[attr-defined]
+        await send(broker, queue, b"b")
+        assert {(await take(consumer)).body, (await take(consumer)).body} == {b"a", b"b"}
+    assert "has 1 message(s), and none comes" in caplog.text
+
+
+async def test_a_consumer_that_has_all_it_may_have_or_gets_nothing_because_there_is_none_is_left_alone(
+    broker: Rabbit, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rabbitmq, "LOOK_INTERVAL", 0.05)
+    await send(broker, queue, b"a", b"b")
+    async with broker.source(queue) as source, source.consume(1) as consumer:
+        for _ in range(2):
+            delivery = await take(consumer)
+            await trio.sleep(0.5)
+            await source.settle(delivery, Settlement.ACK)  # its channel is open
+        await nothing_comes(consumer, 0.5)
+        assert not source.has_lost(delivery)
 
 
 async def test_a_channel_that_the_server_closes_is_opened_again_and_the_event_comes_again(

@@ -149,6 +149,21 @@ class Connection:
         channel: Channel = await self.answer(reply)
         return channel
 
+    async def update_secret(self, secret: str) -> None:
+        """Go on with another password or token, without a new connection (an extension of RabbitMQ's, from 3.8 on).
+
+        Raises:
+            ClosedError: the server has closed the connection instead.
+        """
+        reply = Reply()
+        self.post(partial(self._update_secret, secret, reply), reply)
+        await self.answer(reply)
+
+    def _update_secret(self, secret: str, reply: Reply) -> None:
+        with suppress(pika.exceptions.AMQPError):  # closed in the meantime
+            if self._pika:
+                self._pika.update_secret(secret, "renewed", lambda _: self.tell(reply.tell))
+
     async def answer(self, reply: Reply) -> Any:
         """Wait for an answer of the server; hang up on one that gives none."""
         with trio.move_on_after(ANSWER_TIMEOUT):
@@ -251,6 +266,7 @@ class Channel:
     def __init__(self, connection: Connection, opening: Reply) -> None:
         self.connection = connection
         self.closed = Reply()
+        self.unsettled = 0  # deliveries that came by it and are not settled: who settles them counts
         self._pika: Any = None
         self._opening = opening
         self._waiting: set[Reply] = {opening, self.closed}  # this and all below is the thread's

@@ -9,15 +9,17 @@ acked.
 
 import hashlib
 import math
+import random
 import re
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import trio
-from trio_util import AsyncValue, move_on_when
+from trio_util import AsyncValue, wait_any
 
 from trio_pilot.brokers import LONGEST_LEASE, Delivery, Patience, QueueAddress, Settlement, dead_letter_queue, dead_letters
 from trio_pilot.brokers.amqp import (
@@ -35,6 +37,7 @@ from trio_pilot.brokers.rabbitmq_queue import RabbitQueue, find_for_sending
 from trio_pilot.errors import BrokerError, DeliveryLostError, DeliveryReplacedError, NodeError, PublishRefusedError
 from trio_pilot.log import LOGGER
 
+LOOK_INTERVAL = 30.0  # seconds at most between looks whether there are messages that do not come
 MOST_HELD = 100  # deliveries held back that do not count towards the prefetch; with more of them, all events must wait
 GIVE_BACK_TIMEOUT = 5.0  # seconds to give back what was prefetched; the end of the connection gives it back as well
 
@@ -92,8 +95,11 @@ class RabbitSource(RabbitQueue):
             channel = await self.connected()
             try:
                 await consumer.listen(channel, prefetch)
-                async with move_on_when(self.gone, channel):
-                    await consumer.make_up(channel)
+                await wait_any(
+                    partial(self.gone, channel),
+                    partial(consumer.make_up, channel),
+                    partial(consumer.keep_looking, channel, prefetch),
+                )
             except ClosedError as error:
                 if error.code in (ACCESS_REFUSED, NOT_FOUND):
                     raise BrokerError(f"cannot listen to the queue {self.name}: {error}") from error
@@ -135,6 +141,7 @@ class RabbitSource(RabbitQueue):
         if arrival.settled:  # RabbitMQ would close the channel, and deliver all that came by it again
             raise DeliveryLostError(f"the event {delivery.message_id} was settled before")
         arrival.settled = True
+        arrival.channel.unsettled -= 1
         with _lost(delivery):
             match settlement:
                 case Settlement.ACK:
@@ -244,6 +251,7 @@ class RabbitConsumer:
         self._channel: Channel | None = None
         self._tags: list[str] = []  # ours, so that there is no moment at which one could not be cancelled
         self._arrived: deque[Delivery] = deque()
+        self._arrivals = 0
         self._changed = trio.Event()  # since the last `take`, so that no change falls between that and `wait`
 
     async def take(self) -> Delivery | None:
@@ -280,6 +288,19 @@ class RabbitConsumer:
                 else:
                     await holding.wait_transition()
 
+    async def keep_looking(self, channel: Channel, prefetch: int) -> None:
+        """Close the channel if twice, at one look after the other, there were messages, room for them, and none came."""
+        suspicious, seen = False, -1
+        with suppress(ClosedError):
+            while True:
+                await trio.sleep(random.uniform(LOOK_INTERVAL / 2, LOOK_INTERVAL))  # noqa: S311 -- jitter, not a secret
+                found = await channel.ask("queue_declare", self._source.name, passive=True)
+                ready, room = found.method.message_count, channel.unsettled < prefetch
+                if suspicious and ready and room and self._arrivals == seen:
+                    LOGGER.warning("the queue %s has %d message(s), and none comes", self._source.name, ready)
+                    await channel.call("close", reply_text="listening anew")
+                suspicious, seen = bool(ready and room), self._arrivals
+
     async def _consume(self, channel: Channel, prefetch: int) -> None:
         await channel.ask("basic_qos", prefetch_count=prefetch)
         self._tags.append(uuid.uuid4().hex)
@@ -306,6 +327,8 @@ class RabbitConsumer:
 
     def _on_arrival(self, arrival: Arrival) -> None:
         if arrival.channel is self._channel:
+            arrival.channel.unsettled += 1
+            self._arrivals += 1
             self._arrived.append(self._delivery(arrival))
             self._changed.set()
 

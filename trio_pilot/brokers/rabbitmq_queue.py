@@ -2,11 +2,16 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from time import time
 from urllib.parse import unquote, urlsplit
 
 import trio
+from trio_util import move_on_when
 
-from trio_pilot.brokers import Patience, QueueAddress
+from trio_pilot import jwt
+from trio_pilot.brokers import Patience, QueueAddress, tokens
 from trio_pilot.brokers.amqp import (
     ACCESS_REFUSED,
     NOT_FOUND,
@@ -17,7 +22,7 @@ from trio_pilot.brokers.amqp import (
     Connection,
     connect,
 )
-from trio_pilot.brokers.link import Link
+from trio_pilot.brokers.link import ConnectError, Link
 from trio_pilot.errors import BrokerError, SettingsError
 
 QUORUM = {"x-queue-type": "quorum"}  # as EWMS declares its queues; with any other argument that would fail
@@ -28,16 +33,41 @@ class RabbitQueue(Link[Channel]):
 
     def __init__(self, address: QueueAddress, patience: Patience) -> None:
         self._address = parse_address(address)
+        self._token = address.token
         super().__init__(address.queue, f"RabbitMQ at {self._address.host}", patience)
 
     @asynccontextmanager
     async def connect(self, threads: trio.Nursery) -> AsyncIterator[Channel]:
-        """Connect, and open a channel once the queue was found."""
-        async with connect(self._address, threads) as connection:
-            yield await self._open(connection)
+        """Connect, and open a channel once the queue was found. A new token is told to the server as soon as it is there."""
+        token = self._token
+        try:
+            token = await tokens.current(self._token)
+            address = replace(self._address, password=token) if token else self._address
+            async with connect(address, threads) as connection:
+                if tokens.is_file(self._token):
+                    threads.start_soon(self._keep_token, connection, token)
+                yield await self._open(connection)
+        except BrokerError as error:
+            said = f"{error}{_expired(token)}"
+            raise ConnectError(said) if tokens.is_file(self._token) else BrokerError(said) from error
+
+    async def _keep_token(self, connection: Connection, token: str) -> None:
+        """Tell the server of each new token; if it does not want it so, connect anew with it."""
+        async with move_on_when(connection.ended.wait):
+            while True:
+                token = await tokens.another(self._token, token)
+                try:
+                    await connection.update_secret(token)
+                except ClosedError:
+                    connection.hang_up()
 
     async def _open(self, connection: Connection) -> Channel:
         return await find(connection, self.name)
+
+
+def _expired(token: str) -> str:
+    end = jwt.expiry(token)
+    return f"; our token expired at {datetime.fromtimestamp(end, UTC):%Y-%m-%d %H:%M:%S} UTC" if end and end < time() else ""
 
 
 async def find(connection: Connection, queue: str) -> Channel:

@@ -14,7 +14,7 @@ from typing import Any
 import trio
 
 from trio_pilot import jwt, limits, node
-from trio_pilot.brokers import QueueAddress, Sink, Source, open_sink, open_source
+from trio_pilot.brokers import QueueAddress, Sink, Source, open_sink, open_source, tokens
 from trio_pilot.commands.signals import run_until_signalled
 from trio_pilot.condor.slot import find_slot, fitted
 from trio_pilot.condor.time_left import End, find_end
@@ -297,7 +297,7 @@ def _clock(settings: Settings) -> str:
 
 async def _token(queue: QueueAddress) -> str:
     """Tell how long a token is good, where it is a JWT. It is the broker who checks whether it is genuine."""
-    claims, now = jwt.claims(queue.token), time.time()
+    claims, now = jwt.claims(await tokens.current(queue.token)), time.time()
     begins, ends = (claims.get(name) for name in ("nbf", "exp"))
     if isinstance(begins, int | float) and begins > now + node.MOST_SKEW:
         raise BrokerError(f"the token of {queue.queue} is good in {_span(begins - now)} only")

@@ -1,0 +1,43 @@
+"""Tokens of brokers: as they are, or `@/FILE`, whose content they are. Such a file is read anew when it may have changed.
+
+It is looked at now and then rather than watched: that works on network file systems too, and takes microseconds.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+
+import trio
+
+from trio_pilot.errors import BrokerError, map_exceptions
+
+LOOK_INTERVAL = 2.0  # seconds
+TIMEOUT = 15.0  # seconds to read a file, on a file system that may hang
+
+
+def is_file(token: str) -> bool:
+    """Tell whether a token is the name of a file that has it."""
+    return token.startswith("@/")
+
+
+async def current(token: str) -> str:
+    """Give the token itself.
+
+    Raises:
+        BrokerError: its file cannot be read.
+    """
+    if not is_file(token):
+        return token
+    path = Path(token[1:])
+    with map_exceptions({OSError: BrokerError, ValueError: BrokerError}, "has a token file that cannot be read"):
+        with trio.move_on_after(TIMEOUT):
+            return (await trio.to_thread.run_sync(path.read_text, abandon_on_cancel=True)).strip()
+        raise TimeoutError(f"{path} has not been read for {TIMEOUT:g} s")
+
+
+async def another(token: str, known: str) -> str:
+    """Wait until the file of a token has another than the `known` one. One that cannot be read is none."""
+    while True:
+        await trio.sleep(LOOK_INTERVAL)
+        with suppress(BrokerError):
+            if (new := await current(token)) not in ("", known):
+                return new
