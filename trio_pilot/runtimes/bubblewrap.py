@@ -42,12 +42,17 @@ def _fault() -> str | None:
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         return "there is no bwrap on PATH (Debian's package is bubblewrap)"
-    probe = [bwrap, "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "true"]
+    probe = [bwrap, "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", *_devices(), "true"]
     try:
         done = subprocess.run(probe, capture_output=True, stdin=subprocess.DEVNULL, timeout=PROBE_TIMEOUT, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     return done.stderr.decode(errors="replace").strip() or None if done.returncode else None
+
+
+def _devices() -> tuple[str, ...]:
+    """Give a container devices of its own; inside apptainer, where bubblewrap lacks some to do so, those there are."""
+    return ("--dev", "/dev") if Path("/dev/full").exists() else ("--dev-bind", "/dev", "/dev", "--tmpfs", "/dev/shm")  # noqa: S108 -- not ours
 
 
 @asynccontextmanager
@@ -125,7 +130,7 @@ class BubblewrapRuntime:
             # Root would keep its capabilities, and could undo the rest with them.
             *("--unshare-all", "--share-net", "--cap-drop", "ALL", "--die-with-parent", "--json-status-fd", str(status)),
             *root,
-            *("--proc", "/proc", "--dev", "/dev", "--bind", str(container.scratch), HOME),
+            *("--proc", "/proc", *_devices(), "--bind", str(container.scratch), HOME),
             *mounts,
             *("--remount-ro", "/", "--chdir", HOME, "--"),
             *container.args,
