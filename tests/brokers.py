@@ -1,16 +1,20 @@
 """Every broker behind one face, for tests that are the same for all of them."""
 
+import asyncio
+import json
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, closing, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+import nats
 import pika
 import trio
+from nats.js.errors import NotFoundError
 
-from tests.servers import RabbitServer
+from tests.servers import NatsServer, RabbitServer
 from trio_pilot.brokers import (
     Consumer,
     Delivery,
@@ -22,8 +26,11 @@ from trio_pilot.brokers import (
     open_sink,
     open_source,
 )
+from trio_pilot.brokers.nats import place_of
 from trio_pilot.errors import PilotError
 from trio_pilot.testing import FakeBroker
+
+T = TypeVar("T")
 
 LONG = 30.0  # seconds after which a test that waits has failed
 
@@ -131,6 +138,68 @@ class Rabbit:
         """Open a channel of pika's blocking kind, beside what is tested."""
         with closing(pika.BlockingConnection(pika.ConnectionParameters("127.0.0.1", self.server.port))) as connection:
             yield connection.channel()
+
+
+class Nats:
+    counts_losses = False
+
+    def __init__(self, server: NatsServer) -> None:
+        self.server = server
+        self.directory = server.directory / "dead-letters"
+
+    def address(self, queue: str, server: str = "", user: str = "", token: str = "") -> QueueAddress:
+        where = f"{user and user + '@'}{server or self.server.address}"
+        return QueueAddress(queue, "nats", where, token, self.directory)
+
+    def source(self, queue: str, patience: Patience = patient, **address: str) -> AbstractAsyncContextManager[Source]:
+        return open_source(self.address(queue, **address), patience)
+
+    def sink(self, queue: str, patience: Patience = patient, **address: str) -> AbstractAsyncContextManager[Sink]:
+        return open_sink(self.address(queue, **address), patience)
+
+    def dead_letters(self, queue: str) -> list[tuple[bytes, str, str]]:
+        found = self.messages(dead_letter_queue(queue))
+        return [
+            (body, json.loads(headers["x-trio-pilot-message-id"]), json.loads(headers["x-trio-pilot-reason"]))
+            for headers, body in found
+        ]
+
+    def messages(self, queue: str) -> list[tuple[dict[str, str], bytes]]:
+        """Read all that is in the stream of a queue, whoever has acknowledged it: headers and body."""
+
+        async def read(streams: Any) -> list[tuple[dict[str, str], bytes]]:
+            place = place_of(queue)
+            try:
+                state = (await streams.stream_info(place.stream)).state
+            except NotFoundError:
+                return []
+            numbers = range(state.first_seq, state.last_seq + 1)
+            found = [await streams.get_msg(place.stream, number) for number in numbers]
+            return [(message.headers or {}, message.data or b"") for message in found]
+
+        return self.ask(read)
+
+    def counts(self, queue: str) -> tuple[int, int]:
+        """Tell how many messages are ready, and how many delivered and unsettled."""
+
+        async def count(streams: Any) -> tuple[int, int]:
+            place = place_of(queue)
+            info = await streams.consumer_info(place.stream, place.consumer)
+            return info.num_pending, info.num_ack_pending
+
+        return self.ask(count)
+
+    def ask(self, work: Callable[[Any], Awaitable[T]]) -> T:
+        """Do something with nats-py's JetStream, beside what is tested."""
+
+        async def ask() -> T:
+            client = await nats.connect(f"nats://{self.server.address}")
+            try:
+                return await work(client.jetstream())
+            finally:
+                await client.close()
+
+        return asyncio.run(ask())
 
 
 async def take(consumer: Consumer) -> Delivery:

@@ -83,6 +83,16 @@ def open_rabbitmq(suite: str = "", config: str = "", plugins: str = "") -> Itera
 
 
 @pytest.fixture(scope="session")
+def nats() -> Iterator[servers.NatsServer]:
+    try:
+        with servers.nats() as server:
+            SERVICES.append(f"NATS {server.version}")
+            yield server
+    except servers.UnavailableError as error:
+        cannot(str(error))
+
+
+@pytest.fixture(scope="session")
 def apptainer() -> Iterator[Path]:
     """The directory of an apptainer, to be put on PATH."""
     try:

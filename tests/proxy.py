@@ -15,6 +15,7 @@ class Proxy:
         self.delay = 0.0  # seconds for which what is said is held up
         self.swallowing = False  # what is said on open connections, and what will be on new ones, goes nowhere
         self.accepted = 0
+        self.forwarded = 0  # pieces of data, either way
         self._target = target
         self._open: set[trio.SocketStream] = set()
         self._servers: set[trio.SocketStream] = set()
@@ -50,12 +51,13 @@ class Proxy:
         finally:
             self._open -= {client, server}
             self._servers.discard(server)
-            await trio.aclose_forcefully(client)
-            await trio.aclose_forcefully(server)
+            client.socket.close()
+            server.socket.close()
 
     async def _pump(self, source: trio.SocketStream, sink: trio.SocketStream, both: trio.CancelScope) -> None:
         try:
             async for data in source:
+                self.forwarded += 1
                 if not self.swallowing and sink not in self._half_open:
                     await trio.sleep(self.delay)
                     await sink.send_all(data)

@@ -266,3 +266,64 @@ class RabbitServer:
 
     def _ask_version(self) -> str:
         return self.evaluate("{ok, V} = application:get_key(rabbit, vsn), V.").strip('"')
+
+
+@contextmanager
+def nats() -> Iterator["NatsServer"]:
+    """Run a NATS server with JetStream."""
+    need("nats-server", "nats-server")
+    directory = Path(tempfile.mkdtemp(prefix="trio-pilot-nats-"))
+    server = NatsServer(directory)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(directory)
+
+
+NATS_USERS = """
+authorization {
+  users = [
+    { user: "pilot", password: "secret" }
+    { user: "poor", password: "secret", permissions: { publish: { deny: ["$JS.API.STREAM.CREATE.>"] } } }
+  ]
+}
+"""
+
+
+class NatsServer:
+    """A NATS server. It starts in some milliseconds, so that a test may well have one of its own."""
+
+    def __init__(self, directory: Path, more: str = "") -> None:
+        self.directory = directory
+        self.port = free_port()
+        self._log = directory / "output.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        store = f"jetstream {{ store_dir: {directory} }}"
+        listening = f"listen: 127.0.0.1:{self.port}\nmax_payload: {MAX_MESSAGE_SIZE}"
+        (directory / "nats.conf").write_text(f"{listening}\n{store}\n{more}\n")
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def version(self) -> str:
+        done = subprocess.run([self._program(), "--version"], capture_output=True, text=True, check=True)
+        return done.stdout.split()[-1].removeprefix("v")
+
+    def start(self) -> None:
+        command = ["setpriv", "--pdeathsig", "KILL", self._program(), "-c", str(self.directory / "nats.conf")]
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        wait_for_port(self.port, self._process, self._log)
+
+    def stop(self, number: int = 9) -> None:
+        if self._process is not None:
+            self._process.send_signal(number)
+            self._process.wait(STOP_TIMEOUT)
+            self._process = None
+
+    def _program(self) -> str:
+        return shutil.which("nats-server", path=f"{os.environ['PATH']}:/usr/sbin") or "nats-server"

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -124,15 +124,14 @@ def cpus(raw: Any) -> float:
     return number
 
 
-def one_of(*choices: str, to_come: Iterable[str] = ()) -> Parse:
-    """Take one of some words, in any case; name those that EWMS knows, and this version does not."""
+def one_of(*choices: str) -> Parse:
+    """Take one of some words, in any case."""
     words = {choice.lower(): choice for choice in choices}
 
     def parse(raw: Any) -> str:
         word = str(raw).strip().lower()
         if word not in words:
-            but = f" ({word} is not in this version yet)" if word in to_come else ""
-            raise ValueError(f"must be one of {', '.join(choices)}{but}")
+            raise ValueError(f"must be one of {', '.join(choices)}")
         return words[word]
 
     return parse
@@ -195,7 +194,6 @@ def queues(raw: Any) -> tuple[str, ...]:
     return tuple(str(one).strip() for one in (raw if isinstance(raw, list) else text(raw).split(";")))
 
 
-def broker_types(raw: Any) -> tuple[str, ...]:
-    """Take the kinds of brokers; with none, the address tells."""
-    kind = one_of("local", "rabbitmq", to_come=("nats", "pulsar"))
-    return tuple(kind(one) if one else "" for one in queues(raw))
+def each(kind: Parse) -> Parse:
+    """Take words of a kind as `queues` takes names; those left out are none."""
+    return lambda raw: tuple(kind(one) if one else "" for one in queues(raw))

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trio_pilot.brokers import DEAD_LETTERS, LONGEST_LEASE, QueueAddress
+from trio_pilot.brokers import DEAD_LETTERS, KINDS, LONGEST_LEASE, QueueAddress
 from trio_pilot.errors import SettingsError
 from trio_pilot.parsing import (
     Parse,
     arguments,
     boolean,
-    broker_types,
     cpus,
     directories,
+    each,
     extension,
     integer,
     log_level,
@@ -102,14 +102,17 @@ class Settings:
 
     queue_incoming: tuple[str, ...] = setting("", queues, "queue of events; a `;`-joined list is several")
     queue_incoming_auth_token: tuple[str, ...] = setting("", queues, "its token", secret=True)
-    queue_incoming_broker_type: tuple[str, ...] = setting("", broker_types, "its broker: local or rabbitmq")
+    queue_incoming_broker_type: tuple[str, ...] = setting("", each(one_of(*KINDS)), f"its broker: {', '.join(KINDS)}")
     queue_incoming_broker_address: tuple[str, ...] = setting("", queues, "its broker's address", secret=True)
     queue_outgoing: tuple[str, ...] = setting("", queues, "queue of outputs; each output goes to all of a list")
     queue_outgoing_auth_token: tuple[str, ...] = setting("", queues, "its token", secret=True)
-    queue_outgoing_broker_type: tuple[str, ...] = setting("", broker_types, "its broker: local or rabbitmq")
+    queue_outgoing_broker_type: tuple[str, ...] = setting("", each(one_of(*KINDS)), f"its broker: {', '.join(KINDS)}")
     queue_outgoing_broker_address: tuple[str, ...] = setting("", queues, "its broker's address", secret=True)
     broker: str = setting(
-        "", text, "address of the broker of every queue that names none: amqp://HOST, or a queue file", secret=True
+        "",
+        text,
+        "address of the broker of queues that name none: amqp://HOST, nats://HOST, or a queue file",
+        secret=True,
     )
     broker_token: str = setting(
         "", text, "token for that broker; @/FILE: that of a file, read anew when it changes", secret=True
@@ -295,11 +298,19 @@ class Settings:
         return values * count if len(values) == 1 else values
 
     def _queue_address(self, queue: str, kind: str, address: str, token: str) -> QueueAddress:
-        """Tell the kind of a broker by its address, where nothing else does: a queue file is local."""
-        is_file = not address or address.startswith(("/", ".", "~")) or address.endswith((".sqlite", ".db"))
-        kind = kind or ("local" if is_file and "://" not in address else "rabbitmq")
-        address = address or ("localhost" if kind == "rabbitmq" else "")
-        return QueueAddress(queue, kind, address, token, self.dead_letters)
+        kind = kind or _kind_of_broker(address)
+        return QueueAddress(queue, kind, address or ("" if kind == "local" else "localhost"), token, self.dead_letters)
+
+
+SCHEMES = {"nats": "nats", "tls": "nats"}
+
+
+def _kind_of_broker(address: str) -> str:
+    """Tell the kind of a broker by its address, where nothing else does: a queue file is local."""
+    if "://" in address:
+        return SCHEMES.get(address.partition("://")[0].lower(), "rabbitmq")
+    is_file = not address or address.startswith(("/", ".", "~")) or address.endswith((".sqlite", ".db"))
+    return "local" if is_file else "rabbitmq"
 
 
 FIELDS: Mapping[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(Settings)}

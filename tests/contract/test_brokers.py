@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.brokers import LONG, Broker, Fake, Local, Rabbit, new_name, nothing_comes, take
+from tests.brokers import LONG, Broker, Fake, Local, Nats, Rabbit, new_name, nothing_comes, take
 from trio_pilot import identity
 from trio_pilot.brokers import Consumer, Delivery, Settlement, Source, dead_letter_queue
 from trio_pilot.errors import DeliveryLostError
@@ -16,13 +16,15 @@ from trio_pilot.errors import DeliveryLostError
 OTHER_VERSIONS = [pytest.param(name, marks=pytest.mark.soak) for name in ("rabbitmq_trixie", "rabbitmq_sid")]
 
 
-@pytest.fixture(params=["fake", "local", "rabbitmq", *OTHER_VERSIONS])
+@pytest.fixture(params=["fake", "local", "rabbitmq", "nats", *OTHER_VERSIONS])
 def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Broker:
     match request.param:
         case "fake":
             return Fake()
         case "local":
             return Local(tmp_path / "queues.sqlite")
+        case "nats":
+            return Nats(request.getfixturevalue("nats"))
         case _:
             return Rabbit(request.getfixturevalue(request.param))
 

@@ -187,15 +187,13 @@ def test_words_for_false(word: str) -> None:
         ("EWMS_PILOT_TASK_PIDS", "0", "EWMS_PILOT_TASK_PIDS must be an integer ≥ 1, not '0'"),
         (
             "EWMS_PILOT_QUEUE_INCOMING_BROKER_TYPE",
-            "pulsar",
-            "EWMS_PILOT_QUEUE_INCOMING_BROKER_TYPE must be one of local, rabbitmq"
-            " (pulsar is not in this version yet), not 'pulsar'",
+            "kafka",
+            "EWMS_PILOT_QUEUE_INCOMING_BROKER_TYPE must be one of local, rabbitmq, nats, not 'kafka'",
         ),
         (
             "EWMS_PILOT_QUEUE_OUTGOING_BROKER_TYPE",
-            "rabbitmq;nats",
-            "EWMS_PILOT_QUEUE_OUTGOING_BROKER_TYPE must be one of local, rabbitmq"
-            " (nats is not in this version yet), not 'rabbitmq;nats'",
+            "nats;kafka",
+            "EWMS_PILOT_QUEUE_OUTGOING_BROKER_TYPE must be one of local, rabbitmq, nats, not 'nats;kafka'",
         ),
     ],
 )
@@ -378,6 +376,8 @@ def test_queues_without_an_address_are_at_the_broker_of_all() -> None:
         ("x.sqlite", "local"),
         ("host", "rabbitmq"),
         ("u@h.db.org", "rabbitmq"),
+        ("nats://token@host:4222", "nats"),
+        ("TLS://host", "nats"),
     ],
 )
 def test_the_address_tells_the_kind_of_a_broker(address: str, kind: str) -> None:

@@ -8,12 +8,16 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 DEAD_LETTERS = Path("ewms-pilot-dead-letters")  # the usual directory for those that a broker does not take
 
 LONGEST_LEASE = 30 * 86400.0  # seconds
+
+
+KINDS = ("local", "rabbitmq", "nats")
 
 
 class Settlement(Enum):
@@ -130,26 +134,29 @@ async def open_sinks(addresses: Sequence[QueueAddress], patience: Patience) -> A
         yield [await stack.enter_async_context(open_sink(address, patience)) for address in addresses]
 
 
+class Kind(Protocol):
+    """A broker's module."""
+
+    def open_source(self, address: QueueAddress, patience: Patience) -> AbstractAsyncContextManager[Source]:
+        """Open an incoming queue."""
+
+    def open_sink(self, address: QueueAddress, patience: Patience) -> AbstractAsyncContextManager[Sink]:
+        """Open an outgoing queue."""
+
+
 def open_source(address: QueueAddress, patience: Patience) -> AbstractAsyncContextManager[Source]:
     """Open one incoming queue at the broker it names."""
-    if address.broker == "local":
-        from trio_pilot.brokers import local
-
-        return local.open_source(address)
-    from trio_pilot.brokers import rabbitmq
-
-    return rabbitmq.open_source(address, patience)
+    return _kind(address).open_source(address, patience)
 
 
 def open_sink(address: QueueAddress, patience: Patience) -> AbstractAsyncContextManager[Sink]:
     """Open one outgoing queue at the broker it names."""
-    if address.broker == "local":
-        from trio_pilot.brokers import local
+    return _kind(address).open_sink(address, patience)
 
-        return local.open_sink(address)
-    from trio_pilot.brokers import rabbitmq
 
-    return rabbitmq.open_sink(address, patience)
+def _kind(address: QueueAddress) -> Kind:
+    """Import the module of a broker: they take their time, and but one or two are needed."""
+    return cast(Kind, import_module(f"{__name__}.{address.broker}"))
 
 
 def dead_letter_queue(queue: str) -> str:

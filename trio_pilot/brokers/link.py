@@ -41,7 +41,7 @@ class Link(Generic[S]):
 
     def __init__(self, name: str, broker: str, patience: Patience) -> None:
         self.name = name
-        self._broker = broker  # what to call it in messages to people
+        self.broker = broker  # what to call it in messages to people
         self._patience = patience
         self._session: AsyncValue[S | None] = AsyncValue(None)
         self._away_since = trio.current_time()
@@ -83,12 +83,12 @@ class Link(Generic[S]):
                         failures = 0
                         await self._use(session)
                 except BrokerError as error:
-                    raise BrokerError(f"{self._broker} {error}") from error
+                    raise BrokerError(f"{self.broker} {error}") from error
                 except LostError as error:
                     if not self._patience(trio.current_time() - self._away_since):
-                        raise BrokerError(f"{self._broker} cannot be reached: {error}") from error
+                        raise BrokerError(f"{self.broker} cannot be reached: {error}") from error
                     if failures == 0:
-                        LOGGER.warning("%s, queue %s: %s; connecting again", self._broker, self.name, error)
+                        LOGGER.warning("%s, queue %s: %s; connecting again", self.broker, self.name, error)
                 failures += 1
                 await trio.sleep(_retry_delay(failures))
 

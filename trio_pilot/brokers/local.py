@@ -25,7 +25,7 @@ from typing import Any
 import inotify_simple
 import trio
 
-from trio_pilot.brokers import LONGEST_LEASE, Delivery, QueueAddress, Settlement, dead_letter_queue, dead_letters
+from trio_pilot.brokers import LONGEST_LEASE, Delivery, Patience, QueueAddress, Settlement, dead_letter_queue, dead_letters
 from trio_pilot.errors import BrokerError, DeliveryLostError, map_exceptions
 
 DEFAULT_FILE = "trio-pilot-queues.sqlite"
@@ -214,7 +214,7 @@ def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
 
 
 @asynccontextmanager
-async def open_source(address: QueueAddress) -> AsyncIterator["LocalSource"]:
+async def open_source(address: QueueAddress, _patience: Patience | None = None) -> AsyncIterator["LocalSource"]:
     """Open an incoming queue; it need not exist."""
     async with _open_file(address) as file:
         with file.bell.presence() as number:
@@ -222,7 +222,7 @@ async def open_source(address: QueueAddress) -> AsyncIterator["LocalSource"]:
 
 
 @asynccontextmanager
-async def open_sink(address: QueueAddress) -> AsyncIterator["LocalSink"]:
+async def open_sink(address: QueueAddress, _patience: Patience | None = None) -> AsyncIterator["LocalSink"]:
     """Open an outgoing queue; it need not exist."""
     async with _open_file(address) as file:
         yield LocalSink(address.queue, file)

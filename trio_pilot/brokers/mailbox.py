@@ -45,9 +45,10 @@ class Mailbox:
         """Have `work` done."""
         self._work.append(work)
         if len(self._work) == 1:
-            self._wake(self._do)
+            self._wake(self.do)
 
-    def _do(self) -> None:
+    def do(self) -> None:
+        """Do what there is: in the other thread."""
         while self._work:  # a piece stays until it is done, so that whoever adds one meanwhile need not wake us
             try:
                 self._work[0]()
