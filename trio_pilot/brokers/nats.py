@@ -15,6 +15,7 @@ import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -28,6 +29,7 @@ from trio_pilot.brokers import (
     Settlement,
     dead_letter_queue,
     dead_letters,
+    tokens,
 )
 from trio_pilot.brokers.jetstream import (
     ACK,
@@ -90,13 +92,15 @@ class _Queue(Link[Connection]):
 
     def __init__(self, address: QueueAddress, patience: Patience) -> None:
         self._address = parse_address(address)
+        self._token = address.token
         self.place = place_of(address.queue)
         super().__init__(address.queue, f"NATS at {self._address.host}", patience)
 
     @asynccontextmanager
     async def connect(self, threads: trio.Nursery) -> AsyncIterator[Connection]:
         """Connect, to a stream that is there."""
-        async with connect(self._address, threads) as connection:
+        secret = await tokens.current(self._token) or self._address.secret
+        async with connect(replace(self._address, secret=secret), threads) as connection:
             await self._find(connection)
             yield connection
 
