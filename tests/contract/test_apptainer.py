@@ -120,6 +120,13 @@ async def test_a_docker_image_is_unpacked_once_and_has_its_entrypoint(
     assert sorted(entry.suffix for entry in parent.iterdir()) == ["", ".lock"]
 
 
+async def test_a_plain_container_runs_its_arguments_without_the_entrypoint(
+    subject: Subject, options: Options, archive: str
+) -> None:
+    container = new_container(subject.directory, ("printf", "<%s>", "alone"), image=archive)
+    assert await output(options, replace(container, plain=True)) == "<alone>"
+
+
 async def test_an_unpacked_docker_image_has_its_entrypoint_whatever_the_words(
     subject: Subject, options: Options, archive: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

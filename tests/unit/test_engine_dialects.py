@@ -1,4 +1,7 @@
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +56,18 @@ def test_a_network_is_a_mode_of_podmans_or_the_name_of_one(network: str, mode: o
     spec = podman.spec(order(Options(network=network)))
     assert spec["netns"] == mode
     assert spec.get("networks") == named
+
+
+@pytest.mark.parametrize(
+    ("spec", "entrypoint", "command"), [(docker.spec, "Entrypoint", "Cmd"), (podman.spec, "entrypoint", "command")]
+)
+def test_a_plain_container_has_its_arguments_in_the_place_of_the_images_entrypoint(
+    spec: Callable[[Order], Mapping[str, Any]], entrypoint: str, command: str
+) -> None:
+    as_usual = order(Options())
+    assert (spec(as_usual)[command], entrypoint in spec(as_usual)) == (("true",), False)
+    plain = replace(as_usual, container=replace(as_usual.container, plain=True))
+    assert (spec(plain)[entrypoint], command in spec(plain)) == (("true",), False)
 
 
 def test_what_is_not_wanted_is_not_said() -> None:
