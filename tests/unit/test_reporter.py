@@ -6,6 +6,7 @@ import pytest
 import trio
 
 from tests.unit.pilots import Lab
+from tests.unit.test_canary import does_not_sing
 from tests.unit.test_pilot import fails
 from trio_pilot.condor.reporter import LAST_TIMEOUT, MOST_ERRORS, Reporter, Value
 from trio_pilot.errors import ContainerRunError, NodeError, ReportError, TasksFailedError
@@ -119,6 +120,16 @@ async def test_a_quarantine_is_told_before_it_is_over(reported: Lab, chirp: Fake
     with pytest.raises(TasksFailedError):
         await reported.run(quarantine_time=600.0)
     assert [time for time, news in chirp.told if news.get("Status") == "FatalError"] == [1]
+
+
+async def test_why_a_node_is_bad_is_told_before_its_slot_is_held(reported: Lab, chirp: FakeChirp) -> None:
+    reported.runtime.script, reported.runtime.canary = fails, does_not_sing
+    reported.put(1)
+    with pytest.raises(BaseExceptionGroup):
+        await reported.run(quarantine_time=600.0)
+    (error,) = chirp.values("Error")
+    assert str(error).startswith("NodeError: this node breaks tasks: `true` in a container fails (exit code 126)")
+    assert [time for time, news in chirp.told if "Error" in news] == [1]
 
 
 async def test_what_was_not_told_is_told_later_and_the_fault_is_logged_once(
