@@ -129,6 +129,11 @@ class Rabbit:
         with self.channel() as channel:
             return int(channel.queue_declare(queue, passive=True).method.message_count)
 
+    def consumers(self, queue: str) -> int:
+        """Tell how many consumers a queue has."""
+        with self.channel() as channel:
+            return int(channel.queue_declare(queue, passive=True).method.consumer_count)
+
     def declare(self, queue: str, kind: str = "quorum") -> None:
         with self.channel() as channel:
             channel.queue_declare(queue, durable=True, arguments={"x-queue-type": kind})
