@@ -194,9 +194,9 @@ class Worker:
 
     def _collect(self, event: Message, files: TaskFiles) -> bytes | None:
         content = staging.read_outfile(files, self._settings.max_payload)
-        if content is None:
-            return None
-        is_json = self._settings.outfile_ext == ".json" and self._settings.wire != "raw"
+        if content is None or self._settings.wire == "raw":  # as it is, and in memory only once
+            return content
+        is_json = self._settings.outfile_ext == ".json"
         return self._wire.encode(Message(staging.parse_outfile(content, is_json=is_json), event.headers))
 
     def _by_cause(self, error: PilotError, delivery: Delivery) -> Settlement:

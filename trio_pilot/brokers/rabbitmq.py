@@ -41,7 +41,8 @@ LOOK_INTERVAL = 30.0  # seconds at most between looks whether there are messages
 MOST_HELD = 100  # deliveries held back that do not count towards the prefetch; with more of them, all events must wait
 GIVE_BACK_TIMEOUT = 5.0  # seconds to give back what was prefetched; the end of the connection gives it back as well
 
-GRANTS_LEASES = (3, 12)  # the first version of the server that does
+KNOWS_LEASES = (3, 12)  # the first version of the server that may be asked for one ...
+GRANTS_LEASES = (4, 3)  # ... and the first seen to give it: 4.0 knows a timeout of queues, but not of consumers
 CONSUMER_TIMEOUT = "x-consumer-timeout"  # milliseconds, of one consumer
 USUAL_TIMEOUT = 1800.0  # seconds: the server's consumer_timeout where nobody has set it
 FAILURES = "x-trio-pilot-failures"  # header: how often the event has failed before this copy of it was sent
@@ -123,7 +124,7 @@ class RabbitSource(RabbitQueue):
         version = ".".join(map(str, channel.connection.version)) or "(of another make)"
         return (
             f"; RabbitMQ {version} takes an event back after its consumer_timeout, usually {USUAL_TIMEOUT / 60:g} min:"
-            " a task that takes longer goes on, but another pilot may run its event as well (not so from 3.12 on)"
+            " a task that takes longer goes on, but another pilot may run its event as well (not so with 4.3)"
         )
 
     def has_lost(self, delivery: Delivery) -> bool:
@@ -304,7 +305,7 @@ class RabbitConsumer:
     async def _consume(self, channel: Channel, prefetch: int) -> None:
         await channel.ask("basic_qos", prefetch_count=prefetch)
         self._tags.append(uuid.uuid4().hex)
-        arguments = {CONSUMER_TIMEOUT: int(1000 * self._lease)} if channel.connection.version >= GRANTS_LEASES else {}
+        arguments = {CONSUMER_TIMEOUT: int(1000 * self._lease)} if channel.connection.version >= KNOWS_LEASES else {}
         await channel.consume(self._source.name, self._tags[-1], self._on_arrival, arguments)
 
     def lost(self) -> None:
