@@ -8,7 +8,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ Value = int | str | BaseException  # an exception stands for its traceback
 HINT = "(has the job +WantIOProxy = true?)"
 
 
-def tell(destination: str, attributes: Mapping[str, Value], said: dict[str, Value], seconds: float) -> None:
+def tell(destination: str, attributes: Iterable[tuple[str, Value]], said: dict[str, Value], seconds: float) -> None:
     """Tell HTCondor some attributes of this job, within some seconds; what was told is put into `said`.
 
     Raises:
@@ -37,7 +37,7 @@ def tell(destination: str, attributes: Mapping[str, Value], said: dict[str, Valu
     refused = []
     foreign = {OSError: ReportError, ValueError: ReportError, HTChirp.ChirpError: ReportError}
     with map_exceptions(foreign, f"cannot report to HTCondor {HINT}"), _connect(seconds) as proxy:
-        for name, value in attributes.items():
+        for name, value in attributes:
             try:
                 _tell_one(proxy, destination, name, value)
                 said[name] = value

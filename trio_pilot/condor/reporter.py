@@ -3,11 +3,13 @@
 Whatever the proxy does, the pilot does not wait for it: it is told in a thread that can be given up.
 """
 
+import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
+from itertools import takewhile
 
 import trio
 from trio_util import wait_any
@@ -23,7 +25,7 @@ ERROR, TRACEBACK, LAST_UPDATED = (PREFIX + name for name in ("Error", "ErrorTrac
 
 LEAST_INTERVAL = 1.0  # seconds between two reports of counts, however often they are wanted
 TELL_TIMEOUT = 10.0  # seconds for one report
-LAST_TIMEOUT = 3.0  # seconds for the last one
+LAST_TIMEOUT = 3.0  # seconds in the end: half of it for a report that is under way, half for the last one
 MOST_ERRORS = 20  # different errors that are told at once, and remembered so as not to be told again
 
 Value = int | str | BaseException  # an exception stands for its traceback
@@ -45,11 +47,16 @@ async def open_reporter(settings: Settings, status: Status) -> AsyncIterator[Non
 async def _tell_in_thread(
     destination: str, threads: trio.CapacityLimiter, news: Mapping[str, Value], told: dict[str, Value]
 ) -> None:
-    """Tell it in a thread. Cancelled, the thread is left to itself: it ends by its own deadline."""
-    await trio.to_thread.run_sync(_tell, destination, news, told, abandon_on_cancel=True, limiter=threads)
+    """Tell it in a thread. Cancelled, the thread is left to itself: it begins no more lines, and ends by its deadline."""
+    is_given_up = threading.Event()
+    wanted = takewhile(lambda _: not is_given_up.is_set(), news.items())
+    try:
+        await trio.to_thread.run_sync(_tell, destination, wanted, told, abandon_on_cancel=True, limiter=threads)
+    finally:
+        is_given_up.set()
 
 
-def _tell(destination: str, news: Mapping[str, Value], told: dict[str, Value]) -> None:
+def _tell(destination: str, news: Iterable[tuple[str, Value]], told: dict[str, Value]) -> None:
     from trio_pilot.condor.chirp import tell  # which takes its time to load
 
     tell(destination, news, told, TELL_TIMEOUT)
@@ -86,6 +93,7 @@ class Reporter:
         self._told: dict[str, Value] = {}
         self._errors: deque[str] = deque(maxlen=MOST_ERRORS)
         self._has_complained = False
+        self._ends, self._has_ended = trio.Event(), trio.Event()
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
@@ -95,16 +103,22 @@ class Reporter:
             try:
                 yield
             finally:
+                self._ends.set()
+                with trio.move_on_after(LAST_TIMEOUT / 2, shield=True):
+                    await self._has_ended.wait()
                 nursery.cancel_scope.cancel()
-                with trio.move_on_after(LAST_TIMEOUT, shield=True):
+                with trio.move_on_after(LAST_TIMEOUT / 2, shield=True):
                     await self._report()
 
     async def _run(self) -> None:
-        while True:
-            state, error = self._status.state.value, self._status.error.value
-            await self._report()
-            with trio.move_on_after(self._interval):
-                await wait_any(partial(self._other_state, state), partial(self._new_error, error))
+        try:
+            while not self._ends.is_set():
+                state, error = self._status.state.value, self._status.error.value
+                await self._report()
+                with trio.move_on_after(self._interval):
+                    await wait_any(partial(self._other_state, state), partial(self._new_error, error), self._ends.wait)
+        finally:
+            self._has_ended.set()
 
     async def _other_state(self, state: object) -> None:
         await self._status.state.wait_value(lambda now: now is not state)
