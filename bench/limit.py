@@ -10,7 +10,7 @@ from bench import bare
 from bench.broker import RabbitServer
 from bench.figures import Figure, alternate, compared
 from bench.load import Load
-from bench.measure import report, runtime_or_none, say
+from bench.measure import of_runtimes, report, say
 from bench.pilot import OURS, pilot, task
 from bench.report import Report
 from bench.runtimes import Runtime
@@ -33,12 +33,12 @@ QUICK = Plan(runtimes=("process", "bubblewrap"), slots=(4,), rounds=2, length=1)
 
 def measure(plan: Plan, server: RabbitServer) -> Report:
     """Measure all of the plan."""
-    figures, programs = [], {}
-    for name in plan.runtimes:
-        with runtime_or_none(name) as runtime:
-            if runtime:
-                programs[name] = runtime.version
-                figures += [figure for slots in plan.slots for figure in _figures(plan, runtime, server, slots)]
+
+    def of(runtime: Runtime) -> Iterator[Figure]:
+        for slots in plan.slots:
+            yield from _figures(plan, runtime, server, slots)
+
+    figures, programs = of_runtimes(plan.runtimes, of)
     return report("limit", figures, plan, server, **programs)
 
 

@@ -1,7 +1,7 @@
 """What all measurements share: the server that they use, and the report that they end with."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -19,6 +19,18 @@ def report(name: str, figures: list[Figure], plan: Any, server: RabbitServer, **
     settings = {"plan": asdict(plan), "rabbitmq": broker}
     known = {name: version for name, version in programs.items() if version}
     return Report(name, figures, settings, versions(rabbitmq=server.version, **known))
+
+
+def of_runtimes(names: Iterable[str], measure: Callable[[Runtime], Iterable[Figure]]) -> tuple[list[Figure], dict[str, str]]:
+    """Measure with each of these runtimes that can be had; give the figures, and the runtimes' versions."""
+    figures: list[Figure] = []
+    versions = {}
+    for name in names:
+        with runtime_or_none(name) as runtime:
+            if runtime:
+                versions[name] = runtime.version
+                figures += measure(runtime)
+    return figures, versions
 
 
 @contextmanager

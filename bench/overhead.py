@@ -18,7 +18,7 @@ from typing import Any
 from bench.broker import Queues, RabbitServer
 from bench.figures import Figure, Label
 from bench.load import Load, Start
-from bench.measure import report, runtime_or_none, say
+from bench.measure import of_runtimes, report, say
 from bench.pilot import given, pilot, stubbed, task, variables
 from bench.process import Measured, running
 from bench.report import ROOT, Report
@@ -46,12 +46,12 @@ QUICK = Plan(runtimes=("process", "bubblewrap"), slots=(4,), rounds=1, length=1,
 
 def measure(plan: Plan, server: RabbitServer) -> Report:
     """Measure all of the plan."""
-    figures, programs = [], {}
-    for name in plan.runtimes:
-        with runtime_or_none(name) as runtime:
-            if runtime:
-                programs[name] = runtime.version
-                figures += [figure for slots in plan.slots for figure in _figures(plan, runtime, server, slots)]
+
+    def of(runtime: Runtime) -> Iterator[Figure]:
+        for slots in plan.slots:
+            yield from _figures(plan, runtime, server, slots)
+
+    figures, programs = of_runtimes(plan.runtimes, of)
     figures += _instructions(plan, server)
     return report("overhead", figures, plan, server, **programs)
 

@@ -11,7 +11,7 @@ from typing import Any
 from bench.broker import RabbitServer
 from bench.figures import Figure, Label
 from bench.load import Load
-from bench.measure import report, runtime_or_none, say
+from bench.measure import of_runtimes, report, say
 from bench.pilot import pilot, task
 from bench.report import Report
 from bench.runtimes import Runtime
@@ -38,12 +38,12 @@ QUICK = Plan(slots=(4,), seconds=(0, 1), sizes=(1000, 1_000_000), rounds=1, leng
 
 def measure(plan: Plan, server: RabbitServer) -> Report:
     """Measure all of the plan."""
-    figures, programs = [], {}
-    for name in plan.runtimes:
-        with runtime_or_none(name) as runtime:
-            if runtime:
-                programs[name] = runtime.version
-                figures += [figure for point in points(plan) for figure in _figures(plan, runtime, server, *point)]
+
+    def of(runtime: Runtime) -> Iterator[Figure]:
+        for point in points(plan):
+            yield from _figures(plan, runtime, server, *point)
+
+    figures, programs = of_runtimes(plan.runtimes, of)
     return report("throughput", figures, plan, server, **programs)
 
 
