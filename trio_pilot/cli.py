@@ -16,6 +16,7 @@ from trio_pilot.settings import FIELDS, Settings, flag_of, sections
 
 # What sending and receiving need of the settings, and the demo.
 BROKER_FLAGS = ("broker", "broker_token", "broker_patience", "wire", "max_payload", "config", "cl_log")
+LETTER_FLAGS = (*BROKER_FLAGS, "dead_letter_directory", "data_dir_parent_path_on_host")
 DEMO_FLAGS = ("runtime", "max_concurrent_tasks", "cl_log")
 
 HELP = """Take events from a queue, run one container per event, send its output, and only then acknowledge.
@@ -56,10 +57,12 @@ def _flag(name: str, group: Group) -> Parameter:
 if TYPE_CHECKING:
     AllFlags: TypeAlias = Any
     BrokerFlags: TypeAlias = Any
+    LetterFlags: TypeAlias = Any
     DemoFlags: TypeAlias = Any
 else:
     AllFlags = _flags_class(FIELDS)
     BrokerFlags = _flags_class(BROKER_FLAGS)
+    LetterFlags = _flags_class(LETTER_FLAGS)
     DemoFlags = _flags_class(DEMO_FLAGS)
 
 
@@ -133,6 +136,91 @@ def receive(
     from trio_pilot.commands.receive import receive
 
     return receive(_settings(flags), queue, to, count, idle, unique=unique)
+
+
+letters = App(name="dead-letters", help="List, show, replay or run events that failed for the last time.")
+app.command(letters)
+
+
+@letters.default
+def list_dead_letters(
+    queue: str,
+    /,
+    *,
+    json: Annotated[bool, Parameter(negative="", show_default=False)] = False,
+    flags: LetterFlags = None,
+) -> int:
+    """List the dead letters of a queue. They stay as they are.
+
+    Parameters
+    ----------
+    queue
+        Name of the queue in which the events were.
+    json
+        Write a JSON object a line.
+    """
+    from trio_pilot.commands.dead_letters import show_list
+
+    return show_list(_settings(flags), queue, as_json=json)
+
+
+@letters.command(name="show")
+def show_dead_letter(queue: str, message_id: str, /, *, flags: LetterFlags = None) -> int:
+    """Show what is known of a dead letter, and its event, as JSON.
+
+    Parameters
+    ----------
+    queue
+        Name of the queue in which the event was.
+    message_id
+        Its id, as listed.
+    """
+    from trio_pilot.commands.dead_letters import show
+
+    return show(_settings(flags), queue, message_id)
+
+
+@letters.command(name="replay")
+def replay_dead_letters(
+    queue: str,
+    message_ids: Annotated[tuple[str, ...], Parameter(show_default=False)] = (),
+    /,
+    *,
+    every: Annotated[bool, Parameter(name="--all", negative="", show_default=False)] = False,
+    flags: LetterFlags = None,
+) -> int:
+    """Send dead letters back to their queue; their attempts start anew.
+
+    Parameters
+    ----------
+    queue
+        Name of the queue in which the events were, and will be.
+    message_ids
+        Their ids, as listed.
+    every
+        Replay all that are listed.
+    """
+    from trio_pilot.commands.dead_letters import replay
+
+    return replay(_settings(flags), queue, message_ids, every=every)
+
+
+@letters.command(name="run")
+def run_dead_letter(queue: str, message_id: str, /, *, flags: AllFlags = None) -> int:
+    """Run the task for a dead letter here and now, with the settings of a run; the letter stays where it is.
+
+    What the task says is shown, and its exit code is ours; what it writes to its output file is not sent.
+
+    Parameters
+    ----------
+    queue
+        Name of the queue in which the event was.
+    message_id
+        Its id, as listed.
+    """
+    from trio_pilot.commands.dead_letters import run
+
+    return run(_settings(flags), queue, message_id)
 
 
 @app.command

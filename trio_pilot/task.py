@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -111,12 +112,7 @@ class Worker:
 
         Cancelled, the container is killed and the event returned; but an output that is there is still sent.
         """
-        name = self._tools.workspace.new_name()
-        files = TaskFiles(
-            self._tools.workspace.root / name,
-            infile=f"infile-{name}{self._settings.infile_ext}",
-            outfile=f"outfile-{name}{self._settings.outfile_ext}",
-        )
+        files = _task_files(self._tools, self._settings)
         try:
             return await self._settled(life, files)
         finally:
@@ -243,6 +239,15 @@ class Worker:
             LOGGER.warning("event %s not returned: %s", life.delivery.message_id, error)
 
 
+def _task_files(tools: Tools, settings: Settings) -> TaskFiles:
+    name = tools.workspace.new_name()
+    return TaskFiles(
+        tools.workspace.root / name,
+        infile=f"infile-{name}{settings.infile_ext}",
+        outfile=f"outfile-{name}{settings.outfile_ext}",
+    )
+
+
 async def run(tools: Tools, disk: Disk, outputs: Outputs, order: Order, files: TaskFiles) -> None:
     """Run a container as ordered, to its end.
 
@@ -282,6 +287,29 @@ async def run_init(tools: Tools, settings: Settings, outputs: Outputs) -> None:
     async with _aside(tools, "init", keep=settings.keep_all_task_files) as files:
         await tools.runtime.prepare(settings.init_image)
         await run(tools, Disk(), outputs, Order.init(settings), files)
+
+
+async def run_once(tools: Tools, settings: Settings, data: Any) -> int:
+    """Run the task for an event, show what it said, and give its exit code; its output goes nowhere.
+
+    Raises:
+        ContainerTimeoutError: it took too long.
+        NodeError: it could not be run.
+    """
+    files, disk, timeout = _task_files(tools, settings), Disk(), settings.task_timeout or math.inf
+    try:
+        await disk.call(0, staging.make, files)
+        await disk.call(math.inf, staging.write_infile, files, data)
+        ended = None
+        with trio.move_on_after(timeout):
+            ended = await tools.runtime.run(_container(tools, Order.task(settings), files))
+        await disk.call(math.inf, staging.dump, files)
+    finally:
+        if not settings.keep_all_task_files:
+            await disk.finish(math.inf, staging.remove, files)
+    if ended is None:
+        raise ContainerTimeoutError(f"task failed: [Timeout-Error] timed out after {timeout:g}s")
+    return ended.code
 
 
 async def run_canary(tools: Tools, settings: Settings, error: PilotError) -> None:

@@ -81,7 +81,7 @@ def test_the_version_is_told(command: Run) -> None:
     ("arguments", "message"),
     [
         ("--nope", "Unknown option: --nope."),
-        ("bogus", 'Unknown command "bogus". Available commands: run, send, receive, check, condor-submit, demo.'),
+        ("bogus", 'Unknown command "bogus". Available commands: run, send, receive, dead-letters, check, condor-submit,'),
         ("run extra", "Unused Tokens: ['extra']."),
         ("send", 'Command "send" parameter QUEUE requires an argument.'),
         ("--prefetch two", "--prefetch must be an integer ≥ 1, not 'two'"),
