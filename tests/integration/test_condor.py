@@ -24,6 +24,7 @@ from tests.servers import RabbitServer
 from trio_pilot.commands.condor_submit import LEAST_SILENCE, RELEASE_AFTER, SILENT
 from trio_pilot.errors import BrokerError, NodeError
 
+GUIDE = Path(__file__).parents[2] / "docs/htcondor.md"
 PILOTS, EVENTS = 4, 400
 PREFIX = "HTChirpEWMSPilot"
 IDLE, RUNNING, HELD = 1, 2, 5  # JobStatus
@@ -43,7 +44,7 @@ class Submitter:
         self.config.write_text(f'broker = "amqp://guest:guest@{rabbitmq.address}"\n')
         for path in (self.home, self.config):
             os.chown(path, USER_ID, USER_ID)
-        self._port = rabbitmq.port
+        self.address, self._port = rabbitmq.address, rabbitmq.port
         self.events, self.results = new_name("events"), new_name("results")
 
     def describe(self, *flags: str) -> str:
@@ -228,3 +229,15 @@ def test_condor_submit_takes_every_description(user: Submitter, more: list[str])
     said = user.pool.run("condor_submit", "-dry-run", "-", "description", directory=user.home)
     assert "1 job(s) dry-run" in said
     assert "WARNING" not in said
+
+
+def test_the_guide_leads_from_nothing_to_results(user: Submitter) -> None:
+    blocks = re.findall(r"^```sh\n(.*?)^```$", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
+    user.config.unlink()
+    names = {"@localhost": f"@{user.address}", "numbers": user.events, "products": user.results}
+    for block in blocks:
+        script = re.sub("|".join(names), lambda found: names[found[0]], block)
+        said = user.pool.run("sh", "-ec", script, directory=user.home)
+        assert "FAIL" not in said
+    results = [int(file.read_text()) for file in (user.home / "results").iterdir()]
+    assert sorted(results) == [7 * number for number in range(1, 101)]
