@@ -115,7 +115,7 @@ class Settings:
         secret=True,
     )
     broker_token: str = setting(
-        "", text, "token for that broker; @/FILE: that of a file, read anew when it changes", secret=True
+        "", text, "token for that broker; @/FILE or @./FILE: that of a file, read anew when it changes", secret=True
     )
     broker_patience: float = setting(
         "60", seconds_or_none_at_all, "seconds a broker may be away while no task runs, also at the start"

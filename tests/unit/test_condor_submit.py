@@ -77,6 +77,30 @@ def test_a_file_of_settings_goes_with_the_job(capsys: pytest.CaptureFixture[str]
     assert "EWMS_PILOT_CONFIG='mine.toml'" in found["environment"]
 
 
+@pytest.mark.parametrize("by", ["flag", "file"])
+def test_a_token_in_a_file_goes_with_the_job(capsys: pytest.CaptureFixture[str], directory: Path, by: str) -> None:
+    token = directory / "token"
+    token.write_text("secret")
+    (directory / "trio-pilot.toml").write_text(f'broker-token = "@{token}"' if by == "file" else "")
+    found = described(capsys, *([f"--broker-token=@{token}"] if by == "flag" else []))
+    assert "EWMS_PILOT_BROKER_TOKEN='@./token'" in found["environment"]
+    assert found["transfer_input_files"] == f"{directory}/trio-pilot.toml, {token}"
+
+
+def test_tokens_are_all_in_files_or_none_is(capsys: pytest.CaptureFixture[str], directory: Path) -> None:
+    (directory / "trio-pilot.toml").write_text('queue-incoming-auth-token = "@/file;secret"')
+    assert (
+        refused(capsys, "--queue-incoming=a;b")
+        == "--queue-incoming-auth-token must have all tokens in files (@/FILE), or none"
+    )
+
+
+def test_files_of_one_name_cannot_go_together(capsys: pytest.CaptureFixture[str], directory: Path) -> None:
+    (directory / "other").mkdir()
+    (directory / "other/file").touch()
+    assert "have the same name" in refused(capsys, "--transfer=file", f"--broker-token=@{directory}/other/file")
+
+
 def test_an_image_is_its_own_executable(capsys: pytest.CaptureFixture[str]) -> None:
     command("--container-image=docker://x")
     said = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Tokens of brokers: as they are, or `@/FILE`, whose content they are. Such a file is read anew when it may have changed.
+"""Tokens of brokers: as they are, or `@/FILE` or `@./FILE`, whose content they are. It is read anew when it changes.
 
 It is looked at now and then rather than watched: that works on network file systems too, and takes microseconds.
 """
@@ -16,7 +16,7 @@ TIMEOUT = 15.0  # seconds to read a file, on a file system that may hang
 
 def is_file(token: str) -> bool:
     """Tell whether a token is the name of a file that has it."""
-    return token.startswith("@/")
+    return token.startswith(("@/", "@./"))
 
 
 async def current(token: str) -> str:

@@ -4,12 +4,13 @@ import math
 import os
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from trio_pilot.brokers.tokens import is_file
 from trio_pilot.errors import SettingsError
 from trio_pilot.parsing import AUTO, size
 from trio_pilot.settings import CONFIG_FILE, FIELDS, PREFIX, Settings, environment, flag_of, variables_of
@@ -36,6 +37,7 @@ VACATE_TIME = 60  # seconds that are asked for between SIGTERM and SIGKILL; the 
 CRON_FIELDS = "minute", "hour", "day_of_month", "month", "day_of_week"
 
 ADDRESSES = "broker", "queue_incoming_broker_address", "queue_outgoing_broker_address"  # secret if with a password
+TOKENS = "broker_token", "queue_incoming_auth_token", "queue_outgoing_auth_token"
 
 HEADER = """\
 # Pilots for HTCondor, described by `trio-pilot condor-submit`; to be given to condor_submit.
@@ -110,8 +112,8 @@ def _description(settings: Settings, variables: Mapping[str, str], request: Requ
     yield HEADER
     yield from _what(request)
     yield f'environment = "{" ".join(_assigned(name, value) for name, value in variables.items())}"'
-    if files := [*_config(settings), *request.transfer]:
-        yield f"transfer_input_files = {', '.join(map(_existing, files))}"
+    if files := _files([*_config(settings), *_token_files(settings), *request.transfer]):
+        yield f"transfer_input_files = {', '.join(files)}"
     yield f"request_cpus = {request.cpus}"
     yield f"request_memory = {_bytes('--memory', request.memory, 2**20)}"
     yield f"request_disk = {_bytes('--disk', request.disk, 2**10)}"
@@ -166,6 +168,29 @@ def _config(settings: Settings) -> list[Path]:
     return [Path(CONFIG_FILE)] if Path(CONFIG_FILE).exists() else []
 
 
+def _tokens(settings: Settings) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Name the settings whose tokens are in files."""
+    for name in TOKENS:
+        value = getattr(settings, name)
+        tokens = (value,) if isinstance(value, str) else value
+        if any(map(is_file, tokens)):
+            if any(map(_is_token, tokens)):
+                raise SettingsError(f"{flag_of(name)} must have all tokens in files (@/FILE), or none")
+            yield name, tokens
+
+
+def _token_files(settings: Settings) -> list[Path]:
+    return [Path(token[1:]) for _, tokens in _tokens(settings) for token in tokens if is_file(token)]
+
+
+def _files(files: Iterable[Path]) -> Collection[str]:
+    """Give the paths of files whose names will tell them apart in the job."""
+    paths = dict.fromkeys(map(_existing, files))
+    if len({Path(path).name for path in paths}) < len(paths):
+        raise SettingsError(f"two files that are to go with the job have the same name: {', '.join(paths)}")
+    return paths
+
+
 def _variables(settings: Settings, flags: Mapping[str, Any], environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Give what flags and variables say; what the file of settings says goes with it."""
     yield f"{PREFIX}HTCHIRP", "true"
@@ -175,16 +200,23 @@ def _variables(settings: Settings, flags: Mapping[str, Any], environ: Mapping[st
         for label, raw in [(label, raw) for label, raw in said.items() if raw not in (None, "")][:1]:
             _refuse_secret(name, label, str(raw))
             yield variables_of(name)[0], str(raw)
+    for name, tokens in _tokens(settings):
+        yield variables_of(name)[0], ";".join(f"@./{Path(token).name}" if is_file(token) else "" for token in tokens)
     if settings.config:
         yield f"{PREFIX}CONFIG", settings.config.name
 
 
 def _refuse_secret(name: str, label: str, raw: str) -> None:
-    if not FIELDS[name].metadata["secret"] or (name in ADDRESSES and not any(_has_password(one) for one in raw.split(";"))):
+    tells = {**dict.fromkeys(ADDRESSES, _has_password), **dict.fromkeys(TOKENS, _is_token)}.get(name, bool)
+    if not FIELDS[name].metadata["secret"] or not any(map(tells, raw.split(";"))):
         return
     raise SettingsError(
         f"{label} may be secret, and the environment of a job is not: say it in {CONFIG_FILE}, which goes with the job"
     )
+
+
+def _is_token(word: str) -> bool:
+    return bool(word) and not is_file(word)
 
 
 def _has_password(address: str) -> bool:
