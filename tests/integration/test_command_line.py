@@ -81,7 +81,10 @@ def test_the_version_is_told(command: Run) -> None:
     ("arguments", "message"),
     [
         ("--nope", "Unknown option: --nope."),
-        ("bogus", 'Unknown command "bogus". Available commands: run, send, receive, dead-letters, check, condor-submit,'),
+        (
+            "bogus",
+            'Unknown command "bogus". Available commands: run, send, receive, dead-letters, check, condor-submit, demo.',
+        ),
         ("run extra", "Unused Tokens: ['extra']."),
         ("send", 'Command "send" parameter QUEUE requires an argument.'),
         ("--prefetch two", "--prefetch must be an integer ≥ 1, not 'two'"),
@@ -123,7 +126,7 @@ def test_the_pilot_imports_nothing_that_it_does_not_need(tmp_path: Path, by_flag
     env = {**clean_environment(), **({} if by_flags else variables)}
     command = [sys.executable, "-c", program, *flags]
     done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=env, check=True, timeout=TIMEOUT)
-    for name in (b"'rich'", b"'pika'", b"'asyncio'", *([] if by_flags else [b"'cyclopts'"])):
+    for name in (b"'rich'", b"'pika'", b"'nats'", b"'asyncio'", *([] if by_flags else [b"'cyclopts'"])):
         assert name not in done.stdout
     assert b"'trio'" in done.stdout
 
