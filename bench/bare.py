@@ -52,8 +52,17 @@ def _prefix(way: str, runtime: Runtime, directory: Path) -> list[str]:
         case "bwrap":
             return [*BWRAP, "--bind", str(directory), "/tmp", "--chdir", "/tmp"]
         case "apptainer":
-            mount = ["--bind", f"{directory}:/tmp", "--pwd", "/tmp"]
-            return ["apptainer", "--silent", "exec", "--containall", "--no-eval", "--no-home", *mount, runtime.image]
+            options = [
+                "--containall",
+                "--no-eval",
+                "--no-privs",
+                "--no-home",
+                "--bind",
+                f"{directory}:/tmp",
+                "--pwd",
+                "/tmp",
+            ]
+            return ["apptainer", "--silent", "exec", *options, runtime.image]
     options = ["--rm", "--network=none", "-v", f"{directory}:/tmp", "-w", "/tmp"]
     return [runtime.name, *(["--remote"] if runtime.name == "podman" else []), "run", *options, runtime.image]
 
