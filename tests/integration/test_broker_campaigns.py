@@ -73,7 +73,7 @@ class Campaign:
         """Run the pilot at an address, with faults at random moments; give what it said."""
         await send_all(self.broker, self.queue, *[EwmsWire().encode(Message(number)) for number in range(self.count)])
         task = f"sh -c '{TASK.format(log=self.log, seconds=self.seconds)}'"
-        usual = {"TASK_ARGS": task, "MAX_CONCURRENT_TASKS": SLOTS, "TIMEOUT_QUEUE_INCOMING": 5, "BROKER_PATIENCE": 120}
+        usual = {"TASK_ARGS": task, "MAX_CONCURRENT_TASKS": SLOTS, "TIMEOUT_QUEUE_INCOMING": 2, "BROKER_PATIENCE": 120}
         given = settings(self.broker, self.queue, **{**usual, **more})
         for direction in ("INCOMING", "OUTGOING"):
             given[f"QUEUE_{direction}_BROKER_ADDRESS"] = address
@@ -130,7 +130,7 @@ class Campaign:
 
 
 @pytest.mark.parametrize(
-    ("kills", "count", "seconds"), [(5, 200, BRIEFLY), pytest.param(200, 1000, LONGER, marks=pytest.mark.soak)]
+    ("kills", "count", "seconds"), [(5, 100, BRIEFLY), pytest.param(200, 1000, LONGER, marks=pytest.mark.soak)]
 )
 async def test_a_broker_that_is_killed_again_and_again_costs_no_result_and_no_second_run(
     broker: Rabbit, tmp_path: Path, kills: int, count: int, seconds: str
@@ -146,7 +146,7 @@ async def test_a_broker_that_is_killed_again_and_again_costs_no_result_and_no_se
 
 
 @pytest.mark.parametrize(
-    ("rounds", "count", "seconds"), [(1, 100, BRIEFLY), pytest.param(25, 1000, LONGER, marks=pytest.mark.soak)]
+    ("rounds", "count", "seconds"), [(1, 60, BRIEFLY), pytest.param(25, 1000, LONGER, marks=pytest.mark.soak)]
 )
 async def test_a_network_that_misbehaves_costs_no_result_and_no_second_run(
     broker: Rabbit, proxy: proxies.Proxy, tmp_path: Path, rounds: int, count: int, seconds: str
@@ -177,7 +177,8 @@ async def test_a_network_that_misbehaves_costs_no_result_and_no_second_run(
 
     campaign = Campaign(broker, tmp_path, count, seconds)
     faults: list[Fault] = [cut, refuse_for_a_while, slow_down, half_open, swallow]
-    campaign.check(await campaign.run(proxy.address, faults * rounds))
+    # What is swallowed is missed once two heartbeats are; a pilot must not take that for an empty queue before.
+    campaign.check(await campaign.run(proxy.address, faults * rounds, TIMEOUT_QUEUE_INCOMING=10))
 
 
 @pytest.mark.parametrize("seconds", ["20", pytest.param("60", marks=pytest.mark.soak)])
@@ -187,7 +188,7 @@ async def test_a_task_that_takes_longer_than_the_server_likes_is_run_once_and_it
     with open_rabbitmq(suite, config="heartbeat = 2\nconsumer_timeout = 10000\n") as server:
         server.evaluate("application:set_env(rabbit, channel_tick_interval, 1000).")  # how often it looks, in milliseconds
         campaign = Campaign(Rabbit(server), tmp_path, 10, seconds)
-        stderr = await campaign.run(server.address, [], MAX_CONCURRENT_TASKS=10, TIMEOUT_QUEUE_INCOMING=15)
+        stderr = await campaign.run(server.address, [], MAX_CONCURRENT_TASKS=10)
         arrived = campaign.broker.ready(f"{campaign.queue}-out")
         campaign.check(stderr)
         assert arrived == 10
