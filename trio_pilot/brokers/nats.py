@@ -125,6 +125,7 @@ class NatsSource(_Queue):
         self.lease = 0.0  # seconds; known once connected
         self._directory = address.dead_letters
         self._consumer: NatsConsumer | None = None
+        self._has_left = False  # there will be no other connection
 
     @asynccontextmanager
     async def connect(self, threads: trio.Nursery) -> AsyncIterator[Connection]:
@@ -135,6 +136,7 @@ class NatsSource(_Queue):
             try:
                 yield connection
             except trio.Cancelled:
+                self._has_left = True
                 connection.leave(self.place, self.hold)
                 raise
 
@@ -215,6 +217,8 @@ class NatsSource(_Queue):
         """Answer a delivery, on each new connection anew."""
         try:
             while not (was_lost := arrival.is_lost) or answer is not NAK:
+                if self._has_left:
+                    raise DeliveryLostError(f"message {arrival.sequence} of {self.place.stream} was given back at the end")
                 connection = await self.connected()
                 try:
                     await connection.settle(self.place, arrival, answer)
