@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.runtimes_support import processes_with
 from tests.servers import UnavailableError, debian, free_port
 
 HERE = Path(__file__).parent
@@ -133,6 +134,10 @@ class Pool:
             raise CommandError(f"{' '.join(command)}: {done.stderr}{done.stdout}")
         return done.stdout
 
+    def processes_with(self, word: str) -> list[int]:
+        """List its processes that have a word in their command line or environment, but those in namespaces of their own."""
+        return [pid for pid in processes_with(word) if _namespace(str(pid)) == _namespace(self._inside)]
+
     def submit(self, description: str, directory: Path) -> Job:
         """Submit jobs from a directory below `jobs`."""
         said = self.run("condor_submit", "-terse", "-", given=description, directory=directory)
@@ -142,3 +147,9 @@ class Pool:
         said = self.run(command, cluster, "-json")
         found: list[dict[str, Any]] = json.loads(said) if said.strip() else []
         return found
+
+
+def _namespace(pid: str) -> str:
+    with suppress(OSError):
+        return str(Path(f"/proc/{pid}/ns/pid").readlink())
+    return ""

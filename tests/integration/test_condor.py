@@ -149,7 +149,7 @@ def job(user: Submitter, mark: str) -> Iterator[Job]:
 def assert_nothing_is_left(user: Submitter, mark: str) -> None:
     """Say that all events are back, nothing runs on, and the scratch directory is gone."""
     until_sync(lambda: user.ready() == 4, "all events to be back")
-    until_sync(lambda: not processes_with(mark) and not processes_with("condor_exec.exe"), "all processes to go")
+    until_sync(lambda: not processes_with(mark) and not user.pool.processes_with("condor_exec.exe"), "all processes to go")
     until_sync(lambda: not user.pool.run("ls", "-A", "/var/lib/condor/execute"), "the scratch directory to go")
 
 
@@ -169,7 +169,7 @@ def test_a_job_that_is_killed_leaves_nothing(user: Submitter, job: Job, mark: st
     if HARD[how]:
         user.pool.run(*HARD[how].split(), job.cluster)
     else:
-        [starter] = [pid for pid in processes_with("condor_starter") if command_line(pid)[0] == "condor_starter"]
+        [starter] = [pid for pid in user.pool.processes_with("condor_starter") if command_line(pid)[0] == "condor_starter"]
         os.kill(starter, signal.SIGKILL)
     assert_nothing_is_left(user, mark)
 
