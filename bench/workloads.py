@@ -105,7 +105,7 @@ def sky_scan(plan: Plan, address: str) -> Workload:
         "kill_grace": 0.1,
     }
     slow = {**settings, "task_args": shlex.join(["sh", "-c", SLOW_SLEEP + COPY])}
-    good = {**settings, "task_args": shlex.join(["sh", "-c", SLEEP + COPY])}
+    good = {**settings, "task_args": shlex.join(["sh", "-c", SLEEP + COPY]), "okay_errors": "TimeoutError"}
     events = [(number, seconds, False) for number, seconds in enumerate(times)]
     return Workload("sky scan", events, [slow, *[good] * (plan.pilots - 1)], _ideal(events, plan.slots * (plan.pilots - 1)))
 

@@ -163,7 +163,7 @@ def test_the_time_that_a_token_has_is_told(check: Check, exp: int, verdict: str)
 
 
 def test_a_token_that_is_not_yet_good_is_told(check: Check) -> None:
-    found = check(QUEUE_INCOMING_AUTH_TOKEN=jwt(nbf=time.time() + 7201))
+    found = check(QUEUE_INCOMING_AUTH_TOKEN=jwt(nbf=time.time() + 7350))
     assert facts(found, "token")[0].startswith("FAIL the token of in is good in 2.0 h only")
 
 
