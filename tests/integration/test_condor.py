@@ -92,9 +92,9 @@ def test_pilots_drain_a_queue_and_tell_of_it(user: Submitter) -> None:
         f"--pilots={PILOTS}",
         "--runtime=bubblewrap",
         "--task-image=/",
-        "--task-args=sh -c 'sleep 0.05; cp $EWMS_TASK_INFILE $EWMS_TASK_OUTFILE'",
+        "--task-args=sh -c 'sleep 0.02; cp $EWMS_TASK_INFILE $EWMS_TASK_OUTFILE'",
         "--outfile-ext=.json",
-        "--timeout-queue-incoming=3",
+        "--timeout-queue-incoming=2",
         "--htchirp-ratelimit-interval=1",
     )
     until_sync(lambda: any(ad.get(f"{PREFIX}Status") == "Tasking" for ad in job.ads()), "a pilot to tell that it works")
@@ -243,4 +243,4 @@ def test_the_guide_leads_from_nothing_to_results(user: Submitter) -> None:
         said = user.pool.run("sh", "-ec", script, directory=user.home)
         assert "FAIL" not in said
     results = [int(file.read_text()) for file in (user.home / "results").iterdir()]
-    assert sorted(results) == [7 * number for number in range(1, 101)]
+    assert sorted(results) == [7 * number for number in range(1, 21)]
