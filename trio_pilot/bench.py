@@ -30,6 +30,11 @@ class Bench:
         """Wait until the first has sat down, or the last has left."""
         await self._changed.wait()
 
+    async def is_idle(self) -> bool:
+        """Tell whether nobody sits there."""
+        await trio.lowlevel.checkpoint()
+        return not self._sitting
+
     @contextmanager
     def seat(self, delivery: Delivery) -> Iterator[None]:
         """Have an event on the bench until it is settled."""

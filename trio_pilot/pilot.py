@@ -11,7 +11,7 @@ serve
 """
 
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, asynccontextmanager, closing
 
 import trio
@@ -240,10 +240,21 @@ async def next_delivery(consumers: deque[Consumer], idle_limit: float) -> Delive
             if delivery := await consumers[0].take():
                 return delivery
         deadline = max(begun, *(consumer.listening_since for consumer in consumers)) + idle_limit
-        if trio.current_time() >= deadline:
+        if trio.current_time() >= deadline and await _are_idle(consumers):
             return None
         with trio.move_on_at(deadline):
             await wait_any(*(consumer.wait for consumer in consumers))
+
+
+async def _are_idle(consumers: Iterable[Consumer]) -> bool:
+    """Ask all brokers; they are not as soon as something comes."""
+    answers: list[bool] = []
+
+    async def ask() -> None:
+        answers.extend([await consumer.is_idle() for consumer in consumers])
+
+    await wait_any(ask, *(consumer.wait for consumer in consumers))
+    return bool(answers) and all(answers)
 
 
 @asynccontextmanager

@@ -185,6 +185,11 @@ class FakeConsumer:
         if not self._source.broker.queues.get(self._source.queue):
             await self._source.broker.change()
 
+    async def is_idle(self) -> bool:
+        """Ask the broker."""
+        await self._source.broker.call("consumer.is_idle")
+        return not self._source.broker.queues.get(self._source.queue)
+
 
 class FakeSink:
     """An outgoing queue."""

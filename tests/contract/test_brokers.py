@@ -80,6 +80,7 @@ async def test_a_queue_is_ready_and_its_consumer_says_since_when_it_listens(brok
                 while consumer.listening_since > trio.current_time():
                     await consumer.wait()
                 assert consumer.listening_since >= before
+                assert await consumer.is_idle()
 
 
 async def test_messages_arrive_in_the_order_in_which_they_were_sent(broker: Broker, queue: str) -> None:

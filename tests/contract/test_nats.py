@@ -183,6 +183,25 @@ async def test_an_event_whose_lease_ran_out_comes_again_and_is_known(broker: Nat
     assert broker.counts(queue) == (0, 0)
 
 
+async def test_a_connection_that_is_silent_is_not_taken_for_an_empty_queue(broker: Nats, queue: str) -> None:
+    async with (
+        proxy(broker.server.port) as way,
+        broker.sink(queue) as sink,
+        broker.source(queue, server=way.address) as source,
+        source.consume(1) as consumer,
+    ):
+        while consumer.listening_since > trio.current_time():
+            await consumer.wait()
+        way.swallowing = True
+        await sink.send(b"a", "a")
+        with trio.move_on_after(0.3) as waiting:
+            await consumer.is_idle()
+        assert waiting.cancelled_caught
+        way.swallowing = False
+        way.cut()
+        await source.settle(await take(consumer), Settlement.ACK)
+
+
 async def test_a_connection_cut_costs_nothing_while_leases_last(broker: Nats, queue: str) -> None:
     bodies = [b"%d" % number for number in range(40)]
     arrived: list[bytes] = []

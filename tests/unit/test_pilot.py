@@ -117,6 +117,19 @@ async def test_an_event_just_before_the_timeout_is_still_run(lab: Lab) -> None:
     assert lab.outputs() == ["1"]
 
 
+async def test_an_event_that_comes_while_the_broker_is_asked_whether_it_is_there_is_still_run(lab: Lab) -> None:
+    lab.broker.delays["consumer.is_idle"] = 20.0
+
+    async def late() -> None:
+        await trio.sleep(15)
+        lab.put(1)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(late)
+        await lab.run()
+    assert lab.outputs() == ["1"]
+
+
 async def test_running_tasks_finish_after_the_pilot_has_stopped_listening(lab: Lab) -> None:
     lab.runtime.script = sleeps_long
     lab.put(1)

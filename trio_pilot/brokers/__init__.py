@@ -57,6 +57,12 @@ class Consumer(Protocol):
     async def wait(self) -> None:
         """Wait until `take` may give a delivery, or `listening_since` has changed. Ends early rather than late."""
 
+    async def is_idle(self) -> bool:
+        """Ask the broker whether it is there, and tell whether it was and nothing has come until then.
+
+        A connection that is dead is as silent as a queue that is empty.
+        """
+
 
 class Source(Protocol):
     """An incoming queue."""

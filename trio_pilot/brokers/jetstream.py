@@ -450,6 +450,10 @@ class Listener:
         """Ask for no more; once this returns, none arrives any more."""
         await self._connection.call(self.end)
 
+    async def ask(self) -> None:
+        """Wait for a sign of life of the server."""
+        await self._connection.call(partial(self._connection.client.flush, ANSWER_TIMEOUT))
+
     def refill(self) -> None:
         """Ask for more, if less is held by now."""
         self._connection.post(self._refill)

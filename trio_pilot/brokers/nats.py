@@ -319,6 +319,15 @@ class NatsConsumer:
         else:
             await self._changed.wait()
 
+    async def is_idle(self) -> bool:
+        """Ask the server: what it has sent before it answers has arrived before the answer."""
+        if self._listener is None:
+            return False
+        with suppress(LostError):
+            await self._listener.ask()
+            return not self._arrived
+        return False
+
     async def listen(self, listener: Listener) -> None:
         """Have messages sent, as many as may be held."""
         self._listener = listener

@@ -269,6 +269,15 @@ class RabbitConsumer:
         else:
             await self._changed.wait()
 
+    async def is_idle(self) -> bool:
+        """Ask the server: what it has sent before it answers has arrived before the answer."""
+        if self._channel is None:
+            return False
+        with suppress(ClosedError):
+            await self._channel.ask("queue_declare", self._source.name, passive=True)
+            return not self._arrived
+        return False
+
     async def listen(self, channel: Channel, prefetch: int) -> None:
         """Have messages sent, `prefetch` of them ahead of their settlement."""
         self._channel = channel
