@@ -2,15 +2,17 @@
 
 import asyncio
 import json
+import os
 import sqlite3
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, closing, contextmanager
+from contextlib import AbstractAsyncContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import nats
 import pika
+import pulsar
 import trio
 from nats.js.errors import NotFoundError
 
@@ -27,6 +29,7 @@ from trio_pilot.brokers import (
     open_source,
 )
 from trio_pilot.brokers.nats import place_of
+from trio_pilot.brokers.pulsar_session import SUBSCRIPTION
 from trio_pilot.errors import PilotError
 from trio_pilot.testing import FakeBroker
 
@@ -205,6 +208,44 @@ class Nats:
                 await client.close()
 
         return asyncio.run(ask())
+
+
+class Pulsar:
+    counts_losses = False
+
+    def __init__(self, server: str, directory: Path) -> None:
+        self.server = server
+        self.directory = directory
+
+    def address(self, queue: str, server: str = "", token: str = "") -> QueueAddress:
+        return QueueAddress(queue, "pulsar", server or self.server, token, self.directory)
+
+    def source(self, queue: str, patience: Patience = patient, **address: str) -> AbstractAsyncContextManager[Source]:
+        return open_source(self.address(queue, **address), patience)
+
+    def sink(self, queue: str, patience: Patience = patient, **address: str) -> AbstractAsyncContextManager[Sink]:
+        return open_sink(self.address(queue, **address), patience)
+
+    def dead_letters(self, queue: str) -> list[tuple[bytes, str, str]]:
+        return [
+            (
+                message.data(),
+                *(json.loads(message.properties()[f"x-trio-pilot-{name}"]) for name in ("message-id", "reason")),
+            )
+            for message in self._messages(dead_letter_queue(queue))
+        ]
+
+    def _messages(self, queue: str) -> Iterator[Any]:
+        """Take all that is in a topic."""
+        with closing(pulsar.Client(self.server, logger=pulsar.FileLogger(pulsar.LoggerLevel.Error, os.devnull))) as client:
+            consumer = client.subscribe(
+                queue, SUBSCRIPTION, pulsar.ConsumerType.Shared, initial_position=pulsar.InitialPosition.Earliest
+            )
+            with suppress(pulsar.Timeout):
+                while True:
+                    message = consumer.receive(timeout_millis=1000)
+                    consumer.acknowledge(message)
+                    yield message
 
 
 async def take(consumer: Consumer) -> Delivery:

@@ -111,7 +111,7 @@ class Settings:
     broker: str = setting(
         "",
         text,
-        "address of the broker of queues that name none: amqp://HOST, nats://HOST, or a queue file",
+        "address of the broker of queues that name none: amqp://HOST, nats://HOST, pulsar://HOST, or a queue file",
         secret=True,
     )
     broker_token: str = setting(
@@ -302,7 +302,7 @@ class Settings:
         return QueueAddress(queue, kind, address or ("" if kind == "local" else "localhost"), token, self.dead_letters)
 
 
-SCHEMES = {"nats": "nats", "tls": "nats"}
+SCHEMES = {"nats": "nats", "tls": "nats", "pulsar": "pulsar", "pulsar+ssl": "pulsar"}
 
 
 def _kind_of_broker(address: str) -> str:

@@ -1,9 +1,12 @@
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
+import pulsar
 import pytest
 
 from tests.contract.subjects import SUBJECTS, Subject
+from tests.pulsar_stand_in import StandIn
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +19,10 @@ def sif(apptainer: Path, image: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture
 def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Subject:
     return SUBJECTS[request.param](request, tmp_path)
+
+
+@pytest.fixture
+def pulsar_stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    with StandIn() as server:
+        monkeypatch.setattr(pulsar, "Client", server.client)
+        yield server

@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.brokers import LONG, Broker, Fake, Local, Nats, Rabbit, new_name, nothing_comes, take
+from tests.brokers import LONG, Broker, Fake, Local, Nats, Pulsar, Rabbit, new_name, nothing_comes, take
 from trio_pilot import identity
 from trio_pilot.brokers import Consumer, Delivery, Settlement, Source, dead_letter_queue
 from trio_pilot.errors import DeliveryLostError
 
+PULSAR = os.environ.get("TRIO_PILOT_TEST_PULSAR", "")  # the address of a broker that the tests may fill with topics
+CONFIGURED = ["pulsar"] if PULSAR else []
 OTHER_VERSIONS = [pytest.param(name, marks=pytest.mark.soak) for name in ("rabbitmq_trixie", "rabbitmq_sid")]
 
 
-@pytest.fixture(params=["fake", "local", "rabbitmq", "nats", *OTHER_VERSIONS])
+@pytest.fixture(params=["fake", "local", "rabbitmq", "nats", "pulsar_stand_in", *CONFIGURED, *OTHER_VERSIONS])
 def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Broker:
     match request.param:
         case "fake":
@@ -25,6 +27,10 @@ def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Broker:
             return Local(tmp_path / "queues.sqlite")
         case "nats":
             return Nats(request.getfixturevalue("nats"))
+        case "pulsar":
+            return Pulsar(PULSAR, tmp_path)
+        case "pulsar_stand_in":
+            return Pulsar(request.getfixturevalue("pulsar_stand_in").address, tmp_path)
         case _:
             return Rabbit(request.getfixturevalue(request.param))
 

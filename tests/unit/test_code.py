@@ -34,6 +34,7 @@ def modules_that_import(library: str) -> set[str]:
 def test_each_foreign_library_is_imported_in_one_place() -> None:
     assert modules_that_import("pika") == {"brokers/amqp.py"}
     assert modules_that_import("sqlite3") == modules_that_import("inotify_simple") == {"brokers/local.py"}
+    assert modules_that_import("pulsar") == {"brokers/pulsar_session.py"}
     assert modules_that_import("zstandard") == {"wire.py"}
     assert modules_that_import("htchirp") == {"condor/chirp.py"}
     assert modules_that_import("cyclopts") == {"cli.py"}

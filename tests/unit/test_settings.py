@@ -188,12 +188,12 @@ def test_words_for_false(word: str) -> None:
         (
             "EWMS_PILOT_QUEUE_INCOMING_BROKER_TYPE",
             "kafka",
-            "EWMS_PILOT_QUEUE_INCOMING_BROKER_TYPE must be one of local, rabbitmq, nats, not 'kafka'",
+            "EWMS_PILOT_QUEUE_INCOMING_BROKER_TYPE must be one of local, rabbitmq, nats, pulsar, not 'kafka'",
         ),
         (
             "EWMS_PILOT_QUEUE_OUTGOING_BROKER_TYPE",
             "nats;kafka",
-            "EWMS_PILOT_QUEUE_OUTGOING_BROKER_TYPE must be one of local, rabbitmq, nats, not 'nats;kafka'",
+            "EWMS_PILOT_QUEUE_OUTGOING_BROKER_TYPE must be one of local, rabbitmq, nats, pulsar, not 'nats;kafka'",
         ),
     ],
 )
@@ -378,6 +378,8 @@ def test_queues_without_an_address_are_at_the_broker_of_all() -> None:
         ("u@h.db.org", "rabbitmq"),
         ("nats://token@host:4222", "nats"),
         ("TLS://host", "nats"),
+        ("pulsar://host", "pulsar"),
+        ("pulsar+ssl://host:6651", "pulsar"),
     ],
 )
 def test_the_address_tells_the_kind_of_a_broker(address: str, kind: str) -> None:

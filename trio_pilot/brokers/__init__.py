@@ -17,7 +17,7 @@ DEAD_LETTERS = Path("ewms-pilot-dead-letters")  # the usual directory for those 
 LONGEST_LEASE = 30 * 86400.0  # seconds
 
 
-KINDS = ("local", "rabbitmq", "nats")
+KINDS = ("local", "rabbitmq", "nats", "pulsar")
 
 
 class Settlement(Enum):

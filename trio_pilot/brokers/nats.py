@@ -8,7 +8,6 @@ message is delivered again. As JetStream counts every delivery, whatever came of
 the number of its failures in a header, before the one that was delivered is dropped: so no other delivery is counted.
 """
 
-import json
 import math
 import re
 import uuid
@@ -47,6 +46,7 @@ from trio_pilot.brokers.jetstream import (
     connect,
 )
 from trio_pilot.brokers.link import RETRY_DELAY, Link, LostError, kept_connected
+from trio_pilot.brokers.text_headers import FAILURES, MESSAGE_ID, read, said
 from trio_pilot.errors import (
     BrokerError,
     DeliveryLostError,
@@ -66,8 +66,6 @@ CONSUMER = "psub"  # oms-mqclient's, of every stream
 # JetStream drops a message with an id that it has seen in the last two minutes. That id is of one `send`, whose message may
 # be sent twice; two events may well have outputs with the same message id.
 ONCE = "Nats-Msg-Id"
-MESSAGE_ID = "x-trio-pilot-message-id"
-FAILURES = "x-trio-pilot-failures"
 INSTRUCTION = "nats-"  # how headers begin that tell the server what to do with a message
 
 
@@ -285,7 +283,7 @@ class NatsSource(_Queue):
         while not arrival.is_lost:
             connection = await self.connected()
             try:
-                return await _publish(connection, place, arrival.body, {**kept, **_said(facts), ONCE: once})
+                return await _publish(connection, place, arrival.body, {**kept, **said(facts), ONCE: once})
             except LostError:
                 await self._after(connection)
         raise DeliveryLostError(self._too_late(arrival))
@@ -358,7 +356,7 @@ class NatsConsumer:
         self._changed.set()
 
     def _delivery(self, arrival: Arrival) -> Delivery:
-        source, facts = self._source, _read(arrival.headers)
+        source, facts = self._source, read(arrival.headers)
         failures = facts.get(FAILURES)
         return Delivery(
             source,
@@ -378,7 +376,7 @@ class NatsSink(_Queue):
 
     async def send(self, body: bytes, message_id: str) -> None:
         """Send a message, on each new connection anew until it is confirmed; once only, however often it takes."""
-        headers = {**_said({MESSAGE_ID: message_id}), ONCE: uuid.uuid4().hex}
+        headers = {**said({MESSAGE_ID: message_id}), ONCE: uuid.uuid4().hex}
         while True:
             connection = await self.connected()
             try:
@@ -400,23 +398,6 @@ async def _publish(connection: Connection, place: Place, body: bytes, headers: M
     except GoneError:
         await connection.find_stream(place)
         await connection.publish(place.subject, body, headers)
-
-
-def _said(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Write facts as headers, which have room for text of one line: so they are JSON."""
-    return {name: json.dumps(value) for name, value in facts.items()}
-
-
-def _read(headers: Mapping[str, str]) -> dict[str, Any]:
-    """Read headers; those that `_said` has not written are text."""
-    return {name: _value(name, text) for name, text in headers.items()}
-
-
-def _value(name: str, text: str) -> Any:
-    if name.startswith(dead_letters.PREFIX):
-        with suppress(ValueError):
-            return json.loads(text)
-    return text
 
 
 def place_of(queue: str) -> Place:
