@@ -254,7 +254,7 @@ async def test_an_engine_that_is_not_there_is_a_fault(
     family: Family = FAMILIES[subject.name]
     assert await family.fault(OPTIONS) is None
     monkeypatch.setenv(VARIABLES[subject.name], f"unix://{tmp_path}/none.sock")
-    assert "none.sock did not be there" in str(await family.fault(OPTIONS))
+    assert "none.sock did not answer" in str(await family.fault(OPTIONS))
     monkeypatch.setenv(VARIABLES[subject.name], "tcp://localhost:2375")
     assert "must be unix:// and the path of a socket, not 'tcp://localhost:2375'" in str(await family.fault(OPTIONS))
     with pytest.raises(NodeError, match="must be unix://"):

@@ -75,7 +75,7 @@ class EngineApi:
 
     async def ping(self) -> Answer:
         """Ask whether it is there, and takes new connections. Raises EngineAwayError."""
-        return await self._request(self._pinger, "GET", "/_ping", "be there", seconds=PING_TIMEOUT)
+        return await self._request(self._pinger, "GET", "/_ping", "answer", seconds=PING_TIMEOUT)
 
     async def call(
         self,
