@@ -11,7 +11,6 @@ from cyclopts.validators import Number
 from trio_pilot import __version__
 from trio_pilot.commands.settings_here import settings_here
 from trio_pilot.errors import SettingsError, UsageError
-from trio_pilot.program import main as main  # the scripts of older installations look for it here
 from trio_pilot.settings import FIELDS, Settings, flag_of, sections
 
 # What sending and receiving need of the settings, and the demo.

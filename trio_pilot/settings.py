@@ -356,13 +356,12 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], directory: Path) 
 
     Args:
         flags: what the command line says, by setting; None is nothing said.
-        environ: the environment; see `environment`.
-        directory: the working directory, where an envfile and a TOML file are looked for.
+        environ: what `environment` gives.
+        directory: the working directory, where a TOML file is looked for.
 
     Raises:
         SettingsError: a value is wrong, or a file is.
     """
-    environ = environment(environ, directory)
     config = flags.get("config") or environ.get(PREFIX + "CONFIG")
     table = _read_toml(path(config)) if config else _read_toml(directory / CONFIG_FILE, optional=True)
     given = {name: _given(name, flags, environ, table) for name in FIELDS}

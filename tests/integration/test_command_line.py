@@ -145,6 +145,15 @@ def test_everything_may_be_in_the_environment(command: Run) -> None:
     assert sorted(lines(command("receive", "out", "--idle", "0.1"))) == ["ONE", "TWO"]
 
 
+def test_the_envfile_counts_and_what_is_wrong_in_it_is_told(command: Run, tmp_path: Path) -> None:
+    settings = {"TASK_ARGS": "true", "QUEUE_INCOMING": "in", "QUEUE_OUTGOING": "out", "TIMEOUT_QUEUE_INCOMING": "0.1"}
+    lines = [f"export EWMS_PILOT_{name}='{text}'\n" for name, text in [*settings.items(), ("PREFETSCH", "1")]]
+    (tmp_path / "ewms_htcondor_envfile.sh").write_text("".join(lines))
+    done = command()
+    assert done.returncode == 0
+    assert b"EWMS_PILOT_PREFETSCH is no setting; did you mean EWMS_PILOT_PREFETCH?" in done.stderr
+
+
 def test_lines_go_in_and_come_out(command: Run) -> None:
     events = [{"a": [1, None]}, "text\r\n", 1.5, None, True, "", "é\ud800"]
     sent = command("send", "q", stdin="\n\n".join(map(json.dumps, events)).encode())

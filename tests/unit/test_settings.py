@@ -314,7 +314,7 @@ def test_an_envfile_is_read_as_data_and_never_run(tmp_path: Path) -> None:
         f"touch {witness}\n"
         "export EWMS_PILOT_QUEUE_INCOMING='a;b'\nEWMS_PILOT_PREFETCH=7\n"
     )
-    settings = load({}, {"EWMS_PILOT_PREFETCH": "1"}, tmp_path)
+    settings = load({}, environment({"EWMS_PILOT_PREFETCH": "1"}, tmp_path), NOWHERE)
     assert settings.task_image == "$(touch x)"
     assert settings.init_image == f"`touch {witness}`"
     assert settings.task_args == ("say", "it;", "touch", "x")
@@ -327,7 +327,7 @@ def test_an_envfile_is_read_as_data_and_never_run(tmp_path: Path) -> None:
 def test_a_broken_envfile_is_told_without_its_content(tmp_path: Path) -> None:
     (tmp_path / "ewms_htcondor_envfile.sh").write_text("export TOKEN='hunter2")
     with pytest.raises(SettingsError, match=r"cannot read .*: No closing quotation") as raised:
-        load({}, {}, tmp_path)
+        environment({}, tmp_path)
     assert "hunter2" not in str(raised.value)
 
 

@@ -12,8 +12,10 @@ from trio_pilot.settings import Settings, environment, load, unknown_variables
 
 def settings_here(flags: Mapping[str, Any]) -> Settings:
     """Put the settings together of flags, the environment and the files here, and begin to log. Raises SettingsError."""
-    settings = load(flags, os.environ, Path.cwd())
+    directory = Path.cwd()
+    environ = environment(os.environ, directory)
+    settings = load(flags, environ, directory)
     log.set_up(settings.cl_log, settings.cl_log_third_party)
-    for warning in unknown_variables(environment(os.environ, Path.cwd())):
+    for warning in unknown_variables(environ):
         LOGGER.warning(warning)
     return settings
