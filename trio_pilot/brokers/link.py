@@ -60,7 +60,8 @@ class Link(Generic[S]):
         await self.connected()
 
     async def connected(self) -> S:
-        """Wait for a session."""
+        """Wait for a session; cancelled, there is none: what is over must not begin to use it."""
+        await trio.lowlevel.checkpoint_if_cancelled()
         while (session := self._session.value) is None:
             await self._session.wait_value(lambda value: value is not None)
         return session
