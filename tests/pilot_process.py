@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,11 +28,18 @@ def environment(settings: Mapping[str, object]) -> dict[str, str]:
 
 
 @contextmanager
-def pilot(directory: Path, settings: Mapping[str, object], *arguments: str) -> Iterator["subprocess.Popen[str]"]:
-    """Run the pilot in a directory of its own; killed with what it has started when this ends."""
-    with subprocess.Popen(
-        [COMMAND, *arguments], cwd=directory, env=environment(settings), stderr=subprocess.PIPE, text=True
-    ) as child:
+def pilot(
+    directory: Path, settings: Mapping[str, object], *arguments: str, log: Path | None = None
+) -> Iterator["subprocess.Popen[str]"]:
+    """Run the pilot in a directory of its own; killed with what it has started when this ends.
+
+    What it says goes into a pipe, and it waits once that is full (64 KiB) and nobody reads: who has it run for long names a
+    file instead.
+    """
+    with (
+        log.open("w") if log else nullcontext(subprocess.PIPE) as stderr,
+        subprocess.Popen([COMMAND, *arguments], cwd=directory, env=environment(settings), stderr=stderr, text=True) as child,
+    ):
         try:
             yield child
         finally:
