@@ -123,6 +123,7 @@ class Connection:
         self._for_pika = Mailbox(self._wake)
         self._pika: pika.SelectConnection | None = None
         self._hang_up = False
+        self._is_blocked = False  # the server reads nothing more from us, for want of memory or disk
         self._posted: weakref.WeakSet[Reply] = weakref.WeakSet()
         self._channels: set[Channel] = set()
 
@@ -165,9 +166,12 @@ class Connection:
                 self._pika.update_secret(secret, "renewed", lambda _: self.tell(reply.tell))
 
     async def answer(self, reply: Reply) -> Any:
-        """Wait for an answer of the server; hang up on one that gives none."""
-        with trio.move_on_after(ANSWER_TIMEOUT):
-            return await reply.wait()
+        """Wait for an answer of the server; hang up on one that gives none, unless it blocks us, and so reads nothing."""
+        waiting = True
+        while waiting:
+            with trio.move_on_after(ANSWER_TIMEOUT):
+                return await reply.wait()
+            waiting = self._is_blocked
         self.hang_up()
         raise ClosedError(0, f"the broker has not answered for {ANSWER_TIMEOUT:g} s")
 
@@ -221,10 +225,11 @@ class Connection:
                 self._pika.ioloop.close()
 
     def _blocked(self, _connection: object, frame: Any) -> None:
-        why = frame.method.reason
+        self._is_blocked, why = True, frame.method.reason
         LOGGER.warning("RabbitMQ at %s takes no more from us for now, and outputs wait: %s", self._parameters.host, why)
 
     def _unblocked(self, _connection: object, _frame: object) -> None:
+        self._is_blocked = False
         LOGGER.warning("RabbitMQ at %s takes messages again", self._parameters.host)
 
     def _end(self, error: BaseException) -> None:

@@ -1,0 +1,149 @@
+# A RabbitMQ short of memory or disk takes no messages until it has some again: what the pilot makes of that.
+
+import json
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.brokers import Rabbit, eventually, new_name, nothing_comes, take
+from tests.conftest import open_rabbitmq
+from tests.integration.test_broker_faults import receive_all, send_all, settings
+from tests.pilot_process import assert_nothing_left, pilot
+from tests.servers import RabbitServer
+from trio_pilot.brokers import Settlement, amqp
+from trio_pilot.wire import EwmsWire, Message
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What `rabbitmqctl set_vm_memory_high_watermark` and `set_disk_free_limit` call, to raise an alarm and to end it."""
+
+    begin: str
+    end: str
+
+
+ALARMS = {
+    "memory": Alarm(*(f"vm_memory_monitor:set_vm_memory_high_watermark({limit})." for limit in ("0.00001", "0.4"))),
+    "disk": Alarm(*(f'rabbit_disk_monitor:set_disk_free_limit("{limit}").' for limit in ("1000000GB", "20MB"))),
+}
+SUITES = ["", *(pytest.param(suite, marks=pytest.mark.soak) for suite in ("trixie", "sid"))]
+
+
+@pytest.fixture(scope="module", params=SUITES)
+def server(request: pytest.FixtureRequest) -> Iterator[RabbitServer]:
+    """Have a server of our own: an alarm is everybody's."""
+    with open_rabbitmq(request.param) as server:
+        yield server
+
+
+@pytest.fixture
+def broker(server: RabbitServer) -> Rabbit:
+    return Rabbit(server)
+
+
+@pytest.fixture(params=["memory", "disk"])
+def alarm(request: pytest.FixtureRequest, server: RabbitServer) -> Iterator[Alarm]:
+    """Have a way to raise an alarm, which does not outlast the test."""
+    alarm = ALARMS[request.param]
+    yield alarm
+    server.evaluate(alarm.end)
+
+
+def is_blocked(server: RabbitServer) -> bool:
+    return "blocked" in server.evaluate("[S || [{state, S}] <- rabbit_networking:connection_info_all([state])].")
+
+
+class Stuck:
+    """A pilot with four tasks, which end while the broker takes none of their outputs."""
+
+    def __init__(self, broker: Rabbit, directory: Path) -> None:
+        self.broker, self.queue = broker, new_name()
+        self.directory, self._gate, self._log = directory / "slot", directory / "gate", directory / "said"
+        self.directory.mkdir()
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text()
+
+    def reached(self) -> int:
+        """Count the tasks that have been started."""
+        return len(list(self.directory.glob("ewms-pilot-data/*/task-io/infile*")))
+
+    def done(self) -> int:
+        """Count the tasks that have ended."""
+        return len(list(self._gate.parent.glob("gate.*")))
+
+    @asynccontextmanager
+    async def pilot(self, alarm: str, **more: object) -> AsyncIterator["subprocess.Popen[str]"]:
+        """Run the pilot; come back once it has said that outputs wait."""
+        await send_all(self.broker, self.queue, *[EwmsWire().encode(Message(number)) for number in range(4)])
+        wait = f"while ! test -e {self._gate}; do sleep 0.05; done"
+        script = f"{wait}; cp $EWMS_TASK_INFILE $EWMS_TASK_OUTFILE; echo >> {self._gate}.$$"
+        usual = {"MAX_CONCURRENT_TASKS": 4, "TASK_ARGS": f"sh -c '{script}'", "TIMEOUT_QUEUE_INCOMING": 1}
+        with pilot(self.directory, settings(self.broker, self.queue, **usual, **more), log=self._log) as child:
+            await eventually(lambda: self.reached() == 4)
+            self.broker.server.evaluate(alarm)
+            self._gate.touch()
+            await eventually(lambda: self.done() == 4)
+            await eventually(lambda: "outputs wait: low on" in self.said)
+            yield child
+            await eventually(lambda: child.poll() is not None)
+        assert_nothing_left(self.directory)
+
+
+async def test_outputs_wait_for_a_broker_in_need_while_tasks_go_on_and_the_pilot_does_not_end(
+    broker: Rabbit, tmp_path: Path, alarm: Alarm
+) -> None:
+    stuck = Stuck(broker, tmp_path)
+    async with stuck.pilot(alarm.begin) as child:
+        await trio.sleep(3)  # thrice what the pilot waits for events
+        assert child.poll() is None
+        assert broker.ready(f"{stuck.queue}-out") == 0
+        broker.server.evaluate(alarm.end)
+    assert child.returncode == 0, stuck.said
+    assert "takes messages again" in stuck.said
+    assert "connecting again" not in stuck.said
+    assert sorted(map(json.dumps, await receive_all(broker, f"{stuck.queue}-out", 4))) == list("0123")
+    assert broker.ready(stuck.queue) == 0
+    assert stuck.done() == 4
+
+
+async def test_a_pilot_told_to_end_while_its_outputs_wait_gives_their_events_back(
+    broker: Rabbit, tmp_path: Path, alarm: Alarm
+) -> None:
+    stuck = Stuck(broker, tmp_path)
+    async with stuck.pilot(alarm.begin, GRACE=1, SETTLE_GRACE=1) as child:
+        child.terminate()
+    broker.server.evaluate(alarm.end)
+    assert child.returncode == 128 + 15, stuck.said
+    assert broker.ready(stuck.queue) == 4
+
+
+async def test_a_broker_in_need_is_not_hung_up_on_for_giving_no_answers(
+    broker: Rabbit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, alarm: Alarm
+) -> None:
+    monkeypatch.setattr(amqp, "ANSWER_TIMEOUT", 0.5)
+    queue = new_name()
+    await send_all(broker, queue, b"a", b"b")
+    async with broker.source(queue) as source, source.consume(2) as consumer, trio.open_nursery() as nursery:
+        first, second = await take(consumer), await take(consumer)
+        broker.server.evaluate(alarm.begin)
+        for delivery in (first, second):  # by a copy
+            nursery.start_soon(source.settle, delivery, Settlement.REJECT)
+        await eventually(lambda: is_blocked(broker.server))
+        with trio.move_on_after(2) as asking:
+            await consumer.is_idle()
+        assert asking.cancelled_caught
+        broker.server.evaluate(alarm.end)
+        again = [await take(consumer), await take(consumer)]
+        assert {(delivery.body, delivery.attempt) for delivery in again} == {(b"a", 2), (b"b", 2)}
+        for delivery in again:
+            await source.settle(delivery, Settlement.ACK)
+        await nothing_comes(consumer)
+    assert "connecting again" not in caplog.text
+    assert broker.ready(queue) == 0
