@@ -12,9 +12,11 @@ import trio
 
 from trio_pilot.brokers import Delivery
 
-MOST_DONE = 10_000  # events to remember that were done and not settled; a broker that is back delivers them at once
+MOST_DONE = 10_000  # events to remember, of those done and of those acked; a broker that is back delivers them at once
 
-IN_DOUBT = 10.0  # seconds for which a broker may not yet have on its disk that an event is acked; it takes milliseconds
+# Seconds for which an ack may not have arrived. A broker has it on its disk within milliseconds; but pika looks for a
+# heartbeat every 25 s, and takes two looks to know that a connection is dead.
+IN_DOUBT = 60.0
 
 
 class Life:
@@ -31,7 +33,7 @@ class Ledger:
     def __init__(self) -> None:
         self._running: dict[tuple[str, str], list[Life]] = {}
         self._done: OrderedDict[tuple[str, str], int] = OrderedDict()
-        self._acked: deque[tuple[float, Delivery]] = deque()
+        self._acked = deque[tuple[float, Delivery]](maxlen=MOST_DONE)
 
     @contextmanager
     def life(self, delivery: Delivery) -> Iterator[Life]:
@@ -74,7 +76,8 @@ class Ledger:
         if not delivery.redelivered:
             return False
         key = _key(delivery)
-        self._doubt_acked()
+        if key not in self._done:
+            self._doubt_acked()
         if key not in self._done:
             return False
         self._done[key] -= 1
@@ -91,13 +94,13 @@ class Ledger:
     def _doubt_acked(self) -> None:
         """Take those for done and not settled that were acked just before their connection was lost."""
         self._forget_acked()
-        kept = deque[tuple[float, Delivery]]()
-        for at, delivery in self._acked:
+        acked = list(self._acked)
+        self._acked.clear()
+        for at, delivery in acked:
             if delivery.source.has_lost(delivery):
                 self.done(delivery)
             else:
-                kept.append((at, delivery))
-        self._acked = kept
+                self._acked.append((at, delivery))
 
 
 def _key(delivery: Delivery) -> tuple[str, str]:

@@ -473,6 +473,28 @@ async def test_events_that_come_again_after_a_lost_connection_are_not_run_again(
     assert len(outputs) == 4
 
 
+@pytest.mark.soak
+async def test_events_done_while_a_dead_connection_is_not_known_to_be_are_not_run_again(
+    broker: Rabbit, queue: str, directory: Path, proxy: proxies.Proxy
+) -> None:
+    said, ran = directory.parent / "said", directory.parent / "ran"
+    await send_all(broker, queue, *[EwmsWire().encode(Message(number)) for number in range(40)])
+    given = settings(broker, queue, TASK_ARGS=f"sh -c 'sleep 0.5; echo >> {ran}'", PREFETCH=100, TIMEOUT_QUEUE_INCOMING=5)
+    given["QUEUE_INCOMING_BROKER_ADDRESS"] = proxy.address
+    with pilot(directory, given, log=said) as child:
+        await eventually(ran.exists)
+        proxy.swallowing = True  # it takes two checks to know, of HEARTBEAT and 5 seconds each
+        with trio.fail_after(2 * LONG):
+            while "connecting again" not in said.read_text():  # noqa: ASYNC110 -- there is no event
+                await trio.sleep(0.1)
+        proxy.swallowing = False
+        await eventually(lambda: child.poll() is not None)
+    assert child.returncode == 0, said.read_text()
+    assert len(ran.read_text()) == 40
+    assert broker.ready(queue) == 0
+    assert_nothing_left(directory)
+
+
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.soak)])
 async def test_poison_among_good_events_is_tried_as_often_as_it_may_and_delays_no_other(
     broker: Rabbit, queue: str, directory: Path, count: int

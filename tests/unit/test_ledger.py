@@ -5,7 +5,7 @@ import trio
 
 from tests.unit.pilots import WIRE, Lab
 from trio_pilot import ledger
-from trio_pilot.brokers import Delivery
+from trio_pilot.brokers import Delivery, amqp
 from trio_pilot.errors import TasksFailedError
 from trio_pilot.ledger import Ledger
 from trio_pilot.runtimes import Container
@@ -115,6 +115,24 @@ async def test_an_ack_of_long_ago_has_arrived(lab: Lab) -> None:
     known.acked(delivery(source, "b"))
     source.has_lost_all = True
     assert [known.was_done(delivery(source, message_id)) for message_id in "ab"] == [False, True]
+
+
+async def test_an_ack_into_a_connection_that_is_dead_is_in_doubt_for_longer_than_it_takes_to_know(lab: Lab) -> None:
+    source = Losing(lab.broker, "in")
+    known = Ledger()
+    known.acked(delivery(source, "a"))
+    await trio.sleep(2 * (amqp.HEARTBEAT + 5))  # pika looks twice, each time for 5 s longer than a heartbeat may take
+    known.acked(delivery(source, "b"))
+    source.has_lost_all = True
+    assert [known.was_done(delivery(source, message_id)) for message_id in "ab"] == [True, True]
+
+
+async def test_the_memory_of_what_was_acked_is_bounded(lab: Lab) -> None:
+    source = Losing(lab.broker, "in")
+    known = Ledger()
+    for number in range(ledger.MOST_DONE + 1):
+        known.acked(delivery(source, str(number)))
+    assert len(known._acked) == ledger.MOST_DONE
 
 
 async def test_an_ack_of_an_event_without_a_name_of_its_own_is_never_in_doubt(lab: Lab) -> None:
