@@ -27,7 +27,7 @@ from trio_pilot.runtimes import Runtime
 from trio_pilot.scopes import Shelter
 from trio_pilot.settings import Settings
 from trio_pilot.status import State, Status
-from trio_pilot.task import Tools, Worker, run_init
+from trio_pilot.task import Tools, Worker, run_canary, run_init
 from trio_pilot.workspace import Workspace, open_workspace, root_in
 
 
@@ -156,15 +156,20 @@ class Pilot:
             raise self._node_error
 
     async def _initialise(self) -> None:
-        """Run the init container, and look at brokers and image meanwhile: the first that fails ends the others."""
+        """Run the init container, and look at brokers and node meanwhile: the first that fails ends the others."""
         self._status.state.value = State.INIT
         async with trio.open_nursery() as init:
             for ready in [queue.ready for queue in self._sources] + [queue.ready for queue in self._tools.sinks]:
                 init.start_soon(ready)
             init.start_soon(self._tools.guard.sweep)
-            init.start_soon(self._tools.runtime.prepare, self._settings.task_image)
+            init.start_soon(self._try_the_node)
             if self._settings.init_image or self._settings.init_args:
                 init.start_soon(run_init, self._tools, self._settings, self._worker.outputs)
+
+    async def _try_the_node(self) -> None:
+        """Get the image of the tasks ready, and run next to nothing in it: a node that cannot is not to touch an event."""
+        await self._tools.runtime.prepare(self._settings.task_image)
+        await run_canary(self._tools, self._settings)
 
     async def _take_events(self, tasks: trio.Nursery) -> None:
         """Start a task for each event, until a free slot has waited in vain for as long as it should."""

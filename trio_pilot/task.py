@@ -171,7 +171,6 @@ class Worker:
         with self._pins.lent() as cpus:
             order = replace(self._order, pinned=cpus) if cpus else self._order
             await run(self._tools, self._disk, self.outputs, order, files)
-        self.canary.sings()
         self._status.run_times.add(trio.current_time() - started)
         with self._shelter.linger() as scope:
             body = await self._disk.call(staging.outfile_size(files), self._collect, event, files)
@@ -312,8 +311,8 @@ async def run_once(tools: Tools, settings: Settings, data: Any) -> int:
     return ended.code
 
 
-async def run_canary(tools: Tools, settings: Settings, error: PilotError) -> None:
-    """Run next to nothing, on this disk, by this clock, in a container like that of a task that failed.
+async def run_canary(tools: Tools, settings: Settings, error: PilotError | None = None) -> None:
+    """Run next to nothing, on this disk, by this clock, in a container like that of a task: of one that failed, if so.
 
     Raises:
         NodeError: it does not work here. An image need not have such a command; but it must have this, or the task's own.

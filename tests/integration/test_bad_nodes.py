@@ -23,7 +23,8 @@ def goes_away(image: Path) -> None:
 
 
 def cannot_be_read(image: Path) -> None:
-    (image / "bin/busybox").write_bytes(b"")
+    (image / "bin/other").touch(0o755)
+    (image / "bin/other").rename(image / "bin/busybox")  # as it is, it may not be written while it runs
 
 
 def may_not_be_run(image: Path) -> None:
@@ -31,21 +32,52 @@ def may_not_be_run(image: Path) -> None:
 
 
 @pytest.mark.parametrize("breaks", [goes_away, cannot_be_read, may_not_be_run])
-def test_a_node_that_breaks_touches_three_events_at_most_and_charges_one(
-    pilots: PilotCommand, own_image: Path, breaks: Callable[[Path], None], need: Callable[[str, str], None]
+@pytest.mark.parametrize("slots", [1, 8])
+def test_a_node_that_breaks_touches_an_event_a_slot_at_most_and_charges_none(
+    pilots: PilotCommand, own_image: Path, breaks: Callable[[Path], None], slots: int, need: Callable[[str, str], None]
 ) -> None:
     need("bwrap", "bubblewrap")
     pilots.send(*range(EVENTS))
-    pilot = pilots.start(*COPY, runtime="bubblewrap", task_image=own_image, stop_listening_on_task_error=False)
+    pilot = pilots.start(
+        *COPY,
+        runtime="bubblewrap",
+        task_image=own_image,
+        stop_listening_on_task_error=False,
+        retry_delay=0,
+        max_concurrent_tasks=slots,
+    )
     until_sync(lambda: len(pilots.queue("outputs")) >= 3)
     breaks(own_image)
     assert pilot.wait() == NodeError.exit_code
     assert "this node breaks tasks: " in pilot.last_line
-    assert sum(", attempt " in line for line in pilot.stderr.splitlines()) <= 3
+    assert sum(", attempt " in line for line in pilot.stderr.splitlines()) <= slots
     waiting = pilots.queue()
-    assert sum(attempts for attempts, _ in waiting) <= 1
-    assert not any(is_claimed for _, is_claimed in waiting)
-    assert len(waiting) + len(pilots.queue("outputs")) == EVENTS
+    assert waiting == [(0, False)] * (EVENTS - len(pilots.queue("outputs")))
+
+
+@pytest.mark.parametrize("breaks", [cannot_be_read, may_not_be_run])
+def test_a_node_that_was_bad_from_the_start_touches_no_event_and_holds_its_slot(
+    pilots: PilotCommand, own_image: Path, breaks: Callable[[Path], None], need: Callable[[str, str], None]
+) -> None:
+    need("bwrap", "bubblewrap")
+    pilots.send(*range(3))
+    breaks(own_image)
+    pilot = pilots.run(*COPY, runtime="bubblewrap", task_image=own_image, quarantine_time=0.1)
+    assert pilot.wait() == NodeError.exit_code
+    assert "holding the slot for 0.1 s" in pilot.stderr
+    assert "listening" not in pilot.stderr
+    assert pilots.queue() == [(0, False)] * 3
+
+
+def test_an_image_without_the_canarys_command_will_do(
+    pilots: PilotCommand, own_image: Path, need: Callable[[str, str], None]
+) -> None:
+    need("bwrap", "bubblewrap")
+    (own_image / "bin/true").unlink()
+    pilots.send("event")
+    pilot = pilots.run(*COPY, runtime="bubblewrap", task_image=own_image)
+    assert pilot.wait() == 0, pilot.stderr
+    assert pilots.receive() == ["event"]
 
 
 @pytest.mark.usefixtures("runtime")

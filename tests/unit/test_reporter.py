@@ -10,7 +10,9 @@ from tests.unit.test_canary import does_not_sing
 from tests.unit.test_pilot import fails
 from trio_pilot.condor.reporter import LAST_TIMEOUT, MOST_ERRORS, Reporter, Value
 from trio_pilot.errors import ContainerRunError, NodeError, ReportError, TasksFailedError
+from trio_pilot.runtimes import Container
 from trio_pilot.status import State, Status
+from trio_pilot.testing import copy
 
 pytestmark = pytest.mark.mock_clock
 
@@ -123,13 +125,11 @@ async def test_a_quarantine_is_told_before_it_is_over(reported: Lab, chirp: Fake
 
 
 async def test_why_a_node_is_bad_is_told_before_its_slot_is_held(reported: Lab, chirp: FakeChirp) -> None:
-    reported.runtime.script, reported.runtime.canary = fails, does_not_sing
-    reported.put(1)
+    reported.runtime.canary = does_not_sing
     with pytest.raises(BaseExceptionGroup):
         await reported.run(quarantine_time=600.0)
-    (error,) = chirp.values("Error")
-    assert str(error).startswith("NodeError: this node breaks tasks: `true` in a container fails (exit code 126)")
-    assert [time for time, news in chirp.told if "Error" in news] == [1]
+    assert chirp.values("Error") == ["NodeError: `true` in a container fails (exit code 126): true: Input/output error"]
+    assert [time for time, news in chirp.told if "Error" in news] == [0]
 
 
 async def test_what_was_not_told_is_told_later_and_the_fault_is_logged_once(
@@ -153,6 +153,23 @@ async def test_a_proxy_that_hangs_keeps_neither_tasks_nor_the_end(reported: Lab,
     await reported.run()
     assert trio.current_time() == 5 + 1 + LAST_TIMEOUT
     reported.assert_the_promise(range(5))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fault"), [(0, None), (1000, None), (0, ReportError("refused")), (0.3, ReportError("closed"))]
+)
+async def test_no_task_waits_for_the_proxy(reported: Lab, chirp: FakeChirp, seconds: float, fault: Exception | None) -> None:
+    chirp.seconds, chirp.fault = seconds, fault
+    starts: list[float] = []
+
+    async def script(container: Container) -> int:
+        starts.append(trio.current_time())
+        return await copy(container)
+
+    reported.runtime.script = script
+    reported.put(*range(20))
+    await reported.run(max_concurrent_tasks=2)
+    assert starts == [number // 2 for number in range(20)]
 
 
 async def test_a_slow_proxy_gets_what_has_come_together_meanwhile(reported: Lab, chirp: FakeChirp) -> None:
