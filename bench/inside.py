@@ -1,6 +1,7 @@
 """A pilot with some of its parts exchanged, in a process of its own; the rest is as `trio-pilot run` puts it together."""
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
@@ -11,6 +12,7 @@ import trio
 
 from trio_pilot.brokers import Sink, Source, open_sinks, open_sources
 from trio_pilot.children import end_strays
+from trio_pilot.condor.slot import find_slot, fitted
 from trio_pilot.guard import Guard
 from trio_pilot.pilot import serve
 from trio_pilot.runtimes import Runtime
@@ -23,8 +25,8 @@ Sinks = AbstractAsyncContextManager[list[Sink]]
 
 
 def settings(file: str) -> Settings:
-    """Read the settings that are given in a file."""
-    return load(json.loads(Path(file).read_text()), {}, Path.cwd())
+    """Read the settings that are given in a file; each task has its share of this machine."""
+    return fitted(load(json.loads(Path(file).read_text()), {}, Path.cwd()), find_slot(os.environ))
 
 
 def as_it_is(part: T) -> T:

@@ -1,10 +1,8 @@
 """How near to the limit: the pilot, with its broker on the same cores, against the same commands with no pilot at all."""
 
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from bench import bare
 from bench.broker import RabbitServer
@@ -44,13 +42,13 @@ def measure(plan: Plan, server: RabbitServer) -> Report:
 
 def _figures(plan: Plan, runtime: Runtime, server: RabbitServer, slots: int) -> Iterator[Figure]:
     tasks = max(3 * slots, round(plan.length / COST[runtime.name]))
-    start = pilot({"max_concurrent_tasks": slots, "task_args": task(0), **runtime.settings}, runtime.env)
-    with tempfile.TemporaryDirectory(prefix="trio-pilot-bench-bare-") as directory:
-        sides: dict[str, Callable[[], float]] = {
-            way: partial(bare.rate, way, runtime, slots, tasks, Path(directory)) for way in bare.ways(runtime)
-        }
-        sides[OURS] = lambda: Load(tasks).done_by(start, server).rate
-        samples = alternate(plan.rounds, sides)
+    settings = {"max_concurrent_tasks": slots, "task_args": task(0), **runtime.settings}
+    notes, start = bare.notes(settings, runtime.env, server), pilot(settings, runtime.env)
+    sides: dict[str, Callable[[], float]] = {
+        way: partial(bare.rate, way, runtime, notes, slots, tasks) for way in bare.ways(runtime)
+    }
+    sides[OURS] = lambda: Load(tasks).done_by(start, server).rate
+    samples = alternate(plan.rounds, sides)
     for figure in compared({"runtime": runtime.name, "slots": slots}, "1/s", samples, OURS):
         say(f"{dict(figure.labels)}: {figure.median:.3g} {figure.unit}")
         yield figure

@@ -5,23 +5,17 @@ The stages of an event: `queued` (a slot between two events), `staged` (until it
 engine needs to start a container is in `ran`.
 """
 
-import json
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from bench.broker import Queues, RabbitServer
+from bench.broker import RabbitServer
 from bench.figures import Figure, Label
-from bench.load import Load, Start
+from bench.load import Load
 from bench.measure import of_runtimes, report, say
-from bench.pilot import given, pilot, stubbed, task, variables
-from bench.process import Measured, running
-from bench.report import ROOT, Report
+from bench.pilot import pilot, stubbed, task, telling
+from bench.report import Report
 from bench.runtimes import Runtime
 from bench.throughput import COST
 from bench.timed import STAGES
@@ -64,25 +58,10 @@ def _figures(plan: Plan, runtime: Runtime, server: RabbitServer, slots: int) -> 
     yield Figure({**labels, "what": "CPU of the pilot"}, "ms", [1000 * run.cpu / load.events for run in runs])
     times: list[dict[str, float]] = []
     for _ in range(plan.rounds):
-        load.done_by(timed(settings, runtime.env, times.append), server)
+        load.done_by(telling("bench.timed", settings, runtime.env, times.append), server)
     for stage in STAGES:
         yield Figure({**labels, "what": stage}, "ms", [1000 * time[stage] for time in times])
     say(f"{labels}: {', '.join(f'{stage} {1000 * times[-1][stage]:.2f} ms' for stage in STAGES)}")
-
-
-def timed(settings: Mapping[str, Any], env: Mapping[str, str], tell: Callable[[dict[str, float]], None]) -> Start:
-    """Give what starts a pilot that looks at the clock, and in the end tells the mean seconds of each stage."""
-
-    @contextmanager
-    def start(queues: Queues, directory: Path) -> Iterator[Measured]:
-        found = directory / "times.json"
-        command = [sys.executable, "-m", "bench.timed", given(queues, directory, settings), str(found)]
-        with running(command, directory, {**variables(), **env, "PYTHONPATH": str(ROOT)}) as process:
-            yield process
-            process.end()
-        tell(json.loads(found.read_text()))
-
-    return start
 
 
 def _instructions(plan: Plan, server: RabbitServer) -> Iterator[Figure]:

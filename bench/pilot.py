@@ -62,6 +62,21 @@ def pilot(settings: Mapping[str, Any], env: Mapping[str, str] | None = None) -> 
     return start
 
 
+def telling(module: str, settings: Mapping[str, Any], env: Mapping[str, str], tell: Callable[[Any], object]) -> Start:
+    """Give what starts the pilot of a module of ours, and in the end tells what that has written, as JSON."""
+
+    @contextmanager
+    def start(queues: Queues, directory: Path) -> Iterator[Measured]:
+        found = directory / "found.json"
+        command = [sys.executable, "-m", module, given(queues, directory, settings), str(found)]
+        with running(command, directory, {**variables(), **(env or {}), "PYTHONPATH": str(ROOT)}) as process:
+            yield process
+            process.end()
+        tell(json.loads(found.read_text()))
+
+    return start
+
+
 def stubbed(settings: Mapping[str, Any], prefix: Sequence[str] = (), tell: Callable[[str], object] = len) -> Start:
     """Give what starts a pilot whose tasks are stubs, and in the end tells what it has said."""
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import bridge, limit, overhead, peer, scale, start, throughput, workloads
+from bench import bare, bridge, limit, overhead, peer, scale, start, throughput, workloads
 from bench.measure import runtime_or_none
+from bench.pilot import task
 from bench.plots import plot
 from bench.report import Report
 from bench.timed import STAGES
@@ -45,8 +46,21 @@ def test_the_limit(rabbitmq: RabbitServer, tmp_path: Path, need: Callable[[str, 
     assert "bubblewrap" in drawn(found, tmp_path)
 
 
+def test_what_is_done_without_a_pilot_is_what_a_pilot_does(rabbitmq: RabbitServer, need: Callable[[str, str], None]) -> None:
+    need("bwrap", "bubblewrap")
+    settings = {"runtime": "bubblewrap", "task_image": "/", "task_args": task(0), "kill_grace": 0.5}
+    notes = bare.notes(settings, {}, rabbitmq)
+    program, *options = notes["argv"]
+    assert Path(program).name == "bwrap"
+    status = str(notes["fds"][0])
+    assert options[options.index("--json-status-fd") + 1] == status
+    assert {"--cap-drop", "--die-with-parent", "--remount-ro", f"{notes['root']}/{notes['name']}/scratch"} <= set(options)
+    assert options[-3:] == ["cp", *(f"/ewms-pilot-data/task-io/{way}file-{notes['name']}.{way}" for way in ("in", "out"))]
+    assert notes["env"]["OMP_NUM_THREADS"].isdecimal()
+
+
 @pytest.mark.soak
-@pytest.mark.parametrize("runtime", ["apptainer", "docker"])
+@pytest.mark.parametrize("runtime", ["apptainer", "docker", "podman"])
 def test_the_limit_of_engines(rabbitmq: RabbitServer, runtime: str) -> None:
     found = limit.measure(limit.Plan((runtime,), slots=(2,), rounds=1, length=0.01), rabbitmq)
     assert {figure.unit for figure in found.figures} == {"1/s", "ratio"}

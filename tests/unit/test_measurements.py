@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import trio
 
-from bench import readme
+from bench import inside, readme
 from bench.__main__ import MEASUREMENTS, adapted, busy, parser
 from bench.compare import compare, has_changed
 from bench.ewms_pilot import STAND_IN_ARGS, stand_in
@@ -155,6 +155,14 @@ def test_each_measurement_is_a_command_with_plans_that_can_be_changed() -> None:
         plan = adapted(import_module(f"bench.{name}").QUICK, given)
         assert plan.rounds == 2
         assert getattr(plan, "runtimes", None) in (None, ("docker", "podman"))
+
+
+def test_a_pilot_of_a_measurement_has_its_share_of_the_machine(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text('{"max_concurrent_tasks": "auto"}')
+    found = inside.settings(str(tmp_path / "settings.json"))
+    assert found.max_concurrent_tasks >= 1
+    assert found.grace >= 0
+    assert found.task_env_json["OMP_NUM_THREADS"].isdecimal()
 
 
 def test_a_busy_machine_is_told_of() -> None:
