@@ -5,10 +5,8 @@ those of ewms-pilot (its quirks included) and more of the kind; they are also re
 """
 
 import dataclasses
-import difflib
 import math
 import shlex
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -415,7 +413,10 @@ def _read_envfile(file: Path) -> Mapping[str, str]:
 
 def _read_toml(file: Path, *, optional: bool = False) -> Mapping[str, Any]:
     try:
-        table = tomllib.loads(file.read_text())
+        content = file.read_text()
+        import tomllib  # few have such a file
+
+        table = tomllib.loads(content)
     except FileNotFoundError:
         if optional:
             return {}
@@ -437,6 +438,8 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
 
 
 def _meant(word: str, known: Iterable[str]) -> str:
+    import difflib  # for those who mistype
+
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.8)
     return f"; did you mean {close[0]}?" if close else ""
 

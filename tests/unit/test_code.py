@@ -1,8 +1,12 @@
 """What holds of the code itself."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 import trio_pilot
 
@@ -49,3 +53,22 @@ def test_the_pilot_knows_neither_brokers_nor_commands() -> None:
                 "trio_pilot.cli",
                 "trio_pilot.program",
             )
+
+
+@pytest.mark.parametrize(
+    ("module", "needed"),
+    [
+        ("brokers.local", {"sqlite3", "inotify_simple"}),
+        ("brokers.rabbitmq", {"pika", "asyncio"}),
+        ("brokers.nats", {"nats", "asyncio", "email"}),
+        ("runtimes.bubblewrap", set()),
+        ("runtimes.apptainer", set()),
+        ("runtimes.docker", {"httpx", "email"}),
+    ],
+)
+def test_a_run_loads_of_foreign_libraries_what_its_broker_and_its_runtime_need(module: str, needed: set[str]) -> None:
+    own = "trio_pilot.program, trio_pilot.commands.run, trio_pilot.commands.settings_here"
+    program = f"import sys, {own}, trio_pilot.{module}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    slow = {"cyclopts", "htchirp", "httpx", "inotify_simple", "nats", "pika", "pulsar", "asyncio", "email", "sqlite3"}
+    assert (slow | {"difflib", "tomllib"}) & set(loaded) == needed
