@@ -1,7 +1,7 @@
 # What every broker does, the fake included; what is one broker's own is in test_local.py and test_rabbitmq.py.
 
 import os
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -226,6 +226,30 @@ async def test_no_moment_to_end_consuming_keeps_a_message(broker: Broker, queue:
                 async with source.consume(2):
                     await trio.sleep_forever()
         assert sorted(delivery.body for delivery in await ready_again(broker, queue, 2)) == [b"a", b"b"]
+
+
+async def test_no_moment_to_cancel_a_source_with_all_that_uses_it_keeps_a_message(broker: Broker, queue: str) -> None:
+    await send(broker, queue, b"a", b"b")
+    for step in range(30):
+        with trio.move_on_after(step * 0.003):
+            await hold_two(broker, queue)
+    with trio.fail_after(LONG / 2):  # no lease has run out by then
+        again = await ready_again(broker, queue, 2)
+    assert sorted((delivery.body, delivery.attempt) for delivery in again) == [(b"a", 1), (b"b", 1)]
+
+
+async def hold_two(broker: Broker, queue: str) -> None:
+    """Take two deliveries, and release them when cancelled."""
+    deliveries: list[Delivery] = []
+    async with broker.source(queue) as source, source.consume(5) as consumer:
+        try:
+            deliveries += [await take(consumer)]
+            deliveries += [await take(consumer)]
+            await trio.sleep_forever()
+        finally:
+            with trio.move_on_after(LONG, shield=True), suppress(DeliveryLostError):
+                for delivery in deliveries:
+                    await source.settle(delivery, Settlement.RELEASE)
 
 
 async def test_what_is_not_settled_comes_back_when_its_source_closes(broker: Broker, queue: str) -> None:

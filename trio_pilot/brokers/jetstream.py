@@ -437,6 +437,7 @@ class Listener:
         self._subscription: Subscription | None = None  # this and all below is the thread's
         self._asked = 0
         self._heard = asyncio.Event()
+        self._ending = asyncio.Lock()
         self._patience: asyncio.TimerHandle | None = None
 
     # On Trio's side:
@@ -468,19 +469,20 @@ class Listener:
         await client.flush(ANSWER_TIMEOUT)
 
     async def end(self) -> None:
-        """Ask for no more: in the thread.
+        """Ask for no more: in the thread. Whoever ends it once more waits as well: what is given back must not come here.
 
         What is being sent is waited for. Of a message that goes to an inbox which goes away just then, nats-server 2.9 loses
         sight until its lease has run out.
         """
-        self._connection.listeners.discard(self)
-        if self._subscription:
-            subscription, self._subscription = self._subscription, None
-            with suppress(TimeoutError):
-                while self._asked:
-                    self._heard.clear()
-                    await asyncio.wait_for(self._heard.wait(), QUIET)
-            await subscription.drain()
+        async with self._ending:
+            if self._subscription:
+                subscription, self._subscription = self._subscription, None
+                with suppress(TimeoutError):
+                    while self._asked:
+                        self._heard.clear()
+                        await asyncio.wait_for(self._heard.wait(), QUIET)
+                await subscription.drain()
+            self._connection.listeners.discard(self)
 
     def _refill(self) -> None:
         free = self._prefetch + self._held.aside - len(self._held) - self._asked

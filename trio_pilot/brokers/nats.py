@@ -216,6 +216,7 @@ class NatsSource(_Queue):
         try:
             while not (was_lost := arrival.is_lost) or answer is not NAK:
                 if self._has_left:
+                    arrival.late_answer = answer  # by the connection, as it closes
                     raise DeliveryLostError(f"message {arrival.sequence} of {self.place.stream} was given back at the end")
                 connection = await self.connected()
                 try:
