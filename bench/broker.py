@@ -4,6 +4,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from typing import Any
 
 import pika
@@ -56,12 +57,11 @@ class Queues:
         return int(self._channel.queue_declare(queue, passive=True).method.message_count)
 
     def results(self) -> Iterator[Any]:
-        """Take all results that are there."""
-        while True:
-            got, _, body = self._channel.basic_get(self.outgoing, auto_ack=True)
-            if got is None:
-                return
+        """Take all results that are there; streamed, for asking for each takes ten times as long."""
+        streamed = self._channel.consume(self.outgoing, auto_ack=True)
+        for _, _, body in islice(streamed, self.ready(self.outgoing)):
             yield WIRE.decode(body, LARGEST).data
+        self._channel.cancel()
 
 
 @contextmanager

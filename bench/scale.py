@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from bench.pilot import pilot, task
 from bench.process import Measured
 from bench.report import Report
 
-SLOTS = 8
+SETTINGS = {"runtime": "process", "task_args": task(0), "max_concurrent_tasks": 8}
 PROJECTED = 10_000  # pilots
 LISTENING_TIMEOUT = 300.0  # seconds for all pilots to start, or to come back
 FOR_EVER = 3600  # seconds
@@ -51,8 +52,7 @@ QUICK = Plan(events=(500, 2000), pilots=(1, 2), shared=600, idle=4, rounds=1)
 def measure(plan: Plan, server: RabbitServer) -> Report:
     """Measure all of the plan."""
     figures = []
-    idle = _idle(plan, server) if plan.idle else ()
-    for figure in (*_growth(plan, server), *_together(plan, server), *idle):
+    for figure in chain(_growth(plan, server), _together(plan, server), _idle(plan, server) if plan.idle else ()):
         say(f"{dict(figure.labels)}: {figure.median:.4g} {figure.unit}")
         figures.append(figure)
     return report("scale", figures, plan, server)
@@ -60,7 +60,7 @@ def measure(plan: Plan, server: RabbitServer) -> Report:
 
 def _growth(plan: Plan, server: RabbitServer) -> Iterator[Figure]:
     """One pilot, looked at whenever it has done so many events."""
-    settings = {"runtime": "process", "task_args": task(0), "max_concurrent_tasks": SLOTS}
+    settings = {**SETTINGS, "timeout_queue_incoming": FOR_EVER}
     with open_queues(server) as queues, _directory() as directory, pilot(settings)(queues, Path(directory)) as process:
         process.wait_for("listening")
         done, cpu = 0, process.cpu()
@@ -69,10 +69,10 @@ def _growth(plan: Plan, server: RabbitServer) -> Iterator[Figure]:
             for body in load.bodies():
                 queues.put(body)
             load.wait(queues, process, time.monotonic())
-            load.check(queues)
             labels = {"pilots": 1, "events": events}
             yield Figure({**labels, "what": "memory of the pilot"}, "MB", [process.memory()])
             yield Figure({**labels, "what": "CPU an event"}, "ms", [1000 * (process.cpu() - cpu) / (events - done)])
+            load.check(queues)
             done, cpu = events, process.cpu()
 
 
@@ -96,7 +96,7 @@ def _several(number: int) -> Start:
 
 
 def _pilots(stack: ExitStack, queues: Queues, directory: Path, number: int, **settings: Any) -> Iterator[Measured]:
-    start = pilot({"runtime": "process", "task_args": task(0), "max_concurrent_tasks": SLOTS, **settings})
+    start = pilot({**SETTINGS, **settings})
     for each in range(number):
         place = directory / f"pilot-{each}"
         place.mkdir()
