@@ -33,6 +33,7 @@ from trio_pilot.log import LOGGER
 # (a hanging file system), for which nobody can do more than wait.
 REAP_TIMEOUT = 5.0
 REAP_INTERVAL = 0.002  # seconds between looks for what became an orphan by the last kill
+DEATH_INTERVAL = 0.01  # the same, while one is seen to be dying: bubblewrap's, of which the kernel has a lot to undo
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 PF_EXITING = 0x4  # linux/sched.h
@@ -159,9 +160,11 @@ class Child:
             ours = {pid for pid, claim in claims.items() if claim}
             if not ours and None not in claims.values():
                 return
-            for pid in ours:
-                _kill_and_reap(pid)
-            await trio.sleep(REAP_INTERVAL)
+            dying = [pid for pid in ours if not _kill_and_reap(pid)]
+            if dying:
+                await _death_of(dying[0])
+            else:  # what they leave us is in view by now
+                await trio.sleep(REAP_INTERVAL if None in claims.values() else 0)
 
     def _is_ours(self, pid: int) -> bool | None:
         """Tell whether a process is to be reaped; None while it cannot be told."""
@@ -270,7 +273,23 @@ def _facts(pid: int) -> list[str]:
     return facts
 
 
-def _kill_and_reap(pid: int) -> None:
+def _kill_and_reap(pid: int) -> bool:
+    """Kill a child, and tell whether it is no more: it may take its time to die."""
     with suppress(ProcessLookupError, ChildProcessError, PermissionError):
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, os.WNOHANG)
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    return False
+
+
+async def _death_of(pid: int) -> None:
+    """Wait until a process is dead, or a moment: there may be others by then."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:  # it is gone, or no file descriptor is left
+        await trio.sleep(REAP_INTERVAL)
+        return
+    try:
+        with trio.move_on_after(DEATH_INTERVAL):
+            await trio.lowlevel.wait_readable(pidfd)
+    finally:
+        os.close(pidfd)

@@ -152,7 +152,10 @@ async def test_daemons_that_have_ended_by_themselves_leave_no_zombies(children: 
     assert daemon not in own_children()
 
 
-async def test_large_daemons_with_children_are_gone_with_them(children: Children, tmp_path: Path) -> None:
+async def test_large_daemons_with_children_are_gone_with_them(
+    children: Children, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "DEATH_INTERVAL", 10 * PATIENCE)  # a death is told, it need not be looked for
     # A dying process has no environment, and takes its time if it is large; its children come into view after.
     code = (
         "import os, subprocess, sys; ballast = bytearray(b'x' * 2**28);"
