@@ -25,15 +25,15 @@ TIMEOUT = 300.0  # seconds for each step; it takes a few for them all
 
 
 @contextmanager
-def open_apptainer() -> Iterator[Path]:
-    """Have an apptainer; give the directory that is to be on PATH."""
-    if found := shutil.which("apptainer"):
+def open_apptainer(*, own: bool = False) -> Iterator[Path]:
+    """Have an apptainer; give the directory that is to be on PATH. All that is our own is in the third directory above."""
+    if not own and (found := shutil.which("apptainer")):
         yield Path(found).parent
         return
     for program, package in NEEDED:
         need(program, package)
     if os.geteuid() != 0 or not KEYRING.exists():
-        raise UnavailableError("there is no apptainer on PATH, and only root on Debian can make one run here")
+        raise UnavailableError("there is no apptainer to be used, and only root on Debian can make one run here")
     directory = Path(tempfile.mkdtemp(prefix="trio-pilot-apptainer-"))
     try:
         directory.chmod(0o755)  # for tests that are not root

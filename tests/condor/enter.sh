@@ -1,9 +1,10 @@
 #!/bin/sh
-# The first process of a pool's own mount, PID, IPC and UTS namespaces: enter.sh ROOT DIRECTORY JOBS USER
+# The first process of a pool's own mount, PID, IPC and UTS namespaces: enter.sh ROOT DIRECTORY JOBS USER [MORE...]
 # ROOT is a Debian with HTCondor, which stays as it is; DIRECTORY has condor.conf; JOBS is seen inside at the
-# same path, and belongs to the user with the number USER.
+# same path, and belongs to the user with the number USER; each of MORE is seen so too, and cannot be written.
 set -e
 root=$1 directory=$2 jobs=$3 user=$4
+shift 4
 
 mount --make-rprivate /
 hostname condorpool # a name that its /etc/hosts knows; else each daemon looks it up for a minute
@@ -22,11 +23,20 @@ for device in null zero full random urandom tty; do
 done
 mkdir "$all/dev/shm" "$all/dev/pts"
 mount -t tmpfs -o mode=1777 tmpfs "$all/dev/shm"
-ln -s /proc/self/fd "$all/dev/fd"
+mount -t devpts -o newinstance,ptmxmode=666 devpts "$all/dev/pts"
+ln -s pts/ptmx "$all/dev/ptmx"
+for link in fd fd/0:stdin fd/1:stdout fd/2:stderr; do
+    ln -s "/proc/self/${link%:*}" "$all/dev/${link#*:}"
+done
 mount -t tmpfs -o mode=755 tmpfs "$all/run"
 mkdir -p -m 1777 "$all/run/lock"
 mkdir -p "$all$jobs"
 mount --bind "$jobs" "$all$jobs"
+for more in "$@"; do
+    mkdir -p "$all$more"
+    mount --bind "$more" "$all$more"
+    mount -o remount,bind,ro "$all$more"
+done
 echo 127.0.0.1 localhost condorpool >"$all/etc/hosts"
 cp "$directory/condor.conf" "$all/etc/condor/config.d/50-test.config"
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,15 +30,15 @@ class CommandError(Exception):
 
 
 @contextmanager
-def open_pool() -> Iterator["Pool"]:
-    """Run a pool; its jobs see this machine's network, and of its files only the pool's `jobs`."""
+def open_pool(config: str = "", *seen: Path) -> Iterator["Pool"]:
+    """Run a pool; its jobs see this machine's network, and of its files only the pool's `jobs`, and what is to be seen."""
     if os.geteuid() != 0:
         raise UnavailableError("a private HTCondor pool takes root")
     root = debian(SUITE, *PACKAGES)
     directory = Path(tempfile.mkdtemp(prefix="trio-pilot-condor-"))
     pool = Pool(directory)
     try:
-        pool.start(root)
+        pool.start(root, config, seen)
         yield pool
     finally:
         pool.stop()
@@ -73,15 +73,15 @@ class Pool:
         self.jobs = directory / "jobs"  # for what is submitted, and what comes back
         self._namespaces: subprocess.Popen[bytes] | None = None
 
-    def start(self, root: Path) -> None:
+    def start(self, root: Path, config: str, seen: Sequence[Path]) -> None:
         """Start it; it is ready when a slot and the queue are known to all."""
         self.jobs.mkdir()
         os.chown(self.jobs, USER_ID, USER_ID)
         self._directory.chmod(0o755)
         port = free_port()
         ports = f"COLLECTOR_HOST = 127.0.0.1:{port}\nSHARED_PORT_PORT = {port}\n"
-        (self._directory / "condor.conf").write_text((HERE / "pool.conf").read_text() + ports)
-        entering: list[str | Path] = ["sh", HERE / "enter.sh", root, self._directory, self.jobs, str(USER_ID)]
+        (self._directory / "condor.conf").write_text((HERE / "pool.conf").read_text() + ports + config)
+        entering: list[str | Path] = ["sh", HERE / "enter.sh", root, self._directory, self.jobs, str(USER_ID), *seen]
         log = self._directory / "output.log"
         with log.open("wb") as output:
             # From the main thread: its life is tied to the thread that starts it.

@@ -17,10 +17,13 @@ from typing import Any
 import pika
 import pytest
 
+from tests.apptainer import open_apptainer
 from tests.brokers import new_name
-from tests.condor.pool import USER_ID, Job, Pool
+from tests.condor.pool import PACKAGES, SUITE, USER_ID, Job, Pool, open_pool
+from tests.conftest import cannot
+from tests.integration.test_images import build_image
 from tests.runtimes_support import command_line, processes_with, until_sync
-from tests.servers import RabbitServer
+from tests.servers import RabbitServer, UnavailableError, debian
 from trio_pilot.commands.condor_submit import LEAST_SILENCE, RELEASE_AFTER, SILENT
 from trio_pilot.errors import BrokerError, NodeError
 
@@ -232,6 +235,68 @@ def test_condor_submit_takes_every_description(user: Submitter, more: list[str])
     said = user.pool.run("condor_submit", "-dry-run", "-", "description", directory=user.home)
     assert "1 job(s) dry-run" in said
     assert "WARNING" not in said
+
+
+# Soak: the minutes that a crontab counts, and a pool of its own.
+
+SINGULARITY = "SINGULARITY = {}/apptainer\n"  # as HTCondor calls it
+
+
+@pytest.mark.soak
+def test_a_cron_starts_pilots_again_and_again(user: Submitter) -> None:
+    copies = ("--runtime=process", "--task-args=cp {{INFILE}} {{OUTFILE}}", "--timeout-queue-incoming=0.3")
+    job = user.submit("--cron=* * * * *", *copies)
+    for event in ("first", "second"):
+        user.send([event])
+        deadline = time.monotonic() + 150  # a pilot may just have looked; that of the next minute finds it
+        while not (found := user.receive(user.results)):
+            assert time.monotonic() < deadline, user.log(job)
+            time.sleep(1)
+        assert found == [event]
+    assert job.ads()[0]["NumJobStarts"] > 1
+    user.pool.run("condor_rm", job.cluster)
+
+
+@pytest.fixture(scope="module")
+def user_of_images(onefile: Path, rabbitmq: RabbitServer) -> Iterator[Submitter]:
+    """A user of a pool with apptainer, who has an image that is a pilot."""
+    try:
+        with open_apptainer(own=True) as programs, open_pool(SINGULARITY.format(programs), programs.parents[2]) as pool:
+            user = Submitter(pool, onefile, rabbitmq)
+            (user.home / "dist").mkdir()
+            shutil.copy(onefile, user.home / "dist/trio-pilot")
+            shutil.copytree(GUIDE.parents[1] / "images", user.home / "images")
+            build_image(debian(SUITE, *PACKAGES), user.home, programs)
+            yield user
+    except UnavailableError as error:
+        cannot(str(error))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("runtime", ["process", "bubblewrap"])
+def test_an_image_is_a_pilot(user_of_images: Submitter, runtime: str) -> None:
+    user = user_of_images
+    user.send(range(3))
+    task = (f"--runtime={runtime}", "--task-image=/", "--task-args=cp {{INFILE}} {{OUTFILE}}", "--outfile-ext=.json")
+    job = user.submit(f"--container-image={user.home}/image", *task)
+    [ad] = job.wait()
+    assert ad["ExitCode"] == 0, user.log(job)
+    assert sorted(user.receive(user.results)) == [0, 1, 2]
+    assert (ad[f"{PREFIX}Status"], ad[f"{PREFIX}TasksSuccess"]) == ("Done", 3)
+
+
+@pytest.mark.soak
+def test_an_image_that_has_to_go_returns_its_events_and_ends_by_itself(user_of_images: Submitter, mark: str) -> None:
+    user = user_of_images
+    user.send(range(4))
+    job = user.submit(f"--container-image={user.home}/image", *long_tasks(mark))
+    until_sync(lambda: job.ads()[0].get(f"{PREFIX}TasksRunning") == 2, "tasks to run")
+    user.pool.run("condor_hold", job.cluster)
+    assert_nothing_is_left(user, mark)
+    until_sync(lambda: job.ads()[0]["JobStatus"] == HELD, "the job to be held")
+    [ad] = job.ads()
+    assert (ad[f"{PREFIX}Status"], ad[f"{PREFIX}EventsReturned"]) == ("Done", 2)
+    user.pool.run("condor_rm", job.cluster)
 
 
 def test_the_guide_leads_from_nothing_to_results(user: Submitter) -> None:

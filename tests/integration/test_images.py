@@ -100,13 +100,18 @@ def as_mapped_root(*command: str | Path, cwd: Path, path: str) -> None:
     assert child.returncode == 0, said.decode()
 
 
-def test_the_definition_makes_an_image_that_is_a_pilot(apptainer: Path, base: Path, project: Path, job: Path) -> None:
-    path = f"{apptainer}:{os.environ['PATH']}"
+def build_image(base: Path, project: Path, programs: Path) -> None:
+    """Make PROJECT/image by the definition, with apptainer's programs."""
     (project / "base").mkdir()
     with subprocess.Popen(["tar", "-C", base, *LEFT_OUT, "-c", "."], stdout=subprocess.PIPE) as tar:
         subprocess.run(["tar", "-C", project / "base", "-x"], stdin=tar.stdout, check=True)
     given = [f"--build-arg={word}" for word in ("BOOTSTRAP=localimage", f"BASE={project}/base")]
-    as_mapped_root("apptainer", "build", "--sandbox", *given, "image", "images/trio-pilot.def", cwd=project, path=path)
+    build = ("apptainer", "build", "--sandbox", *given, "image", "images/trio-pilot.def")
+    as_mapped_root(*build, cwd=project, path=f"{programs}:{os.environ['PATH']}")
+
+
+def test_the_definition_makes_an_image_that_is_a_pilot(apptainer: Path, base: Path, project: Path, job: Path) -> None:
+    build_image(base, project, apptainer)
     user = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
     run = (apptainer / "apptainer", "run", "--containall", "--no-home", f"--bind={job}", f"--pwd={job}", project / "image")
     for runtime in ("process", "bubblewrap"):

@@ -108,6 +108,16 @@ def test_an_image_is_its_own_executable(capsys: pytest.CaptureFixture[str]) -> N
     assert "executable" not in said
 
 
+@pytest.mark.parametrize(
+    ("image", "is_sent"), [("docker://x", True), ("/images/x.sif", True), ("/images/x", False), ("/cvmfs/images/x:1", False)]
+)
+def test_an_image_that_is_a_directory_stays_where_it_is(
+    capsys: pytest.CaptureFixture[str], image: str, is_sent: bool
+) -> None:
+    command(f"--container-image={image}")
+    assert ("transfer_container = false\n" in capsys.readouterr().out) is not is_sent
+
+
 def test_pilots_may_come_again_and_again(capsys: pytest.CaptureFixture[str]) -> None:
     found = described(capsys, "--cron=*/30 8-18 * * 1-5")
     names = ("minute", "hour", "day_of_month", "month", "day_of_week")

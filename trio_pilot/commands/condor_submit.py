@@ -135,6 +135,8 @@ def _what(request: Request) -> Iterator[str]:
     executable = request.executable
     if request.container_image:
         yield f"universe = container\ncontainer_image = {request.container_image}"
+        if "://" not in request.container_image and not request.container_image.endswith(".sif"):
+            yield "transfer_container = false"  # a directory: HTCondor could not transfer the links in it
     elif not executable:
         if not zipfile.is_zipfile(sys.argv[0]):
             raise SettingsError("--executable must name trio-pilot as one file (`python -m onefile` makes it)")
