@@ -296,6 +296,32 @@ async def test_a_consumer_that_gets_nothing_though_there_is_something_listens_an
     assert "has 1 message(s), and none comes" in caplog.text
 
 
+async def test_a_queue_with_messages_that_do_not_come_is_not_left_as_empty(
+    broker: Rabbit, queue: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    await send(broker, queue, b"a")
+    async with broker.source(queue) as source, source.consume(2) as consumer:
+        delivery = await take(consumer)
+        await delivery.tag.channel.call("basic_cancel", consumer._tags[0])  # type: ignore[attr-defined]
+        assert await consumer.is_idle()
+        await send(broker, queue, b"b")
+        assert not await consumer.is_idle()
+        assert {(await take(consumer)).body, (await take(consumer)).body} == {b"a", b"b"}
+        assert await consumer.is_idle()  # with no room for more
+    assert "has 1 message(s), and none comes" in caplog.text
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_a_classic_queue_that_grants_no_lease_is_consumed_without(
+    request: pytest.FixtureRequest, queue: str, version: str
+) -> None:
+    broker = Rabbit(request.getfixturevalue(version))
+    broker.declare(queue, "classic")
+    await send(broker, queue, b"a")
+    async with broker.source(queue) as source, source.consume(1, 60) as consumer:
+        await source.settle(await take(consumer), Settlement.ACK)
+
+
 async def test_a_consumer_that_has_all_it_may_have_or_gets_nothing_because_there_is_none_is_left_alone(
     broker: Rabbit, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

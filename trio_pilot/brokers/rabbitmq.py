@@ -38,6 +38,7 @@ from trio_pilot.errors import BrokerError, DeliveryLostError, DeliveryReplacedEr
 from trio_pilot.log import LOGGER
 
 LOOK_INTERVAL = 30.0  # seconds at most between looks whether there are messages that do not come
+ON_ITS_WAY = 1.0  # seconds for a message that there is to come, before a queue is left as empty
 MOST_HELD = 100  # deliveries held back that do not count towards the prefetch; with more of them, all events must wait
 GIVE_BACK_TIMEOUT = 5.0  # seconds to give back what was prefetched; the end of the connection gives it back as well
 
@@ -99,10 +100,10 @@ class RabbitSource(RabbitQueue):
                 await wait_any(
                     partial(self.gone, channel),
                     partial(consumer.make_up, channel),
-                    partial(consumer.keep_looking, channel, prefetch),
+                    partial(consumer.keep_looking, channel),
                 )
             except ClosedError as error:
-                if error.code in (ACCESS_REFUSED, NOT_FOUND):
+                if error.code in (ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED) and not consumer.can_do_without(error):
                     raise BrokerError(f"cannot listen to the queue {self.name}: {error}") from error
             await self.gone(channel)
             consumer.lost()
@@ -248,7 +249,8 @@ class RabbitConsumer:
     def __init__(self, source: RabbitSource, lease: float) -> None:
         self.listening_since = math.inf
         self._source = source
-        self._lease = lease
+        self._lease = lease  # seconds; none once the queue has refused it
+        self._prefetch = 0
         self._channel: Channel | None = None
         self._tags: list[str] = []  # ours, so that there is no moment at which one could not be cancelled
         self._arrived: deque[Delivery] = deque()
@@ -270,17 +272,24 @@ class RabbitConsumer:
             await self._changed.wait()
 
     async def is_idle(self) -> bool:
-        """Ask the server: what it has sent before it answers has arrived before the answer."""
-        if self._channel is None:
+        """Ask the server: what it has sent before it answers has arrived before the answer.
+
+        One that has messages, and sends none, has forgotten us: we listen anew.
+        """
+        channel, seen = self._channel, self._arrivals
+        if channel is None:
             return False
         with suppress(ClosedError):
-            await self._channel.ask("queue_declare", self._source.name, passive=True)
+            if await self._passed_over(channel):
+                await trio.sleep(ON_ITS_WAY)
+                if self._arrivals == seen and (ready := await self._passed_over(channel)):
+                    await self._listen_anew(channel, ready)
             return not self._arrived
         return False
 
     async def listen(self, channel: Channel, prefetch: int) -> None:
         """Have messages sent, `prefetch` of them ahead of their settlement."""
-        self._channel = channel
+        self._channel, self._prefetch = channel, prefetch
         await self._consume(channel, prefetch)
         self.listening_since = trio.current_time()
         self._changed.set()
@@ -298,24 +307,41 @@ class RabbitConsumer:
                 else:
                     await holding.wait_transition()
 
-    async def keep_looking(self, channel: Channel, prefetch: int) -> None:
-        """Close the channel if twice, at one look after the other, there were messages, room for them, and none came."""
+    async def keep_looking(self, channel: Channel) -> None:
+        """Listen anew if twice, at one look after the other, there were messages, room for them, and none came."""
         suspicious, seen = False, -1
         with suppress(ClosedError):
             while True:
                 await trio.sleep(random.uniform(LOOK_INTERVAL / 2, LOOK_INTERVAL))  # noqa: S311 -- jitter, not a secret
-                found = await channel.ask("queue_declare", self._source.name, passive=True)
-                ready, room = found.method.message_count, channel.unsettled < prefetch
-                if suspicious and ready and room and self._arrivals == seen:
-                    LOGGER.warning("the queue %s has %d message(s), and none comes", self._source.name, ready)
-                    await channel.call("close", reply_text="listening anew")
-                suspicious, seen = bool(ready and room), self._arrivals
+                ready = await self._passed_over(channel)
+                if suspicious and ready and self._arrivals == seen:
+                    await self._listen_anew(channel, ready)
+                suspicious, seen = bool(ready), self._arrivals
+
+    async def _passed_over(self, channel: Channel) -> int:
+        """Count the messages that are in the queue although there is room for them here."""
+        found = await channel.ask("queue_declare", self._source.name, passive=True)
+        return int(found.method.message_count) if channel.unsettled < self._prefetch else 0
+
+    async def _listen_anew(self, channel: Channel, ready: int) -> None:
+        """Close the channel, and wait for its end: ClosedError."""
+        LOGGER.warning("the queue %s has %d message(s), and none comes", self._source.name, ready)
+        await channel.call("close", reply_text="listening anew")
+        await channel.closed.wait()
 
     async def _consume(self, channel: Channel, prefetch: int) -> None:
         await channel.ask("basic_qos", prefetch_count=prefetch)
         self._tags.append(uuid.uuid4().hex)
-        arguments = {CONSUMER_TIMEOUT: int(1000 * self._lease)} if channel.connection.version >= KNOWS_LEASES else {}
+        asks = self._lease and channel.connection.version >= KNOWS_LEASES
+        arguments = {CONSUMER_TIMEOUT: int(1000 * self._lease)} if asks else {}
         await channel.consume(self._source.name, self._tags[-1], self._on_arrival, arguments)
+
+    def can_do_without(self, error: ClosedError) -> bool:
+        """Tell whether what the server has refused was a lease; then it is asked for none any more."""
+        refused = error.code == PRECONDITION_FAILED and CONSUMER_TIMEOUT in str(error) and self._lease > 0
+        if refused:  # from 4.3 on by classic queues, which take nothing back after a time
+            self._lease = 0.0
+        return refused
 
     def lost(self) -> None:
         """Forget what has arrived: the broker has it again."""
