@@ -12,6 +12,7 @@ import trio
 
 from tests.brokers import Rabbit, eventually, new_name, nothing_comes, take
 from tests.conftest import open_rabbitmq
+from tests.integration.gate import Gate
 from tests.integration.test_broker_faults import receive_all, send_all, settings
 from tests.pilot_process import assert_nothing_left, pilot
 from tests.servers import RabbitServer
@@ -62,38 +63,28 @@ class Stuck:
     """A pilot with four tasks, which end while the broker takes none of their outputs."""
 
     def __init__(self, broker: Rabbit, directory: Path) -> None:
-        self.broker, self.queue = broker, new_name()
-        self.directory, self._gate, self._log = directory / "slot", directory / "gate", directory / "said"
-        self.directory.mkdir()
+        self.broker, self.queue, self.gate = broker, new_name(), Gate(directory)
+        self._directory, self._log = directory / "slot", directory / "said"
+        self._directory.mkdir()
 
     @property
     def said(self) -> str:
         return self._log.read_text()
 
-    def reached(self) -> int:
-        """Count the tasks that have been started."""
-        return len(list(self.directory.glob("ewms-pilot-data/*/task-io/infile*")))
-
-    def done(self) -> int:
-        """Count the tasks that have ended."""
-        return len(list(self._gate.parent.glob("gate.*")))
-
     @asynccontextmanager
     async def pilot(self, alarm: str, **more: object) -> AsyncIterator["subprocess.Popen[str]"]:
         """Run the pilot; come back once it has said that outputs wait."""
         await send_all(self.broker, self.queue, *[EwmsWire().encode(Message(number)) for number in range(4)])
-        wait = f"while ! test -e {self._gate}; do sleep 0.05; done"
-        script = f"{wait}; cp $EWMS_TASK_INFILE $EWMS_TASK_OUTFILE; echo >> {self._gate}.$$"
-        usual = {"MAX_CONCURRENT_TASKS": 4, "TASK_ARGS": f"sh -c '{script}'", "TIMEOUT_QUEUE_INCOMING": 1}
-        with pilot(self.directory, settings(self.broker, self.queue, **usual, **more), log=self._log) as child:
-            await eventually(lambda: self.reached() == 4)
+        usual = {"MAX_CONCURRENT_TASKS": 4, "TASK_ARGS": self.gate.task, "TIMEOUT_QUEUE_INCOMING": 1}
+        with pilot(self._directory, settings(self.broker, self.queue, **usual, **more), log=self._log) as child:
+            await eventually(lambda: self.gate.begun() == 4)
             self.broker.server.evaluate(alarm)
-            self._gate.touch()
-            await eventually(lambda: self.done() == 4)
+            self.gate.open()
+            await eventually(lambda: self.gate.done() == 4)
             await eventually(lambda: "outputs wait: low on" in self.said)
             yield child
             await eventually(lambda: child.poll() is not None)
-        assert_nothing_left(self.directory)
+        assert_nothing_left(self._directory)
 
 
 async def test_outputs_wait_for_a_broker_in_need_while_tasks_go_on_and_the_pilot_does_not_end(
@@ -110,7 +101,7 @@ async def test_outputs_wait_for_a_broker_in_need_while_tasks_go_on_and_the_pilot
     assert "connecting again" not in stuck.said
     assert sorted(map(json.dumps, await receive_all(broker, f"{stuck.queue}-out", 4))) == list("0123")
     assert broker.ready(stuck.queue) == 0
-    assert stuck.done() == 4
+    assert stuck.gate.begun() == 4
 
 
 async def test_a_pilot_told_to_end_while_its_outputs_wait_gives_their_events_back(

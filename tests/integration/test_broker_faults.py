@@ -13,6 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from tests import proxy as proxies
 from tests.brokers import LONG, Broker, Local, Rabbit, eventually, failure_of, leaves, new_name, nothing_comes, take
+from tests.integration.gate import Gate
 from tests.pilot_process import Ended, assert_nothing_left, pilot, run_pilot
 from tests.servers import RabbitServer, free_port
 from trio_pilot.brokers import Delivery, Settlement, amqp
@@ -436,19 +437,18 @@ async def test_a_broker_that_never_answers_does_not_hold_up_a_sigterm(broker: Ra
 
 async def cut_while_four_tasks_run(broker: Rabbit, queue: str, directory: Path, proxy: proxies.Proxy) -> list[str]:
     """Run the pilot on four events; cut its connections, let the tasks end, let it connect again; give the outputs."""
-    gate = directory.parent / "gate"
+    gate = Gate(directory.parent)
     events = [EwmsWire().encode(Message({"event": number})) for number in range(4)]
     await send_all(broker, queue, *events)
-    script = f"while ! test -e {gate}; do sleep 0.05; done; cp $EWMS_TASK_INFILE $EWMS_TASK_OUTFILE; touch {gate}.$$"
-    given = settings(broker, queue, MAX_CONCURRENT_TASKS=4, TASK_ARGS=f"sh -c '{script}'", TIMEOUT_QUEUE_INCOMING=2)
+    given = settings(broker, queue, MAX_CONCURRENT_TASKS=4, TASK_ARGS=gate.task, TIMEOUT_QUEUE_INCOMING=2)
     for direction in ("INCOMING", "OUTGOING"):
         given[f"QUEUE_{direction}_BROKER_ADDRESS"] = proxy.address
     with pilot(directory, given) as child:
-        await eventually(lambda: len(list(directory.glob("ewms-pilot-data/*/task-io/infile*"))) == 4)
+        await eventually(lambda: gate.begun() == 4)
         proxy.refusing = True
         proxy.cut()
-        gate.touch()
-        await eventually(lambda: len(list(gate.parent.glob("gate.*"))) == 4)
+        gate.open()
+        await eventually(lambda: gate.done() == 4)
         proxy.refusing = False
         with trio.fail_after(LONG):
             _, stderr = await trio.to_thread.run_sync(child.communicate)
