@@ -7,7 +7,7 @@ serve
      └ workspace, runtime, brokers     outlive every task, so that a task being killed can still settle
        └ tasks          one child per event
          ├ init         sweep, broker, image and init container; no event is taken before all are good
-         └ consumers    take an event only when a slot is free for it
+         └ consumers    take an event only when a slot is free for it; it is no more when the output is read, and then sent
 """
 
 from collections import deque
@@ -26,6 +26,7 @@ from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import Runtime
 from trio_pilot.scopes import Shelter
 from trio_pilot.settings import Settings
+from trio_pilot.slots import Slot, Slots
 from trio_pilot.status import State, Status
 from trio_pilot.task import Tools, Worker, run_canary, run_init
 from trio_pilot.workspace import Workspace, open_workspace, root_in
@@ -129,7 +130,7 @@ class Pilot:
         self._sources = sources
         self._status = status
         self._drain = drain
-        self._slots = trio.CapacityLimiter(settings.max_concurrent_tasks)
+        self._slots = Slots(settings.max_concurrent_tasks, settings.most_at_hand, status)
         self._shelter = Shelter(settings.settle_grace)
         self._worker = Worker(settings, tools, status, self._shelter)
         self._node_error: NodeError | None = None
@@ -148,7 +149,7 @@ class Pilot:
                 if self._drain.time_is_short():
                     LOGGER.info("taking no more events: another task is not likely to end before this slot does")
                 self._status.state.value = State.PENDING
-                await self._status.running.wait_value(0)
+                await self._status.at_hand.wait_value(0)
                 self._shelter.close()
                 self._worker.outputs.close()
                 self._worker.unsent.close()
@@ -180,16 +181,16 @@ class Pilot:
             for source in self._sources:
                 listening = source.consume(self._settings.most_at_hand, self._settings.lease)
                 consumers.append(await stack.enter_async_context(listening))
-            LOGGER.info("listening for events: %d slot(s), runtime %s", self._slots.total_tokens, self._tools.runtime.name)
+            slots, runtime = self._settings.max_concurrent_tasks, self._tools.runtime.name
+            LOGGER.info("listening for events: %d slot(s), runtime %s", slots, runtime)
             while True:
-                slot = object()
                 self._drain.watch_the_time()
-                await self._slots.acquire_on_behalf_of(slot)
+                slot = await self._slots.one()
                 await self._worker.canary.calm()
                 delivery = await self._next_event(consumers, idle_limit)
                 if delivery is None:
                     return
-                self._status.start_task()
+                slot.start_task()
                 tasks.start_soon(self._run_task, delivery, slot)
                 idle_limit = self._settings.timeout_queue_incoming
                 self._status.state.value = State.TASKING
@@ -201,23 +202,22 @@ class Pilot:
             delivery = await next_delivery(consumers, idle_limit)
         return delivery
 
-    async def _run_task(self, delivery: Delivery, slot: object) -> None:
+    async def _run_task(self, delivery: Delivery, slot: Slot) -> None:
         with self._worker.life(delivery) as life:
             error = await self._use(slot, life)
             if error and not life.is_settled:
                 await self._worker.give_back(life, error)
 
-    async def _use(self, slot: object, life: Life) -> PilotError | None:
+    async def _use(self, slot: Slot, life: Life) -> PilotError | None:
         try:
-            error = await self._worker.live(life)
+            error = await self._worker.live(life, slot)
             self._count(life.delivery, error)
             return error
         except trio.Cancelled:
             self._status.returned.value += 1
             raise
         finally:
-            self._status.end_task()
-            self._slots.release_on_behalf_of(slot)
+            slot.leave()
 
     def _count(self, delivery: Delivery, error: PilotError | None) -> None:
         if error is None:

@@ -31,7 +31,8 @@ class Status:
 
     def __init__(self) -> None:
         self.state: AsyncValue[State] = AsyncValue(State.STARTED)
-        self.running: AsyncValue[int] = AsyncValue(0)
+        self.running: AsyncValue[int] = AsyncValue(0)  # tasks that have a slot
+        self.at_hand: AsyncValue[int] = AsyncValue(0)  # events that are run, or sent and settled
         self.succeeded: AsyncValue[int] = AsyncValue(0)
         self.failed: AsyncValue[int] = AsyncValue(0)
         self.returned: AsyncValue[int] = AsyncValue(0)
@@ -50,11 +51,16 @@ class Status:
         self.taken += 1
         self.last_event_at = time.time()
         self.running.value += 1
+        self.at_hand.value += 1
 
     def end_task(self) -> None:
         """Count an event that runs no more."""
         self._busy, self._busy_at = self.seconds_busy(), trio.current_time()
         self.running.value -= 1
+
+    def leave_event(self) -> None:
+        """Count an event that is settled, or is to be tried again."""
+        self.at_hand.value -= 1
 
     def seconds_busy(self) -> float:
         """Give for how long slots have run tasks, all slots together, in seconds."""

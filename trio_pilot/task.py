@@ -35,6 +35,7 @@ from trio_pilot.pins import Pins
 from trio_pilot.runtimes import DATA_DIRECTORY, NOT_FOUND_REASONS, Container, Exit, Limits, Runtime
 from trio_pilot.scopes import Shelter
 from trio_pilot.settings import Settings
+from trio_pilot.slots import Slot
 from trio_pilot.spares import Spares
 from trio_pilot.staging import TaskFiles
 from trio_pilot.status import Status
@@ -105,16 +106,18 @@ class Worker:
         """Be known to be at an event, until it is settled."""
         return self._ledger.life(delivery)
 
-    async def live(self, life: Life) -> PilotError | None:
+    async def live(self, life: Life, slot: Slot) -> PilotError | None:
         """Live one event's life; give the error that it, or the node, ended with.
 
         It is settled in the end, unless it is to be tried again: then `give_back` is for the caller to call.
+
+        The slot is free for another as soon as the output is read; if there is none, it is for the caller to free.
 
         Cancelled, the container is killed and the event returned; but an output that is there is still sent.
         """
         files = _task_files(self._tools, self._settings)
         try:
-            return await self._settled(life, files)
+            return await self._settled(life, files, slot)
         finally:
             if not self._settings.keep_all_task_files:
                 await self._tidy(files)
@@ -141,9 +144,9 @@ class Worker:
         """Remove the directories that no task will need any more."""
         self._spares.close()
 
-    async def _settled(self, life: Life, files: TaskFiles) -> PilotError | None:
+    async def _settled(self, life: Life, files: TaskFiles, slot: Slot) -> PilotError | None:
         try:
-            await self._judged(life.delivery, files)
+            await self._judged(life.delivery, files, slot)
         except (EventError, NodeError) as error:
             settlement = self._by_cause(error, life.delivery)
             if settlement is not Settlement.REJECT:
@@ -155,17 +158,17 @@ class Worker:
         await self._settle(life, Settlement.ACK)
         return None
 
-    async def _judged(self, delivery: Delivery, files: TaskFiles) -> None:
+    async def _judged(self, delivery: Delivery, files: TaskFiles, slot: Slot) -> None:
         """Work, and tell a failure of the node from one of the event's."""
         try:
-            await self._work(delivery, files)
+            await self._work(delivery, files, slot)
         except (ContainerTimeoutError, ContainerOutOfMemoryError):
             raise  # limits that the user has set
         except ContainerRunError as error:
             await self.canary.judge(error, partial(self._remove, files))  # for it may have filled the disk
             raise
 
-    async def _work(self, delivery: Delivery, files: TaskFiles) -> None:
+    async def _work(self, delivery: Delivery, files: TaskFiles, slot: Slot) -> None:
         event = await self._disk.call(self._wire.size(delivery.body), self._stage, delivery, files)
         started = trio.current_time()
         with self._pins.lent() as cpus:
@@ -174,6 +177,7 @@ class Worker:
         self._status.run_times.add(trio.current_time() - started)
         with self._shelter.linger() as scope:
             body = await self._disk.call(staging.outfile_size(files), self._collect, event, files)
+            slot.end_task()
             if body is not None:
                 with self.unsent.sending(files.outfile_path):
                     for sink in self._tools.sinks:

@@ -7,8 +7,8 @@ awaits at every call, and calls its `fault` there with the name of the call, whi
 import itertools
 import shutil
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,7 @@ class FakeSource:
         self.broker = broker
         self.queue = queue
         self.lease = 0.0  # as it was asked for last
+        self._held = 0
         self._tags: set[int] = set()
 
     async def ready(self) -> None:
@@ -127,9 +128,15 @@ class FakeSource:
         """Tell whether the broker has it back."""
         return delivery.tag not in self.broker.unsettled
 
-    def held(self, delivery: Delivery) -> AbstractContextManager[None]:  # noqa: ARG002
-        """Have no prefetch, towards which it could count."""
-        return nullcontext()
+    @contextmanager
+    def held(self, delivery: Delivery) -> Iterator[None]:  # noqa: ARG002 -- one is like another
+        """Deliver one more for one that is held back."""
+        self._held += 1
+        self.broker.changed()
+        try:
+            yield
+        finally:
+            self._held -= 1
 
     async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "", error: str = "") -> None:
         """Settle a delivery; a second time is an error of the caller's."""
@@ -140,6 +147,7 @@ class FakeSource:
         self._tags.discard(delivery.tag)
         self.broker.history.append((settlement.name, message.message_id))
         if settlement is Settlement.ACK:
+            self.broker.changed()
             return
         message.attempts += settlement is Settlement.REJECT
         message.redelivered = True
@@ -149,11 +157,14 @@ class FakeSource:
         self.broker.queues.setdefault(queue, deque()).append(message)
         self.broker.changed()
 
-    def claim(self) -> Delivery | None:
-        """Take the next message, if there is one."""
-        ready = self.broker.queues.get(self.queue)
-        if not ready:
-            return None
+    def has_one(self, prefetch: int) -> bool:
+        """Tell whether there is a message that may be delivered."""
+        unsettled = len(self._tags & self.broker.unsettled.keys())
+        return bool(self.broker.queues.get(self.queue)) and unsettled < prefetch + self._held
+
+    def claim(self) -> Delivery:
+        """Take the next message."""
+        ready = self.broker.queues[self.queue]
         message, tag = ready.popleft(), next(self.broker._tags)
         self.broker.unsettled[tag] = self.queue, message
         self._tags.add(tag)
@@ -177,18 +188,18 @@ class FakeConsumer:
     async def take(self) -> Delivery | None:
         """Take the next message, if there is one."""
         await self._source.broker.call("consumer.take")
-        return self._source.claim()
+        return self._source.claim() if self._source.has_one(self.prefetch) else None
 
     async def wait(self) -> None:
         """Wait for a change at the broker."""
         await trio.lowlevel.checkpoint()
-        if not self._source.broker.queues.get(self._source.queue):
+        if not self._source.has_one(self.prefetch):
             await self._source.broker.change()
 
     async def is_idle(self) -> bool:
         """Ask the broker."""
         await self._source.broker.call("consumer.is_idle")
-        return not self._source.broker.queues.get(self._source.queue)
+        return not self._source.has_one(self.prefetch)
 
 
 class FakeSink:

@@ -29,8 +29,8 @@ class Unsent:
             while True:
                 await trio.sleep(LATE)
                 for path in [path for path, since in self._since.items() if since + LATE <= trio.current_time()]:
-                    self._since.pop(path)  # once is enough
-                    await trio.to_thread.run_sync(_keep, path, abandon_on_cancel=True)
+                    if self._since.pop(path, None) is not None:  # once is enough; it may be sent by now
+                        await trio.to_thread.run_sync(_keep, path, abandon_on_cancel=True)
 
     def close(self) -> None:
         """End the watch: there is nothing left to send."""

@@ -37,3 +37,19 @@ async def test_an_output_that_is_not_confirmed_for_long_is_on_disk_once(lab: Lab
     assert len(synced) == 3
     assert all(there for _, there in synced)
     assert lab.outputs() == ["1"]
+
+
+async def test_an_output_that_is_sent_while_another_is_synced_is_let_be(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[object] = []
+
+    async def slowly(function: object, path: Path, *, abandon_on_cancel: bool) -> None:
+        del function, abandon_on_cancel
+        kept.append(path)
+        await trio.sleep(5)
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", slowly)
+    lab.broker.delays["sink.confirm"] = 12  # sent from second 1 on, looked at in second 10
+    lab.put(1, 2, 3)
+    await lab.run(max_concurrent_tasks=2)
+    assert len(kept) == 2
+    assert sorted(lab.outputs()) == ["1", "2", "3"]

@@ -63,5 +63,5 @@ def _in_this_slot(settings: Settings) -> Settings:
 
 
 def _patience(settings: Settings, status: Status) -> Patience:
-    """Wait for a broker without end while tasks run: their outputs are worth more than the slot."""
-    return lambda seconds: seconds < settings.broker_patience or status.running.value > 0
+    """Wait for a broker without end while tasks run, or are sent: their outputs are worth more than the slot."""
+    return lambda seconds: seconds < settings.broker_patience or status.at_hand.value > 0
