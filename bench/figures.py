@@ -1,11 +1,12 @@
 """Figures: what was measured, several times, and how far the samples lie apart."""
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 Label = str | int | float
+Side = TypeVar("Side", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +43,12 @@ class Figure:
         return cls(facts["labels"], facts["unit"], facts["samples"])
 
 
-def alternate(rounds: int, sides: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
+def alternate(rounds: int, sides: Mapping[Side, Callable[[], float]]) -> dict[Side, list[float]]:
     """Measure each side once a round, every other round backwards: what else happens to the machine happens to all."""
-    samples: dict[str, list[float]] = {name: [] for name in sides}
+    samples: dict[Side, list[float]] = {side: [] for side in sides}
     for number in range(rounds):
-        for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
-            samples[name].append(sides[name]())
+        for side in list(sides)[:: 1 if number % 2 == 0 else -1]:
+            samples[side].append(sides[side]())
     return samples
 
 

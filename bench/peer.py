@@ -1,6 +1,6 @@
 """Against ewms-pilot: the same broker, engine and events; the results of both are checked.
 
-Of two settings of ewms-pilot's prefetch, the better one of each round counts.
+Of two settings of the prefetch, the better one of each round counts, on either side.
 
 `stand-in` is the cheapest runtime that ewms-pilot can be given: a shell script in place of apptainer that starts a plain
 process. trio-pilot runs the very same script, by its runtime `process`.
@@ -8,7 +8,7 @@ process. trio-pilot runs the very same script, by its runtime `process`.
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -65,12 +65,13 @@ def _engine(name: str) -> Iterator[Runtime | None]:
 
 
 def _figures(plan: Plan, engine: Runtime, server: RabbitServer, slots: int, events: int) -> Iterator[Figure]:
-    starts = {OURS: _ours(engine, slots)}
-    prefetches = (slots, 4 * slots)  # with fewer than slots it waits a second for each event
-    starts |= {f"{THEIRS}, prefetch {prefetch}": _theirs(engine, slots, prefetch) for prefetch in prefetches}
-    found = alternate(plan.rounds, {name: partial(_rate, events, start, server) for name, start in starts.items()})
-    ours, *theirs = found.values()
-    samples = {OURS: ours, THEIRS: [max(rates) for rates in zip(*theirs, strict=True)]}
+    prefetches = (slots, 4 * slots)  # with fewer than slots ewms-pilot waits a second for each event
+    sides = {(side, prefetch): start(engine, slots, prefetch) for side, start in SIDES.items() for prefetch in prefetches}
+    found = alternate(plan.rounds, {side: partial(_rate, events, start, server) for side, start in sides.items()})
+    samples = {
+        side: [max(rates) for rates in zip(*(found[side, prefetch] for prefetch in prefetches), strict=True)]
+        for side in SIDES
+    }
     for figure in compared({"engine": engine.name, "slots": slots}, "1/s", samples, OURS):
         say(f"{dict(figure.labels)}: {figure.median:.3g} {figure.unit}")
         yield figure
@@ -80,13 +81,17 @@ def _rate(events: int, start: Start, server: RabbitServer) -> float:
     return Load(events).done_by(start, server).rate
 
 
-def _ours(engine: Runtime, slots: int) -> Start:
+def _ours(engine: Runtime, slots: int, prefetch: int) -> Start:
     args = f"apptainer {STAND_IN_ARGS} {task(0)}" if engine.name == "stand-in" else task(0)
     network = {"task_network": ""} if "task_network" in engine.settings else {}  # ewms-pilot has no say in that
-    return pilot({"max_concurrent_tasks": slots, "task_args": args, **engine.settings, **network}, engine.env)
+    settings = {"max_concurrent_tasks": slots, "prefetch": prefetch, "task_args": args, **engine.settings, **network}
+    return pilot(settings, engine.env)
 
 
 def _theirs(engine: Runtime, slots: int, prefetch: int) -> Start:
     name = "docker" if engine.name == "docker" else "apptainer"
     settings = {"max_concurrent_tasks": slots, "prefetch": prefetch, "task_args": task(0), "task_image": engine.image}
     return ewms_pilot(settings, {**engine.env, **platform(name)})
+
+
+SIDES: Mapping[str, Callable[[Runtime, int, int], Start]] = {OURS: _ours, THEIRS: _theirs}

@@ -116,7 +116,7 @@ class Settings:
         "", text, "token for that broker; @/FILE or @./FILE: that of a file, read anew when it changes", secret=True
     )
     broker_patience: float = setting(
-        "60", seconds_or_none_at_all, "seconds a broker may be away while no task runs, also at the start"
+        "60", seconds_or_none_at_all, "seconds a broker may be away while nothing is run or sent, also at the start"
     )
     wire: str = setting("ewms", one_of("ewms", "raw"), "format of message bodies: ewms, or raw for bytes as they are")
     max_payload: int = setting("134217728", integer(1), "bytes an unpacked event, or an output, may have")
@@ -128,7 +128,9 @@ class Settings:
         None, cpus, "CPUs, and so threads, that a task is meant to use; none: its share of those there are; with auto: 1"
     )
     pin_tasks: bool = setting("false", boolean, "give each task CPUs of its own, where this job has CPUs of its own")
-    prefetch: int = setting("1", integer(1, MOST_AHEAD), "events taken ahead; never fewer than the slots")
+    prefetch: int = setting(
+        "1", integer(1, MOST_AHEAD), "events at hand: taken ahead, run or being sent; never fewer than the slots"
+    )
     timeout_queue_incoming: float = setting("1", seconds, "seconds a free slot waits before the pilot ends")
     timeout_queue_wait_for_first_message: float | None = setting(
         None, seconds, "seconds to wait for the first event; none: as for any other"
