@@ -1,20 +1,24 @@
 # The installed command beside a chirp proxy, a good one and bad ones.
 
+import math
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import statistics
 import subprocess
 import sys
 import time
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
 
+from bench.process import running
 from tests.chirp_proxy import FAULTS, Fault, chirp_proxy, hangs
-from tests.pilot_process import Ended, assert_nothing_left, pilot, run_pilot
+from tests.pilot_process import COMMAND, Ended, assert_nothing_left, environment, pilot, run_pilot
 from tests.runtimes_support import until_sync
 from trio_pilot.condor.reporter import LAST_TIMEOUT
 
@@ -135,39 +139,79 @@ def test_a_pilot_ends_before_its_job_has_to(slot: Path) -> None:
     assert waiting(slot) == [0] * EVENTS
 
 
-# Soak: `pytest -m soak tests/integration/test_chirp.py -s`, on a machine that does nothing else.
+# Soak: `pytest -m soak tests/integration/test_chirp.py -s`. A machine may differ from itself by half within a minute: so a
+# pilot with the fault and one without run side by side, for a few seconds, and change places from pair to pair.
 
-MANY, ROUNDS = 1500, 7
+MANY, SECONDS = 3000, 4.0  # events that there are for each pilot, more than it can do in so many seconds
+LEAST_PAIRS, MOST_PAIRS, WANTED_ERROR = 10, 100, 0.01
+
+Look = Callable[[], tuple[int, float]]
 
 
-def rate(slot: Path, fault: Fault | None) -> float:
-    """Give the events a second, from the first output to the last."""
-    with chirp_proxy(slot.parent, fault), closing(sqlite3.connect(slot.parent / "queues.sqlite")) as queues:
-        queues.execute("DELETE FROM message")
-        queues.commit()
-        send(slot.parent, MANY)
-        with pilot(slot, settings(slot, HTCHIRP_RATELIMIT_INTERVAL=1, MAX_CONCURRENT_TASKS=4)) as child:
-            begun, first = 0.0, 0
-            while (done := _outputs(queues)) < MANY:
-                if done and not begun:
-                    begun, first = time.monotonic(), done
-                time.sleep(0.02)
-            seconds = time.monotonic() - begun
-            child.communicate(timeout=60)
-    return (MANY - first) / seconds
+@contextmanager
+def beside(fault: Fault | None, directory: Path, events: Path) -> Iterator[Look]:
+    """Run a pilot beside a proxy; give what tells how many outputs there are, and what CPU they have cost the pilot."""
+    slot = directory / "slot"
+    slot.mkdir(parents=True)
+    shutil.copy(events, directory / "queues.sqlite")
+    given = environment(settings(slot, HTCHIRP_RATELIMIT_INTERVAL=1, MAX_CONCURRENT_TASKS=2))
+    with (
+        chirp_proxy(directory, fault),
+        running([COMMAND], slot, given) as child,
+        closing(sqlite3.connect(directory / "queues.sqlite", timeout=60)) as queues,
+    ):
+        yield lambda: (_outputs(queues), child.cpu())
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _outputs(queues: sqlite3.Connection) -> int:
     return int(queues.execute("SELECT COUNT(*) FROM message WHERE queue = 'out'").fetchone()[0])
 
 
+def compared(fault: Fault | None, directory: Path, events: Path, *, first: bool) -> tuple[float, float]:
+    """Run a pilot with the fault and one without; give the ratio of their rates, and that of their CPU for an event."""
+    with ExitStack() as stack:
+        looks = {
+            name: stack.enter_context(beside(fault if name == "with" else None, directory / name, events))
+            for name in (("with", "without") if first else ("without", "with"))
+        }
+        while not all(look()[0] for look in looks.values()):
+            time.sleep(0.02)
+        before = {name: look() for name, look in looks.items()}
+        time.sleep(SECONDS)
+        after = {name: look() for name, look in looks.items()}
+    done = {name: after[name][0] - before[name][0] for name in looks}
+    assert max(count for count, _ in after.values()) < MANY
+    cpu = {name: (after[name][1] - before[name][1]) / done[name] for name in looks}
+    return done["with"] / done["without"], cpu["with"] / cpu["without"]
+
+
+def standard_error(ratios: Sequence[float]) -> float:
+    """Tell how far their median may be off, if all but the outliers are as those of a normal distribution."""
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return 1.2533 * (high - low) / 1.349 / math.sqrt(len(ratios))
+
+
+def say(what: str, ratios: Sequence[float]) -> float:
+    """Show ratios, and give their median."""
+    median = statistics.median(ratios)
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} pairs"
+    print(f"{what:>25} {median:.3f} ± {standard_error(ratios):.3f}, {spread}")
+    return median
+
+
 @pytest.mark.soak
-def test_no_fault_of_the_proxy_costs_throughput(slot: Path) -> None:
-    rates: dict[Fault | None, list[float]] = {fault: [] for fault in (None, *FAULTS)}
-    for _ in range(ROUNDS):
-        for fault, found in rates.items():
-            found.append(rate(slot, fault))
-    medians = {fault: statistics.median(found) for fault, found in rates.items()}
-    for fault, median in medians.items():
-        print(f"{fault.__name__ if fault else 'no fault':>20} {median:6.0f}/s  {median / medians[None]:.3f}")
-    assert min(medians.values()) >= 0.95 * medians[None]
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_a_fault_of_the_proxy_costs_no_throughput(tmp_path: Path, fault: Fault | None) -> None:
+    send(tmp_path, MANY)
+    events = (tmp_path / "queues.sqlite").rename(tmp_path / "events.sqlite")
+    rates: list[float] = []
+    cpu: list[float] = []
+    while len(rates) < LEAST_PAIRS or (standard_error(rates) > WANTED_ERROR and len(rates) < MOST_PAIRS):
+        for first in (True, False, False, True):
+            rate, for_an_event = compared(fault, tmp_path, events, first=first)
+            rates.append(rate)
+            cpu.append(for_an_event)
+    print(f"\n{fault.__name__ if fault else 'no fault'}")
+    assert say("rate", rates) >= 0.95
+    assert say("CPU for an event", cpu) <= 1.05
