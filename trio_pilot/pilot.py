@@ -5,9 +5,9 @@ serve
  └ guardian         a process of its own: when the pilot is gone, however it went, it removes what is left
    └ reporter       tells HTCondor how things are; the last state when all below has ended
      └ workspace, runtime, brokers     outlive every task, so that a task being killed can still settle
-       └ tasks          one child per event
+       └ tasks          one child per event; its slot is free as soon as its output is read, which is sent and settled then
          ├ init         sweep, broker, image and init container; no event is taken before all are good
-         └ consumers    take an event only when a slot is free for it; it is no more when the output is read, and then sent
+         └ consumers    take an event only when a slot is free for it
 """
 
 from collections import deque

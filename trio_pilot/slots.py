@@ -3,8 +3,9 @@
 A slot is a task's until its output is read: what is left to do then, to send it and to settle its event, needs no slot, and
 the next task may run meanwhile. A task that has failed keeps it until that is counted: it may be a reason to take no more.
 
-An event is at hand until it is settled. There is room for as many as the broker was asked to have unsettled at once: with a
-broker that confirms nothing, a slot that is free does not take what is not to be had for a queue that is empty.
+An event is at hand until it is settled. There is room for as many as the broker was asked to have unsettled at once. When
+that is used up, by outputs that a broker does not confirm, a slot waits for room and not for an event: else it would take
+the queue for empty.
 """
 
 import trio

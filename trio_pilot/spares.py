@@ -18,7 +18,7 @@ from trio_pilot.staging import TaskFiles
 
 
 class Spares:
-    """The directories that wait for a next task; never more than there were tasks at once."""
+    """The directories that wait for a next task; never more than there were events at hand."""
 
     def __init__(self) -> None:
         self._clean: list[TaskFiles] = []

@@ -74,7 +74,8 @@ class Campaign:
         """Run the pilot at an address, with faults at random moments; give what it said."""
         await send_all(self.broker, self.queue, *[EwmsWire().encode(Message(number)) for number in range(self.count)])
         task = f"sh -c '{TASK.format(log=self.log, seconds=self.seconds)}'"
-        usual = {"TASK_ARGS": task, "MAX_CONCURRENT_TASKS": SLOTS, "TIMEOUT_QUEUE_INCOMING": 2, "BROKER_PATIENCE": 120}
+        usual = {"TASK_ARGS": task, "MAX_CONCURRENT_TASKS": SLOTS, "PREFETCH": 2 * SLOTS}
+        usual |= {"TIMEOUT_QUEUE_INCOMING": 2, "BROKER_PATIENCE": 120}
         given = settings(self.broker, self.queue, **{**usual, **more})
         for direction in ("INCOMING", "OUTGOING"):
             given[f"QUEUE_{direction}_BROKER_ADDRESS"] = address

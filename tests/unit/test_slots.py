@@ -7,8 +7,10 @@ import trio
 
 from tests.unit.pilots import Lab
 from tests.unit.test_pilot import fails, sleeps_long
+from trio_pilot.commands.run import patience_of
 from trio_pilot.errors import NodeError, PilotError, PublishRefusedError, TasksFailedError
 from trio_pilot.runtimes import Container
+from trio_pilot.settings import Settings
 from trio_pilot.testing import Script, copy
 
 pytestmark = pytest.mark.mock_clock
@@ -95,6 +97,18 @@ async def test_a_pilot_stops_listening_though_an_output_is_not_confirmed_and_end
     assert trio.current_time() == 1 + 30
     assert lab.status.at_hand.value == 0
     lab.assert_the_promise([1])
+
+
+async def test_a_broker_is_waited_for_without_end_while_an_output_is_to_be_sent_though_no_task_runs(lab: Lab) -> None:
+    lab.broker.delays["sink.confirm"] = 30
+    lab.put(1)
+    patience = patience_of(Settings(broker_patience=5.0), lab.status)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: lab.run(prefetch=2))
+        await trio.sleep(20)
+        assert lab.status.running.value == 0
+        assert patience(1000)
+    assert not patience(6)
 
 
 async def no_node(container: Container) -> int:

@@ -36,7 +36,7 @@ def run(settings: Settings) -> int:
 async def serve_here(settings: Settings) -> int | None:
     """Serve with the brokers, the runtime and the signals of this process; give the signal that ended it, if one did."""
     settings, status = _in_this_slot(settings), Status()
-    patience = _patience(settings, status)
+    patience = patience_of(settings, status)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         try:
             return await serve(
@@ -62,6 +62,6 @@ def _in_this_slot(settings: Settings) -> Settings:
     return replace(fitted(settings, find_slot(os.environ)), until=end.at if end else None)
 
 
-def _patience(settings: Settings, status: Status) -> Patience:
+def patience_of(settings: Settings, status: Status) -> Patience:
     """Wait for a broker without end while tasks run, or are sent: their outputs are worth more than the slot."""
     return lambda seconds: seconds < settings.broker_patience or status.at_hand.value > 0
