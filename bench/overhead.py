@@ -2,7 +2,8 @@
 
 The stages of an event: `queued` (a slot between two events), `staged` (until its directory and input file are there),
 `started` (until its process is), `ran`, `read` (its output), `published` (until that is confirmed) and `acked`. What an
-engine needs to start a container is in `ran`.
+engine needs to start a container is in `ran`. The last two need no slot; but with no more events at hand than
+slots, as here, the next event comes only after them.
 """
 
 import re
