@@ -276,6 +276,19 @@ async def test_the_envfile_with_the_pilots_tokens_is_hidden(tmp_path: Path, monk
             assert await output(runtime, container) == b"ewms_htcondor_envfile.sh\n"
 
 
+async def test_empty_directories_of_an_image_are_made_rather_than_mounted(tmp_path: Path, image: Path) -> None:
+    if fault := bubblewrap_fault():
+        pytest.skip(f"bubblewrap does not work here: {fault}")
+    options = bubblewrap._root_options(image, ())
+    assert options[options.index("/home") - 1] == "--dir"
+    assert str(image / "home") not in options
+    assert "--dir" not in bubblewrap._root_options(Path("/"), ())  # something may be mounted there yet
+    async with bubblewrap.open_runtime(OPTIONS) as runtime:
+        script = "ls -d /home /home/* /etc/*; touch /home/new || echo no"
+        container = new_container(tmp_path, ["sh", "-c", script], image=str(image))
+        assert await output(runtime, container) == b"/etc/this-is-the-image\n/home\nno\n"
+
+
 # Mounts.
 
 
