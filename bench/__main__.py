@@ -4,6 +4,7 @@ import argparse
 import compileall
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -77,6 +78,7 @@ def run(names: Sequence[str], given: argparse.Namespace) -> None:
     if warning := busy(LOAD, os.cpu_count() or 1):
         print(warning, file=sys.stderr)
     compileall.compile_dir(ROOT / "trio_pilot", quiet=1)  # as pip has it; PYTHONDONTWRITEBYTECODE may have kept it from us
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was started is ended
     with rabbitmq() as server:
         print(f"RabbitMQ {server.version}, for all sides alike, on the same cores: {ERLANG_FLAGS}")
         for name in names:
