@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import LOAD, RESULTS, ROOT
+from tests.servers import ERLANG_FLAGS, UnavailableError
+from trio_pilot.runtimes.choice import NAMES
 
 MEASUREMENTS = {
     "throughput": "events a second, over runtimes, slots, task times and event sizes",
@@ -29,11 +31,10 @@ def parser() -> argparse.ArgumentParser:
     """Describe the command line. Options may be before the command and after it."""
     description = f"{__doc__} Without a command: all of them, one after the other."
     told = argparse.ArgumentParser(prog="python -m bench", description=description, parents=[_options()])
-    told.set_defaults(to=RESULTS)
     commands = told.add_subparsers(dest="command", metavar="COMMAND")
     for name, meaning in MEASUREMENTS.items():
         commands.add_parser(name, help=meaning, description=meaning, parents=[_options(argparse.SUPPRESS)])
-    comparing = commands.add_parser("compare", help="tell what has changed between two reports")
+    comparing = commands.add_parser("compare", help="tell what has changed between two reports, or two directories of them")
     comparing.add_argument("before", type=Path)
     comparing.add_argument("after", type=Path)
     commands.add_parser("readme", help="write the README's section on speed from bench/results")
@@ -44,13 +45,16 @@ def _options(default: str | None = None) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False, argument_default=default)
     options.add_argument("--quick", action="store_true", help="little of it: all measurements together take two minutes")
     options.add_argument("--rounds", type=int, metavar="NUMBER", help="samples of each figure")
-    options.add_argument("--runtimes", type=_words, metavar="NAME,...", help="of throughput, limit and overhead")
-    options.add_argument("--to", type=Path, metavar="DIRECTORY", help="for JSON and SVG [bench/results]")
+    options.add_argument("--runtimes", type=_runtimes, metavar="NAME,...", help="of throughput, limit and overhead")
+    options.add_argument("--to", type=Path, metavar="DIRECTORY", help="for JSON and SVG [bench/results, or quick/ in it]")
     return options
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
+def _runtimes(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := set(names) - set(NAMES):
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(NAMES)}")
+    return names
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,14 +70,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             write()
         case name:
-            run([name] if name else list(MEASUREMENTS), given)
+            try:
+                run([name] if name else list(MEASUREMENTS), given)
+            except ModuleNotFoundError as error:
+                sys.exit(f"{error}: pip install -e '.[test]' has all that is needed")
+            except UnavailableError as error:
+                sys.exit(f"there is no RabbitMQ for it: {error}")
 
 
 def run(names: Sequence[str], given: argparse.Namespace) -> None:
     """Measure, and for each measurement print its table, and write its report and its plot."""
     from bench.broker import rabbitmq
     from bench.plots import plot
-    from tests.servers import ERLANG_FLAGS
 
     if warning := busy(LOAD, os.cpu_count() or 1):
         print(warning, file=sys.stderr)
@@ -84,8 +92,9 @@ def run(names: Sequence[str], given: argparse.Namespace) -> None:
         for name in names:
             module: Any = import_module(f"bench.{name}")
             report = module.measure(adapted(module.QUICK if given.quick else module.FULL, given), server)
-            print(f"\n{name}\n\n{report.table()}\n\nwritten: {report.write(given.to)}", flush=True)
-            plot(report, given.to)
+            to = given.to or (RESULTS / "quick" if given.quick else RESULTS)
+            written = [report.write(to), plot(report, to)]
+            print(f"\n{name}\n\n{report.table()}\n\nwritten: {', '.join(map(str, filter(None, written)))}", flush=True)
 
 
 def adapted(plan: Any, given: argparse.Namespace) -> Any:

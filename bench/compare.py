@@ -11,13 +11,23 @@ LEAST_OF_ONE = 0.2  # where there was but one sample, and so nothing is known of
 
 
 def compare(before: Path, after: Path) -> str:
-    """Compare two reports. Raises SystemExit if they are not of the same measurement."""
-    old, new = Report.read(before), Report.read(after)
+    """Compare two reports, or each of two directories. Raises SystemExit if they are not of the same measurement."""
+    if before.is_dir() and after.is_dir():
+        names = sorted({path.name for path in before.glob("*.json")} & {path.name for path in after.glob("*.json")})
+        return "\n\n".join(compare(before / name, after / name) for name in names) or "no report is in both"
+    old, new = _read(before), _read(after)
     if old.name != new.name:
         raise SystemExit(f"{before} is a report of {old.name}, and {after} one of {new.name}: compare two of the same")
     rows = list(_changes(old, new))
     told = aligned([["figure", "before", "after", "change"], *rows]) if rows else "nothing has changed beyond the noise"
     return "\n".join([f"{old.name}: {old.commit} ({old.made}) and {new.commit} ({new.made})", *_conditions(old, new), told])
+
+
+def _read(path: Path) -> Report:
+    try:
+        return Report.read(path)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise SystemExit(f"{path} is no report: {error}") from error
 
 
 def _conditions(old: Report, new: Report) -> Iterator[str]:

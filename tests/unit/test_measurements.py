@@ -15,7 +15,7 @@ from bench.compare import compare, has_changed
 from bench.ewms_pilot import STAND_IN_ARGS, stand_in
 from bench.figures import Figure, alternate, compared
 from bench.load import Load
-from bench.report import RESULTS, Report, aligned, commit, machine, rounded
+from bench.report import Report, aligned, commit, machine, rounded
 from bench.throughput import Plan, events, points
 from bench.timed import STAGES, Noting, TimedRuntime, TimedSink, TimedSource, Times, wrapped
 from tests.unit.pilots import Lab, all_of
@@ -125,6 +125,30 @@ def test_a_comparison_tells_what_has_changed_what_is_new_and_what_else_differs(t
     assert compare(one, one).endswith("nothing has changed beyond the noise")
 
 
+def test_all_reports_that_are_in_two_directories_are_compared(tmp_path: Path) -> None:
+    for directory, names in (("1", ("limit", "peer", "start")), ("2", ("peer", "limit", "scale"))):
+        for name in names:
+            report(figure(1, 2), name=name).write(tmp_path / directory)
+    found = compare(tmp_path / "1", tmp_path / "2").split("\n\n")
+    assert [text.partition(":")[0] for text in found] == ["limit", "peer"]
+    assert compare(tmp_path, tmp_path) == "no report is in both"
+
+
+@pytest.mark.parametrize("content", [None, "{}", "[]", "no JSON", '{"figures": [{}]}'])
+def test_what_is_no_report_is_told_of(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "limit.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit, match=r"limit\.json is no report"):
+        compare(path, path)
+
+
+def test_a_runtime_that_there_is_not_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parser().parse_args(["limit", "--runtimes", "docker,dcoker"])
+    assert "dcoker: choose from docker, podman, apptainer, bubblewrap, process" in capsys.readouterr().err
+
+
 def test_reports_of_different_measurements_are_not_compared(tmp_path: Path) -> None:
     paths = [report(name=name).write(tmp_path) for name in ("limit", "peer")]
     with pytest.raises(SystemExit, match="compare two of the same"):
@@ -149,7 +173,7 @@ def test_a_point_has_as_many_events_as_keep_its_slots_busy_for_long_enough() -> 
 def test_each_measurement_is_a_command_with_plans_that_can_be_changed() -> None:
     assert parser().parse_args(["--quick"]).command is None
     assert parser().parse_args(["--quick", "limit"]).quick
-    assert parser().parse_args(["limit"]).to == RESULTS
+    assert parser().parse_args(["limit", "--to", "x"]).to == Path("x")
     for name in MEASUREMENTS:
         given = parser().parse_args([name, "--rounds", "2", "--runtimes", "docker,podman"])
         plan = adapted(import_module(f"bench.{name}").QUICK, given)
