@@ -17,6 +17,7 @@ from bench.report import Report
 from bench.runtimes import Runtime
 
 COST = {"process": 0.004, "bubblewrap": 0.012, "apptainer": 0.1, "docker": 0.3, "podman": 0.3}  # rough seconds of CPU a task
+BYTE = 20e-9  # the same for each byte of an event, with all that the broker does with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ def points(plan: Plan) -> Iterator[tuple[int, float, int]]:
 
 
 def _figures(plan: Plan, runtime: Runtime, server: RabbitServer, slots: int, seconds: float, size: int) -> Iterator[Figure]:
-    load = Load(events(plan, COST[runtime.name], slots, seconds), size)
+    load = Load(events(plan, COST[runtime.name] + size * BYTE, slots, seconds), size)
     settings: dict[str, Any] = {"max_concurrent_tasks": slots, "task_args": task(seconds), **runtime.settings}
     runs = [load.done_by(pilot(settings, runtime.env), server) for _ in range(plan.rounds)]
     labels: dict[str, Label] = {"runtime": runtime.name, "slots": slots, "task s": seconds, "bytes": size}
