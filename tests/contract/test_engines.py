@@ -120,7 +120,7 @@ async def test_an_answer_that_is_lost_costs_neither_the_result_nor_a_second_run(
     container = subject.container(*SHORT)
     lost = proxy.next(REQUESTS[request_], "lose")
     assert await end_of(runtime, container) == Exit(0)
-    assert lost.begun.is_set()
+    await until(lost.begun.is_set)  # it is removed beside the next one
     assert container.stdout.read_text() == "said\n"
     assert container.stderr.read_text() == "more\n"
     assert (container.scratch / "times").read_text() == "once\n"
@@ -173,15 +173,58 @@ async def test_a_create_that_comes_late_leaves_nothing(
 
 
 @at_both
+@pytest.mark.parametrize("code", [0, 3])
 async def test_a_container_that_cannot_be_removed_is_removed_later(
-    subject: Subject, here: Engine, runtime: Runtime, proxy: EngineProxy, monkeypatch: pytest.MonkeyPatch
+    subject: Subject, here: Engine, runtime: Runtime, proxy: EngineProxy, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     monkeypatch.setattr(engine, "END_TIMEOUT", 0.2)
     lost = proxy.next(REQUESTS["remove"], "late")  # and never
-    assert await end_of(runtime, subject.container("true")) == Exit(0)
-    assert lost.begun.is_set()
+    assert await end_of(runtime, subject.container("sh", "-c", f"exit {code}")) == Exit(code)
+    await until(lost.begun.is_set)
     assert len(here.containers()) == 1
     await until(lambda: not here.containers())
+
+
+@at_both
+async def test_what_is_removed_beside_the_tasks_is_gone_when_the_runtime_is_closed(
+    subject: Subject, here: Engine, proxy: EngineProxy
+) -> None:
+    late = proxy.next(REQUESTS["remove"], "late")
+
+    async def release() -> None:
+        await trio.sleep(0.5)
+        late.release.set()
+
+    async with trio.open_nursery() as nursery:
+        async with subject.open(OPTIONS) as runtime:
+            await runtime.prepare(subject.image)
+            assert await end_of(runtime, subject.container("true")) == Exit(0)
+            await until(late.begun.is_set)
+            assert len(here.containers()) == 1
+            nursery.start_soon(release)
+        assert here.containers() == []
+    assert proxy.count("DELETE") == 1
+
+
+@at_both
+async def test_a_container_that_has_failed_is_removed_at_once(subject: Subject, here: Engine, runtime: Runtime) -> None:
+    assert await end_of(runtime, subject.container("sh", "-c", "exit 3")) == Exit(3)
+    assert here.containers() == []
+
+
+@at_both
+async def test_no_more_than_some_containers_are_removed_beside_the_tasks(
+    subject: Subject, here: Engine, proxy: EngineProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "MOST_BEHIND", 2)
+    async with subject.open(OPTIONS) as runtime:
+        await runtime.prepare(subject.image)
+        late = [proxy.next(REQUESTS["remove"], "late") for _ in range(2)]
+        for _ in range(3):
+            assert await end_of(runtime, subject.container("true")) == Exit(0)
+        assert len(here.containers()) == 2
+        for one in late:
+            one.release.set()
 
 
 # What the containers are.

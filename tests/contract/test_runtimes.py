@@ -576,11 +576,13 @@ async def test_neither_file_descriptors_nor_zombies_grow(subject: Subject, runti
     scripts: Iterable[str] = itertools.cycle(
         ["exit 0", "exit 1", "(setsid sleep 1000 &); exit 0", "(setsid true &); exit 0"]
     )
-    await run(runtime, subject.container("true"))
+    async with trio.open_nursery() as nursery:  # an engine is asked to remove one while it is asked to make the next
+        for _ in range(2):
+            nursery.start_soon(run, runtime, subject.container("true"))
     files, children = open_files(), own_children()
     for script in itertools.islice(scripts, subject.repetitions()):
         await run(runtime, subject.container("sh", "-c", script))
-    assert open_files() == files
+    assert open_files() <= files
     assert new_children(children) == []
 
 

@@ -22,6 +22,7 @@ from trio_pilot.runtimes.engine_link import Link
 from trio_pilot.runtimes.pull import ready_image
 
 END_TIMEOUT = 10.0  # seconds to end and remove a container, beside its grace; then it is tried in the background
+MOST_BEHIND = 8  # containers that are removed beside the next tasks; more are waited for
 LAST_TIMEOUT = 3.0  # seconds to try it for the last time, as the runtime closes; after us comes the guardian
 
 KILLED = 137  # the exit code of what died of SIGKILL
@@ -94,7 +95,8 @@ class EngineRuntime:
         self._link = link
         self._dialect = dialect
         self._options = options
-        self._nursery = nursery  # removes what could not be removed in time
+        self._nursery = nursery  # removes what is not removed by the tasks
+        self._behind: set[EngineContainer] = set()
         self._images: dict[str, str] = {}
 
     async def prepare(self, image: str) -> None:
@@ -102,20 +104,29 @@ class EngineRuntime:
         self._images[image] = await ready_image(self._link, self._dialect, image)
 
     async def run(self, container: Container) -> Exit:
-        """Run a container to its end; on every way out it is stopped and removed."""
+        """Run a container to its end; on every way out it is stopped and removed.
+
+        One that has succeeded may be there for a moment more, with nothing running in it. One that has failed is gone when
+        the node is looked at, with all that it may have filled the disk with.
+        """
         await trio.lowlevel.checkpoint_if_cancelled()
         with map_exceptions({OSError: NodeError}, "cannot write what a container says"):
             for path in (container.stdout, container.stderr):
                 open_output(path).close()
             if container.image not in self._images:
                 await self.prepare(container.image)
-            ours = EngineContainer(self._link, self._dialect, container)
+            ours, ended = EngineContainer(self._link, self._dialect, container), None
             try:
                 order = Order(container, ours.name, self._images[container.image], self._options)
                 await ours.create(self._dialect.spec(order))
-                return await self._live(ours, container)
+                ended = await self._live(ours, container)
+                return ended
             finally:
-                await self._end(ours)
+                if ended == Exit(0) and len(self._behind) < MOST_BEHIND:
+                    self._behind.add(ours)
+                    self._nursery.start_soon(self._end, ours)
+                else:
+                    await self._end(ours)
 
     async def _live(self, ours: EngineContainer, container: Container) -> Exit:
         code = await ours.live()
@@ -145,6 +156,7 @@ class EngineRuntime:
     async def _end(self, ours: EngineContainer) -> None:
         with trio.move_on_after(self._options.kill_grace + END_TIMEOUT, shield=True) as patience:
             await ours.end(self._options.kill_grace)
+        self._behind.discard(ours)
         if patience.cancelled_caught:
             LOGGER.warning("the container %s is not gone in time; it is tried again", ours.name)
             self._nursery.start_soon(self._end_at_last, ours)
