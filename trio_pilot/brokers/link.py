@@ -1,14 +1,14 @@
 """A connection to a broker, made anew whenever it is lost, for as long as there is patience."""
 
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import trio
 from trio_util import AsyncValue
 
-from trio_pilot.brokers import Patience
+from trio_pilot.brokers import Patience, QueueAddress
 from trio_pilot.brokers.mailbox import Reply
 from trio_pilot.errors import BrokerError
 from trio_pilot.log import LOGGER
@@ -102,13 +102,17 @@ class Link(Generic[S]):
             self._away_since = trio.current_time()
 
 
+L = TypeVar("L", bound=Link[Any])
+
+
 @asynccontextmanager
-async def kept_connected(link: Link[S]) -> AsyncIterator[None]:
-    """Keep a link connected in the background."""
+async def opened(kind: Callable[[QueueAddress, Patience], L], address: QueueAddress, patience: Patience) -> AsyncIterator[L]:
+    """Open a link to a queue; it is kept connected in the background."""
+    link = kind(address, patience)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(link.keep_connected)
         try:
-            yield
+            yield link
         finally:
             nursery.cancel_scope.cancel()
 

@@ -13,7 +13,7 @@ import re
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -45,7 +45,7 @@ from trio_pilot.brokers.jetstream import (
     TooLargeError,
     connect,
 )
-from trio_pilot.brokers.link import RETRY_DELAY, Link, LostError, kept_connected
+from trio_pilot.brokers.link import RETRY_DELAY, Link, LostError, opened
 from trio_pilot.brokers.text_headers import FAILURES, MESSAGE_ID, read, said
 from trio_pilot.errors import (
     BrokerError,
@@ -69,20 +69,14 @@ ONCE = "Nats-Msg-Id"
 INSTRUCTION = "nats-"  # how headers begin that tell the server what to do with a message
 
 
-@asynccontextmanager
-async def open_source(address: QueueAddress, patience: Patience) -> AsyncIterator["NatsSource"]:
+def open_source(address: QueueAddress, patience: Patience) -> AbstractAsyncContextManager["NatsSource"]:
     """Open an incoming queue; it connects in the background."""
-    source = NatsSource(address, patience)
-    async with kept_connected(source):
-        yield source
+    return opened(NatsSource, address, patience)
 
 
-@asynccontextmanager
-async def open_sink(address: QueueAddress, patience: Patience) -> AsyncIterator["NatsSink"]:
+def open_sink(address: QueueAddress, patience: Patience) -> AbstractAsyncContextManager["NatsSink"]:
     """Open an outgoing queue; it connects in the background."""
-    sink = NatsSink(address, patience)
-    async with kept_connected(sink):
-        yield sink
+    return opened(NatsSink, address, patience)
 
 
 class _Queue(Link[Connection]):

@@ -9,7 +9,7 @@ import math
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ from trio_pilot.brokers import (
     dead_letters,
     tokens,
 )
-from trio_pilot.brokers.link import RETRY_DELAY, ConnectError, Link, LostError, kept_connected
+from trio_pilot.brokers.link import RETRY_DELAY, ConnectError, Link, LostError, opened
 from trio_pilot.brokers.pulsar_session import CONNECT_TIMEOUT, Session, TooLargeError
 from trio_pilot.brokers.text_headers import FAILURES, MESSAGE_ID, read, said
 from trio_pilot.errors import (
@@ -44,20 +44,14 @@ from trio_pilot.log import LOGGER
 PORTS = {"pulsar": 6650, "pulsar+ssl": 6651}
 
 
-@asynccontextmanager
-async def open_source(address: QueueAddress, patience: Patience) -> AsyncIterator["PulsarSource"]:
+def open_source(address: QueueAddress, patience: Patience) -> AbstractAsyncContextManager["PulsarSource"]:
     """Open an incoming queue; it connects in the background."""
-    source = PulsarSource(address, patience)
-    async with kept_connected(source):
-        yield source
+    return opened(PulsarSource, address, patience)
 
 
-@asynccontextmanager
-async def open_sink(address: QueueAddress, patience: Patience) -> AsyncIterator["PulsarSink"]:
+def open_sink(address: QueueAddress, patience: Patience) -> AbstractAsyncContextManager["PulsarSink"]:
     """Open an outgoing queue; it connects in the background."""
-    sink = PulsarSink(address, patience)
-    async with kept_connected(sink):
-        yield sink
+    return opened(PulsarSink, address, patience)
 
 
 class _Queue(Link[Session]):

@@ -14,7 +14,7 @@ import re
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ from trio_pilot.brokers.amqp import (
     ClosedError,
     Connection,
 )
-from trio_pilot.brokers.link import RETRY_DELAY, kept_connected
+from trio_pilot.brokers.link import RETRY_DELAY, opened
 from trio_pilot.brokers.rabbitmq_queue import RabbitQueue, find_for_sending
 from trio_pilot.errors import BrokerError, DeliveryLostError, DeliveryReplacedError, NodeError, PublishRefusedError
 from trio_pilot.log import LOGGER
@@ -50,20 +50,14 @@ FAILURES = "x-trio-pilot-failures"  # header: how often the event has failed bef
 RENEW_AT = 10  # deliveries that a server has counted; from 4.0 on it drops what was delivered more than 20 times
 
 
-@asynccontextmanager
-async def open_source(address: QueueAddress, patience: Patience) -> AsyncIterator["RabbitSource"]:
+def open_source(address: QueueAddress, patience: Patience) -> AbstractAsyncContextManager["RabbitSource"]:
     """Open an incoming queue; it connects in the background."""
-    source = RabbitSource(address, patience)
-    async with kept_connected(source):
-        yield source
+    return opened(RabbitSource, address, patience)
 
 
-@asynccontextmanager
-async def open_sink(address: QueueAddress, patience: Patience) -> AsyncIterator["RabbitSink"]:
+def open_sink(address: QueueAddress, patience: Patience) -> AbstractAsyncContextManager["RabbitSink"]:
     """Open an outgoing queue; it connects in the background."""
-    sink = RabbitSink(address, patience)
-    async with kept_connected(sink):
-        yield sink
+    return opened(RabbitSink, address, patience)
 
 
 class RabbitSource(RabbitQueue):
