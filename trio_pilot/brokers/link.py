@@ -70,6 +70,11 @@ class Link(Generic[S]):
         """Wait for the end of a session."""
         await self._session.wait_value(lambda value: value is not session)
 
+    async def _after(self, session: S) -> None:
+        """Wait for the end of a session, or a moment: what was refused once may not be again."""
+        with trio.move_on_after(RETRY_DELAY):
+            await self.gone(session)
+
     async def keep_connected(self) -> None:
         """Connect again and again, until cancelled.
 

@@ -45,7 +45,7 @@ from trio_pilot.brokers.jetstream import (
     TooLargeError,
     connect,
 )
-from trio_pilot.brokers.link import RETRY_DELAY, Link, LostError, opened
+from trio_pilot.brokers.link import Link, LostError, opened
 from trio_pilot.brokers.text_headers import FAILURES, MESSAGE_ID, read, said
 from trio_pilot.errors import (
     BrokerError,
@@ -101,11 +101,6 @@ class _Queue(Link[Connection]):
             await connection.find_stream(self.place)
         except RefusedError as error:
             LOGGER.info("%s lets us make no stream: %s is there, or not (%s)", self.broker, self.place.stream, error)
-
-    async def _after(self, connection: Connection) -> None:
-        """Wait for the end of a connection, or a moment: what was refused once may not be again."""
-        with trio.move_on_after(RETRY_DELAY):
-            await self.gone(connection)
 
 
 class NatsSource(_Queue):

@@ -27,7 +27,7 @@ from trio_pilot.brokers import (
     dead_letters,
     tokens,
 )
-from trio_pilot.brokers.link import RETRY_DELAY, ConnectError, Link, LostError, opened
+from trio_pilot.brokers.link import ConnectError, Link, LostError, opened
 from trio_pilot.brokers.pulsar_session import CONNECT_TIMEOUT, Session, TooLargeError
 from trio_pilot.brokers.text_headers import FAILURES, MESSAGE_ID, read, said
 from trio_pilot.errors import (
@@ -87,11 +87,6 @@ class _Queue(Link[Session]):
             raise ConnectError(f"there was no connection after {CONNECT_TIMEOUT:g} s") from None
         except OSError as error:
             raise ConnectError(_text(error)) from error
-
-    async def _after(self, session: Session) -> None:
-        """Wait for the end of a session, or a moment: what was refused once may not be again."""
-        with trio.move_on_after(RETRY_DELAY):
-            await self.gone(session)
 
 
 def _text(error: OSError) -> str:

@@ -32,7 +32,7 @@ from trio_pilot.brokers.amqp import (
     ClosedError,
     Connection,
 )
-from trio_pilot.brokers.link import RETRY_DELAY, opened
+from trio_pilot.brokers.link import opened
 from trio_pilot.brokers.rabbitmq_queue import RabbitQueue, find_for_sending
 from trio_pilot.errors import BrokerError, DeliveryLostError, DeliveryReplacedError, NodeError, PublishRefusedError
 from trio_pilot.log import LOGGER
@@ -405,11 +405,6 @@ class RabbitSink(RabbitQueue):
             await channel.call("close")
         except ClosedError:
             return
-
-    async def _after(self, channel: Channel) -> None:
-        """Wait for the end of a channel, or a moment: a nack leaves it open."""
-        with trio.move_on_after(RETRY_DELAY):
-            await self.gone(channel)
 
 
 def _refused_size(error: ClosedError) -> int | None:
