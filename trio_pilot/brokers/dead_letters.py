@@ -27,6 +27,7 @@ import trio
 from trio_pilot import identity
 from trio_pilot.brokers import Delivery
 from trio_pilot.errors import NodeError, map_exceptions
+from trio_pilot.log import LOGGER
 from trio_pilot.trees import make_durably, write_durably
 
 Facts = Mapping[str, str | int]
@@ -65,6 +66,20 @@ def storable(reason: str) -> str:
 def headers(facts: Facts) -> dict[str, str | int]:
     """Write facts as headers of a message."""
     return {PREFIX + name: value for name, value in facts.items()}
+
+
+async def write_aside(directory: Path, delivery: Delivery, facts: Facts, why: Exception) -> bool:
+    """Write to a directory what may not go to the queue of dead letters, and log `why`; tell whether it is there.
+
+    Cancelled, it is written all the same.
+    """
+    try:
+        path = await write(directory, delivery, facts)
+    except NodeError as error:
+        LOGGER.error("the event %s goes back: no dead letters for us (%s; %s)", delivery.message_id, why, error)
+        return False
+    LOGGER.warning("the event %s is now the dead letter %s: no queue for it (%s)", delivery.message_id, path, why)
+    return True
 
 
 async def write(directory: Path, delivery: Delivery, facts: Facts) -> Path:

@@ -51,7 +51,6 @@ from trio_pilot.errors import (
     BrokerError,
     DeliveryLostError,
     DeliveryReplacedError,
-    NodeError,
     PublishRefusedError,
     SettingsError,
 )
@@ -250,19 +249,10 @@ class NatsSource(_Queue):
         try:
             await self._copy(delivery, place_of(dead_letter_queue(self.name)), dead_letters.headers(facts))
         except (RefusedError, TooLargeError) as why:
-            await self._write_aside(delivery, facts, why)
-        else:
-            await self._answer(delivery.tag, TERM)
-
-    async def _write_aside(self, delivery: Delivery, facts: dead_letters.Facts, why: Exception) -> None:
-        try:
-            path = await dead_letters.write(self._directory, delivery, facts)
-        except NodeError as error:
-            LOGGER.error("the event %s goes back: no dead letters for us (%s; %s)", delivery.message_id, why, error)
-            await self._send_anew(delivery)
-        else:
-            LOGGER.warning("the event %s is now the dead letter %s: no queue for it (%s)", delivery.message_id, path, why)
-            await self._answer(delivery.tag, TERM)
+            if not await dead_letters.write_aside(self._directory, delivery, facts, why):
+                await self._send_anew(delivery)
+                return
+        await self._answer(delivery.tag, TERM)
 
     async def _copy(self, delivery: Delivery, place: Place, facts: Mapping[str, Any]) -> None:
         """Send a copy of an event, confirmed; once only, however often it takes."""

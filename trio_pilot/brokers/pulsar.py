@@ -34,7 +34,6 @@ from trio_pilot.errors import (
     BrokerError,
     DeliveryLostError,
     DeliveryReplacedError,
-    NodeError,
     PublishRefusedError,
     SettingsError,
     first,
@@ -168,23 +167,19 @@ class PulsarSource(_Queue):
             raise DeliveryLostError(f"the event {delivery.message_id} was settled before, or Pulsar has it again")
         arrival.settled = True
         try:
-            await self._settle(delivery, settlement, dead_letters.facts(delivery, reason, error))
+            match settlement:
+                case Settlement.ACK:
+                    await arrival.session.ack(arrival.id)
+                case Settlement.RELEASE:
+                    arrival.session.nack(arrival.id)
+                case Settlement.REJECT:
+                    await self._send_anew(delivery)
+                case Settlement.DEAD_LETTER:
+                    await self._set_aside(delivery, dead_letters.facts(delivery, reason, error))
         except LostError as lost:
             raise DeliveryLostError(f"Pulsar has taken the event {delivery.message_id} back: {lost}") from lost
         finally:
             self.drop(arrival)
-
-    async def _settle(self, delivery: Delivery, settlement: Settlement, facts: dead_letters.Facts) -> None:
-        arrival: Arrival = delivery.tag
-        match settlement:
-            case Settlement.ACK:
-                await arrival.session.ack(arrival.id)
-            case Settlement.RELEASE:
-                arrival.session.nack(arrival.id)
-            case Settlement.REJECT:
-                await self._send_anew(delivery)
-            case Settlement.DEAD_LETTER:
-                await self._set_aside(delivery, facts)
 
     def drop(self, arrival: Arrival) -> None:
         """Hold an arrival no longer."""
@@ -199,33 +194,27 @@ class PulsarSource(_Queue):
     async def _send_anew(self, delivery: Delivery) -> None:
         """Put an event that failed at the end of its queue, counted."""
         try:
-            await self._move(delivery, self.name, {FAILURES: delivery.attempt})
+            await self._copy(delivery, self.name, {FAILURES: delivery.attempt})
         except (BrokerError, TooLargeError) as error:
             LOGGER.warning("the event %s goes back without its count: %s", delivery.message_id, error)
             delivery.tag.session.nack(delivery.tag.id)
+        else:
+            await _ack_replaced(delivery)
 
     async def _set_aside(self, delivery: Delivery, facts: dead_letters.Facts) -> None:
         """Move an event to the dead letters: to their queue, else to their directory, else it stays."""
         try:
-            await self._move(delivery, dead_letter_queue(self.name), dead_letters.headers(facts))
+            await self._copy(delivery, dead_letter_queue(self.name), dead_letters.headers(facts))
         except (BrokerError, TooLargeError) as why:
-            await self._write_aside(delivery, facts, why)
+            if not await dead_letters.write_aside(self._directory, delivery, facts, why):
+                await self._send_anew(delivery)
+                return
+        await _ack_replaced(delivery)
 
-    async def _write_aside(self, delivery: Delivery, facts: dead_letters.Facts, why: Exception) -> None:
-        try:
-            path = await dead_letters.write(self._directory, delivery, facts)
-        except NodeError as error:
-            LOGGER.error("the event %s goes back: no dead letters for us (%s; %s)", delivery.message_id, why, error)
-            await self._send_anew(delivery)
-        else:
-            LOGGER.warning("the event %s is now the dead letter %s: no queue for it (%s)", delivery.message_id, path, why)
-            await _ack_replaced(delivery)
-
-    async def _move(self, delivery: Delivery, topic: str, facts: Mapping[str, Any]) -> None:
-        """Send a copy of an event to a topic, confirmed, and acknowledge the original."""
+    async def _copy(self, delivery: Delivery, topic: str, facts: Mapping[str, Any]) -> None:
+        """Send a copy of an event to a topic, confirmed."""
         headers = {**delivery.tag.headers, **said({**facts, MESSAGE_ID: delivery.message_id})}
         await delivery.tag.session.publish(topic, delivery.body, headers)
-        await _ack_replaced(delivery)
 
 
 async def _ack_replaced(delivery: Delivery) -> None:

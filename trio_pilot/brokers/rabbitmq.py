@@ -34,7 +34,7 @@ from trio_pilot.brokers.amqp import (
 )
 from trio_pilot.brokers.link import opened
 from trio_pilot.brokers.rabbitmq_queue import RabbitQueue, find_for_sending
-from trio_pilot.errors import BrokerError, DeliveryLostError, DeliveryReplacedError, NodeError, PublishRefusedError
+from trio_pilot.errors import BrokerError, DeliveryLostError, DeliveryReplacedError, PublishRefusedError
 from trio_pilot.log import LOGGER
 
 LOOK_INTERVAL = 30.0  # seconds at most between looks whether there are messages that do not come
@@ -171,19 +171,10 @@ class RabbitSource(RabbitQueue):
         except (BrokerError, ClosedError) as error:
             if arrival.channel.is_closed:  # that is why, and it comes again
                 raise ClosedError(0, str(error)) from error
-            await self._write_aside(delivery, facts, error)
-        else:
-            _drop(delivery)
-
-    async def _write_aside(self, delivery: Delivery, facts: dead_letters.Facts, why: Exception) -> None:
-        try:
-            path = await dead_letters.write(self._directory, delivery, facts)
-        except NodeError as error:
-            LOGGER.error("the event %s goes back: no dead letters for us (%s; %s)", delivery.message_id, why, error)
-            await self._give_back(delivery, Settlement.REJECT)
-        else:
-            LOGGER.warning("the event %s is now the dead letter %s: no queue for it (%s)", delivery.message_id, path, why)
-            _drop(delivery)
+            if not await dead_letters.write_aside(self._directory, delivery, facts, error):
+                await self._give_back(delivery, Settlement.REJECT)
+                return
+        _drop(delivery)
 
 
 @contextmanager
