@@ -30,6 +30,7 @@ from trio_pilot.brokers import (
     dead_letters,
     tokens,
 )
+from trio_pilot.brokers.headers import FAILURES, MESSAGE_ID, attempt, read, said
 from trio_pilot.brokers.jetstream import (
     ACK,
     NAK,
@@ -46,7 +47,6 @@ from trio_pilot.brokers.jetstream import (
     connect,
 )
 from trio_pilot.brokers.link import Link, LostError, opened
-from trio_pilot.brokers.text_headers import FAILURES, MESSAGE_ID, read, said
 from trio_pilot.errors import (
     BrokerError,
     DeliveryLostError,
@@ -337,14 +337,13 @@ class NatsConsumer:
 
     def _delivery(self, arrival: Arrival) -> Delivery:
         source, facts = self._source, read(arrival.headers)
-        failures = facts.get(FAILURES)
         return Delivery(
             source,
             source.name,
             arrival.body,
             # Of a message without an id the place in its stream is as good as one.
             message_id=str(facts.get(MESSAGE_ID) or facts.get(ONCE) or f"{source.place.stream}.{arrival.sequence}"),
-            attempt=1 + (failures if isinstance(failures, int) else 0),
+            attempt=attempt(facts),
             tag=arrival,
             redelivered=arrival.deliveries > 1,
             headers=facts,

@@ -27,9 +27,9 @@ from trio_pilot.brokers import (
     dead_letters,
     tokens,
 )
+from trio_pilot.brokers.headers import FAILURES, MESSAGE_ID, attempt, read, said
 from trio_pilot.brokers.link import ConnectError, Link, LostError, opened
 from trio_pilot.brokers.pulsar_session import CONNECT_TIMEOUT, Session, TooLargeError
-from trio_pilot.brokers.text_headers import FAILURES, MESSAGE_ID, read, said
 from trio_pilot.errors import (
     BrokerError,
     DeliveryLostError,
@@ -316,13 +316,12 @@ class PulsarConsumer:
 
     def _delivery(self, arrival: Arrival, message: Any) -> Delivery:
         facts = read(arrival.headers)
-        failures = facts.get(FAILURES)
         return Delivery(
             self._source,
             self._source.name,
             message.data(),
             message_id=str(facts.get(MESSAGE_ID) or arrival.id),  # of a message without one its place is as good
-            attempt=1 + (failures if isinstance(failures, int) else 0),
+            attempt=attempt(facts),
             tag=arrival,
             redelivered=message.redelivery_count() > 0,
             headers=facts,

@@ -32,6 +32,7 @@ from trio_pilot.brokers.amqp import (
     ClosedError,
     Connection,
 )
+from trio_pilot.brokers.headers import FAILURES, attempt
 from trio_pilot.brokers.link import opened
 from trio_pilot.brokers.rabbitmq_queue import RabbitQueue, find_for_sending
 from trio_pilot.errors import BrokerError, DeliveryLostError, DeliveryReplacedError, PublishRefusedError
@@ -46,7 +47,6 @@ KNOWS_LEASES = (3, 12)  # the first version of the server that may be asked for 
 GRANTS_LEASES = (4, 3)  # ... and the first seen to give it: 4.0 knows a timeout of queues, but not of consumers
 CONSUMER_TIMEOUT = "x-consumer-timeout"  # milliseconds, of one consumer
 USUAL_TIMEOUT = 1800.0  # seconds: the server's consumer_timeout where nobody has set it
-FAILURES = "x-trio-pilot-failures"  # header: how often the event has failed before this copy of it was sent
 RENEW_AT = 10  # deliveries that a server has counted; from 4.0 on it drops what was delivered more than 20 times
 
 
@@ -354,13 +354,13 @@ class RabbitConsumer:
             self._changed.set()
 
     def _delivery(self, arrival: Arrival) -> Delivery:
-        source, message_id, failures = self._source, arrival.message_id, arrival.headers.get(FAILURES)
+        source, message_id = self._source, arrival.message_id
         return Delivery(
             source,
             source.name,
             arrival.body,
             message_id or hashlib.sha256(arrival.body).hexdigest()[:32],
-            1 + failures if isinstance(failures, int) and failures > 0 else 1,
+            attempt(arrival.headers),
             arrival,
             redelivered=arrival.redelivered,
             named=message_id is not None,

@@ -1,4 +1,4 @@
-"""Facts in the headers of a message that have room for text only: ours are JSON, in one line of ASCII."""
+"""Our facts in the headers of a message. Where there is room for text only they are JSON, in one line of ASCII."""
 
 import json
 from collections.abc import Mapping
@@ -7,8 +7,14 @@ from typing import Any
 
 from trio_pilot.brokers import dead_letters
 
-MESSAGE_ID = "x-trio-pilot-message-id"
-FAILURES = "x-trio-pilot-failures"  # how often the event has failed before this copy of it was sent
+MESSAGE_ID = f"{dead_letters.PREFIX}message-id"
+FAILURES = f"{dead_letters.PREFIX}failures"  # how often the event has failed before this copy of it was sent
+
+
+def attempt(headers: Mapping[str, Any]) -> int:
+    """Tell which try of an event this is, from 1."""
+    failures = headers.get(FAILURES)
+    return 1 + failures if isinstance(failures, int) and failures > 0 else 1
 
 
 def said(facts: Mapping[str, Any]) -> dict[str, str]:
