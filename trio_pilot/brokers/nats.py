@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import trio
 
@@ -26,6 +26,7 @@ from trio_pilot.brokers import (
     Patience,
     QueueAddress,
     Settlement,
+    addresses,
     dead_letter_queue,
     dead_letters,
     tokens,
@@ -398,20 +399,13 @@ def parse_address(address: QueueAddress) -> Address:
     Raises:
         SettingsError: it is not of that form.
     """
-    text = address.address if "://" in address.address else f"nats://{address.address}"
-    try:
-        parts = urlsplit(text)
-        port = parts.port or PORT
-    except ValueError as error:
-        raise _wrong_address(str(error)) from error
-    if parts.scheme not in SCHEMES or not parts.hostname:
-        raise _wrong_address(f"scheme {parts.scheme!r}, host {parts.hostname!r}")
+    parts, host, port = addresses.split(address.address, SCHEMES, _wrong_address)
     if parts.path.strip("/"):
         raise _wrong_address(f"a path {parts.path!r}")
     user, secret = unquote(parts.username or ""), unquote(parts.password or "")
     if user and not secret and not address.token:
         user, secret = "", user
-    return Address(parts.hostname, port, user, address.token or secret, parts.scheme == "tls")
+    return Address(host, port or PORT, user, address.token or secret, parts.scheme == "tls")
 
 
 def _wrong_address(found: str) -> SettingsError:

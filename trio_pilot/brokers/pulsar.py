@@ -13,7 +13,6 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 import trio
 
@@ -23,6 +22,7 @@ from trio_pilot.brokers import (
     Patience,
     QueueAddress,
     Settlement,
+    addresses,
     dead_letter_queue,
     dead_letters,
     tokens,
@@ -356,15 +356,10 @@ def parse_address(address: str) -> tuple[str, str, int]:
     Raises:
         SettingsError: it is not of that form.
     """
-    text = address if "://" in address else f"pulsar://{address}"
-    try:
-        parts = urlsplit(text)
-        port = parts.port
-    except ValueError as error:
-        raise _wrong_address(str(error)) from error
-    if parts.scheme not in PORTS or not parts.hostname or parts.username is not None or parts.path.strip("/"):
-        raise _wrong_address(f"scheme {parts.scheme!r}, host {parts.hostname!r}, path {parts.path!r}")
-    return parts.scheme, parts.hostname, port or PORTS[parts.scheme]
+    parts, host, port = addresses.split(address, tuple(PORTS), _wrong_address)
+    if parts.username is not None or parts.path.strip("/"):
+        raise _wrong_address(f"a user, or a path {parts.path!r}")
+    return parts.scheme, host, port or PORTS[parts.scheme]
 
 
 def _bracketed(host: str) -> str:

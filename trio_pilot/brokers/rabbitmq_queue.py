@@ -5,13 +5,13 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from time import time
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import trio
 from trio_util import move_on_when
 
 from trio_pilot import jwt
-from trio_pilot.brokers import Patience, QueueAddress, tokens
+from trio_pilot.brokers import Patience, QueueAddress, addresses, tokens
 from trio_pilot.brokers.amqp import (
     ACCESS_REFUSED,
     NOT_FOUND,
@@ -25,6 +25,7 @@ from trio_pilot.brokers.amqp import (
 from trio_pilot.brokers.link import ConnectError, Link
 from trio_pilot.errors import BrokerError, SettingsError
 
+SCHEMES = ("amqp", "amqps")
 QUORUM = {"x-queue-type": "quorum"}  # as EWMS declares its queues; with any other argument that would fail
 
 
@@ -110,19 +111,12 @@ def parse_address(address: QueueAddress) -> Address:
     Raises:
         SettingsError: it is not of that form, or names a user and no password.
     """
-    text = address.address if "://" in address.address else f"amqp://{address.address}"
-    try:
-        parts = urlsplit(text)
-        port = parts.port
-    except ValueError as error:
-        raise _wrong_address(str(error)) from error
-    if parts.scheme not in ("amqp", "amqps") or not parts.hostname:
-        raise _wrong_address(f"scheme {parts.scheme!r}, host {parts.hostname!r}")
+    parts, host, port = addresses.split(address.address, SCHEMES, _wrong_address)
     user, password = unquote(parts.username or ""), address.token or unquote(parts.password or "")
     if user and not password:
         raise SettingsError(f"the broker address names the user {user!r}, but there is no password and no token")
     virtual_host = unquote(parts.path.lstrip("/")) or "/"
-    return Address(parts.hostname, port, virtual_host, user, password, parts.scheme == "amqps")
+    return Address(host, port, virtual_host, user, password, parts.scheme == "amqps")
 
 
 def _wrong_address(found: str) -> SettingsError:
