@@ -10,8 +10,8 @@ import socket
 import ssl
 import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
@@ -93,31 +93,12 @@ class Arrival:
         return self.headers.get(DELIVERY_COUNT)
 
 
-@asynccontextmanager
-async def connect(address: Address, threads: trio.Nursery) -> AsyncIterator["Connection"]:
-    """Connect, with a thread in the nursery `threads`; close the connection and end the thread on every way out.
-
-    Raises:
-        BrokerError: the server is there and refuses us; another try would do no better.
-        ConnectError: anything else.
-    """
-    connection = Connection(address)
-    threads.start_soon(connection.drive)
-    try:
-        await connection.opened.wait()  # pika gives up after CONNECT_TIMEOUT
-        yield connection
-    finally:
-        connection.hang_up()
-        with trio.CancelScope(shield=True):  # CLOSE_TIMEOUT at the most
-            await connection.ended.wait()
-
-
 class Connection:
     """One AMQP connection, and the thread that drives it."""
 
     def __init__(self, address: Address) -> None:
-        self.opened = Reply()
-        self.ended = trio.Event()
+        self.opened = Reply()  # pika gives up after CONNECT_TIMEOUT
+        self.ended = trio.Event()  # CLOSE_TIMEOUT after `hang_up` at the most
         self._parameters = _parameters(address)
         self._for_trio = Mailbox(trio.lowlevel.current_trio_token().run_sync_soon)
         self._for_pika = Mailbox(self._wake)

@@ -11,8 +11,8 @@ import json
 import re
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -136,32 +136,13 @@ class Held:
         return list(self._arrivals.values())
 
 
-@asynccontextmanager
-async def connect(address: Address, threads: trio.Nursery) -> AsyncIterator["Connection"]:
-    """Connect, with a thread in the nursery `threads`; close the connection and end the thread on every way out.
-
-    Raises:
-        BrokerError: the server is there and refuses us; another try would do no better.
-        ConnectError: anything else.
-    """
-    connection = Connection(address)
-    threads.start_soon(connection.drive)
-    try:
-        await connection.opened.wait()  # CONNECT_TIMEOUT at the most
-        yield connection
-    finally:
-        connection.hang_up()
-        with trio.CancelScope(shield=True):  # CLOSE_TIMEOUT at the most
-            await connection.ended.wait()
-
-
 class Connection:
     """One connection to NATS, and the thread that drives it."""
 
     def __init__(self, address: Address) -> None:
-        self.opened = Reply()
+        self.opened = Reply()  # after CONNECT_TIMEOUT at the most
         self.closed = Reply()
-        self.ended = trio.Event()
+        self.ended = trio.Event()  # CLOSE_TIMEOUT after `hang_up` at the most
         self.client = Client()
         self._address = address
         self._streams = self.client.jetstream(timeout=ANSWER_TIMEOUT)

@@ -1,8 +1,9 @@
 """What Trio and the thread of a foreign I/O loop tell each other."""
 
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Protocol, TypeVar
 
 import trio
 
@@ -54,3 +55,37 @@ class Mailbox:
                 self._work[0]()
             finally:
                 self._work.popleft()
+
+
+class Driven(Protocol):
+    """A connection with a thread of its own."""
+
+    opened: Reply  # told once it can be used, or why it cannot: the thread does not try for ever
+    ended: trio.Event  # the thread has
+
+    async def drive(self) -> None:
+        """Be the thread, from connect to close."""
+
+    def hang_up(self) -> None:
+        """Have the thread close the connection, which has a deadline, and end."""
+
+
+D = TypeVar("D", bound=Driven)
+
+
+@asynccontextmanager
+async def driven(connection: D, threads: trio.Nursery) -> AsyncIterator[D]:
+    """Connect, with a thread in the nursery `threads`; close the connection and end the thread on every way out.
+
+    Raises:
+        BrokerError: the server is there and refuses us; another try would do no better.
+        ConnectError: anything else.
+    """
+    threads.start_soon(connection.drive)
+    try:
+        await connection.opened.wait()
+        yield connection
+    finally:
+        connection.hang_up()
+        with trio.CancelScope(shield=True):  # for as long as the thread takes to close it
+            await connection.ended.wait()

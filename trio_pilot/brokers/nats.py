@@ -45,9 +45,9 @@ from trio_pilot.brokers.jetstream import (
     Place,
     RefusedError,
     TooLargeError,
-    connect,
 )
 from trio_pilot.brokers.link import Link, LostError, opened
+from trio_pilot.brokers.mailbox import driven
 from trio_pilot.errors import (
     BrokerError,
     DeliveryLostError,
@@ -92,7 +92,7 @@ class _Queue(Link[Connection]):
     async def connect(self, threads: trio.Nursery) -> AsyncIterator[Connection]:
         """Connect, to a stream that is there."""
         secret = await tokens.current(self._token) or self._address.secret
-        async with connect(replace(self._address, secret=secret), threads) as connection:
+        async with driven(Connection(replace(self._address, secret=secret)), threads) as connection:
             await self._find(connection)
             yield connection
 

@@ -20,9 +20,9 @@ from trio_pilot.brokers.amqp import (
     Channel,
     ClosedError,
     Connection,
-    connect,
 )
 from trio_pilot.brokers.link import ConnectError, Link
+from trio_pilot.brokers.mailbox import driven
 from trio_pilot.errors import BrokerError, SettingsError
 
 SCHEMES = ("amqp", "amqps")
@@ -44,7 +44,7 @@ class RabbitQueue(Link[Channel]):
         try:
             token = await tokens.current(self._token)
             address = replace(self._address, password=token) if token else self._address
-            async with connect(address, threads) as connection:
+            async with driven(Connection(address), threads) as connection:
                 if tokens.is_file(self._token):
                     threads.start_soon(self._keep_token, connection, token)
                 yield await self._open(connection)
