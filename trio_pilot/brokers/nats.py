@@ -8,10 +8,8 @@ message is delivered again. As JetStream counts every delivery, whatever came of
 the number of its failures in a header, before the one that was delivered is dropped: so no other delivery is counted.
 """
 
-import math
 import re
 import uuid
-from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
@@ -48,6 +46,7 @@ from trio_pilot.brokers.jetstream import (
 )
 from trio_pilot.brokers.link import Link, LostError, opened
 from trio_pilot.brokers.mailbox import driven
+from trio_pilot.brokers.prefetch import PrefetchConsumer
 from trio_pilot.errors import (
     BrokerError,
     DeliveryLostError,
@@ -270,33 +269,13 @@ class NatsSource(_Queue):
         raise DeliveryLostError(self._too_late(arrival))
 
 
-class NatsConsumer:
+class NatsConsumer(PrefetchConsumer):
     """Holds what was sent ahead."""
 
     def __init__(self, source: NatsSource) -> None:
-        self.listening_since = math.inf
+        super().__init__(source.has_lost)
         self._source = source
         self._listener: Listener | None = None
-        self._arrived: deque[Arrival] = deque()
-        self._changed = trio.Event()  # since the last `take`, so that no change falls between that and `wait`
-
-    async def take(self) -> Delivery | None:
-        """Take the first of what has arrived, and was not lost meanwhile."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        if self._changed.is_set():
-            self._changed = trio.Event()
-        while self._arrived:
-            arrival = self._arrived.popleft()
-            if not arrival.is_lost:
-                return self._delivery(arrival)
-        return None
-
-    async def wait(self) -> None:
-        """Wait for an arrival, or for a connection made or lost."""
-        if self._arrived:
-            await trio.lowlevel.checkpoint()
-        else:
-            await self._changed.wait()
 
     async def is_idle(self) -> bool:
         """Ask the server: what it has sent before it answers has arrived before the answer."""
@@ -311,8 +290,7 @@ class NatsConsumer:
         """Have messages sent, as many as may be held."""
         self._listener = listener
         await listener.start(self._on_arrival)
-        self.listening_since = trio.current_time()
-        self._changed.set()
+        self._note_listening(is_so=True)
 
     def refill(self) -> None:
         """Have more sent, where less is held by now."""
@@ -321,8 +299,8 @@ class NatsConsumer:
 
     def lost(self) -> None:
         """Stop listening. What has arrived is still ours."""
-        self._listener, self.listening_since = None, math.inf
-        self._changed.set()
+        self._listener = None
+        self._note_listening(is_so=False)
 
     async def stop(self) -> None:
         """Have no more sent, and give back what was not taken."""
@@ -330,11 +308,10 @@ class NatsConsumer:
             with suppress(LostError):
                 await self._listener.stop()
         while self._arrived:
-            await self._source.give_back(self._arrived.popleft())
+            await self._source.give_back(self._arrived.popleft().tag)
 
     def _on_arrival(self, arrival: Arrival) -> None:
-        self._arrived.append(arrival)
-        self._changed.set()
+        self._note_arrival(self._delivery(arrival))
 
     def _delivery(self, arrival: Arrival) -> Delivery:
         source, facts = self._source, read(arrival.headers)

@@ -5,9 +5,7 @@ deliveries, whatever came of them, an event that failed is sent anew, with the n
 the one that was delivered is acknowledged.
 """
 
-import math
 import os
-from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from trio_pilot.brokers import (
 )
 from trio_pilot.brokers.headers import FAILURES, MESSAGE_ID, attempt, read, said
 from trio_pilot.brokers.link import ConnectError, Link, LostError, opened
+from trio_pilot.brokers.prefetch import PrefetchConsumer
 from trio_pilot.brokers.pulsar_session import CONNECT_TIMEOUT, Session, TooLargeError
 from trio_pilot.errors import (
     BrokerError,
@@ -225,35 +224,15 @@ async def _ack_replaced(delivery: Delivery) -> None:
         raise DeliveryReplacedError(f"Pulsar has the event {delivery.message_id}, and a copy of it: {error}") from error
 
 
-class PulsarConsumer:
+class PulsarConsumer(PrefetchConsumer):
     """Asks for messages, as many as may be held, and holds them until they are taken."""
 
     def __init__(self, source: PulsarSource, prefetch: int) -> None:
-        self.listening_since = math.inf
+        super().__init__(source.has_lost)
         self._source = source
         self._prefetch = prefetch
         self._session: Session | None = None
         self._asked = 0
-        self._arrived: deque[Delivery] = deque()
-        self._changed = trio.Event()  # since the last `take`, so that no change falls between that and `wait`
-
-    async def take(self) -> Delivery | None:
-        """Take the first of what has arrived, and has not come again."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        if self._changed.is_set():
-            self._changed = trio.Event()
-        while self._arrived:
-            delivery = self._arrived.popleft()
-            if not delivery.tag.is_lost:
-                return delivery
-        return None
-
-    async def wait(self) -> None:
-        """Wait for an arrival, or for a connection made or lost."""
-        if self._arrived:
-            await trio.lowlevel.checkpoint()
-        else:
-            await self._changed.wait()
 
     async def is_idle(self) -> bool:
         """Ask the broker; where it does not answer, the connection is lost."""
@@ -270,8 +249,7 @@ class PulsarConsumer:
         """Have messages sent, as many as may be held."""
         self._session, self._asked = session, 0
         self.refill()
-        self.listening_since = trio.current_time()
-        self._changed.set()
+        self._note_listening(is_so=True)
 
     def refill(self) -> None:
         """Ask for more, if less is held by now."""
@@ -281,10 +259,10 @@ class PulsarConsumer:
 
     def lost(self) -> None:
         """Stop listening, and forget what has arrived: the broker has it again."""
-        self._session, self.listening_since = None, math.inf
+        self._session = None
         self._arrived.clear()
         self._source.holding.clear()
-        self._changed.set()
+        self._note_listening(is_so=False)
 
     def stop(self) -> None:
         """Give back what was not taken, and what still comes: what was asked for cannot be called off."""
@@ -305,8 +283,7 @@ class PulsarConsumer:
         if replaced := self._source.holding.get(str(arrival.id)):
             replaced.is_replaced = True
         self._source.holding[str(arrival.id)] = arrival
-        self._arrived.append(self._delivery(arrival, message))
-        self._changed.set()
+        self._note_arrival(self._delivery(arrival, message))
 
     def _give_back(self, arrival: Arrival) -> None:
         arrival.settled = True

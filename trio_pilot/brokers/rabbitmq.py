@@ -8,11 +8,9 @@ acked.
 """
 
 import hashlib
-import math
 import random
 import re
 import uuid
-from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from functools import partial
@@ -34,6 +32,7 @@ from trio_pilot.brokers.amqp import (
 )
 from trio_pilot.brokers.headers import FAILURES, attempt
 from trio_pilot.brokers.link import opened
+from trio_pilot.brokers.prefetch import PrefetchConsumer
 from trio_pilot.brokers.rabbitmq_queue import RabbitQueue, find_for_sending
 from trio_pilot.errors import BrokerError, DeliveryLostError, DeliveryReplacedError, PublishRefusedError
 from trio_pilot.log import LOGGER
@@ -228,33 +227,17 @@ class Copies:
             return channel
 
 
-class RabbitConsumer:
+class RabbitConsumer(PrefetchConsumer):
     """Holds what RabbitMQ has sent ahead."""
 
     def __init__(self, source: RabbitSource, lease: float) -> None:
-        self.listening_since = math.inf
+        super().__init__(source.has_lost)
         self._source = source
         self._lease = lease  # seconds; none once the queue has refused it
         self._prefetch = 0
         self._channel: Channel | None = None
         self._tags: list[str] = []  # ours, so that there is no moment at which one could not be cancelled
-        self._arrived: deque[Delivery] = deque()
         self._arrivals = 0
-        self._changed = trio.Event()  # since the last `take`, so that no change falls between that and `wait`
-
-    async def take(self) -> Delivery | None:
-        """Take the first of what has arrived."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        if self._changed.is_set():
-            self._changed = trio.Event()
-        return self._arrived.popleft() if self._arrived else None
-
-    async def wait(self) -> None:
-        """Wait for an arrival, or for a connection made or lost."""
-        if self._arrived:
-            await trio.lowlevel.checkpoint()
-        else:
-            await self._changed.wait()
 
     async def is_idle(self) -> bool:
         """Ask the server: what it has sent before it answers has arrived before the answer.
@@ -276,8 +259,7 @@ class RabbitConsumer:
         """Have messages sent, `prefetch` of them ahead of their settlement."""
         self._channel, self._prefetch = channel, prefetch
         await self._consume(channel, prefetch)
-        self.listening_since = trio.current_time()
-        self._changed.set()
+        self._note_listening(is_so=True)
 
     async def make_up(self, channel: Channel) -> None:
         """Have one more message sent ahead for each that is held back, as their number changes: by a consumer for each."""
@@ -330,10 +312,10 @@ class RabbitConsumer:
 
     def lost(self) -> None:
         """Forget what has arrived: the broker has it again."""
-        self._channel, self.listening_since = None, math.inf
+        self._channel = None
         self._tags.clear()
         self._arrived.clear()
-        self._changed.set()
+        self._note_listening(is_so=False)
 
     async def stop(self) -> None:
         """Have no more sent, and give back what was not taken."""
@@ -350,8 +332,7 @@ class RabbitConsumer:
         if arrival.channel is self._channel:
             arrival.channel.unsettled += 1
             self._arrivals += 1
-            self._arrived.append(self._delivery(arrival))
-            self._changed.set()
+            self._note_arrival(self._delivery(arrival))
 
     def _delivery(self, arrival: Arrival) -> Delivery:
         source, message_id = self._source, arrival.message_id
