@@ -248,6 +248,12 @@ class Pulsar:
                     yield message
 
 
+async def send(broker: Broker, queue: str, *bodies: bytes) -> None:
+    async with broker.sink(queue) as sink:
+        for number, body in enumerate(bodies):
+            await sink.send(body, f"id-{number}")
+
+
 async def take(consumer: Consumer) -> Delivery:
     """Take the next delivery, however long it takes to come (but not for ever)."""
     with trio.fail_after(LONG):

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 START_TIMEOUT = 90.0  # seconds; it takes 3 to 10 on an idle machine
 STOP_TIMEOUT = 15.0
@@ -80,20 +81,30 @@ def need(program: str, package: str) -> None:
             raise UnavailableError(f"{' '.join(command)} failed: {done.stderr[-500:]}")
 
 
+S = TypeVar("S", "RabbitServer", "NatsServer")
+
+
+@contextmanager
+def running(server: S) -> Iterator[S]:
+    """Run a server."""
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
 @contextmanager
 def rabbitmq(suite: str = "", config: str = "", plugins: str = "") -> Iterator["RabbitServer"]:
     """Run a RabbitMQ server: the one installed here, or that of another suite of Debian."""
     for program, package in (("rabbitmq-server", "rabbitmq-server"), *([("bwrap", "bubblewrap")] if suite else [])):
         need(program, package)
     root = debian(suite, "rabbitmq-server") if suite else None
-    directory = Path(tempfile.mkdtemp(prefix="trio-pilot-rabbitmq-"))
-    server = RabbitServer(directory, root, config, plugins)
-    try:
-        server.start()
+    with (
+        tempfile.TemporaryDirectory(prefix="trio-pilot-rabbitmq-") as directory,
+        running(RabbitServer(Path(directory), root, config, plugins)) as server,
+    ):
         yield server
-    finally:
-        server.stop()
-        shutil.rmtree(directory)
 
 
 def debian(suite: str, package: str, *more: str) -> Path:
@@ -272,14 +283,11 @@ class RabbitServer:
 def nats() -> Iterator["NatsServer"]:
     """Run a NATS server with JetStream."""
     need("nats-server", "nats-server")
-    directory = Path(tempfile.mkdtemp(prefix="trio-pilot-nats-"))
-    server = NatsServer(directory)
-    try:
-        server.start()
+    with (
+        tempfile.TemporaryDirectory(prefix="trio-pilot-nats-") as directory,
+        running(NatsServer(Path(directory))) as server,
+    ):
         yield server
-    finally:
-        server.stop()
-        shutil.rmtree(directory)
 
 
 NATS_USERS = """

@@ -5,6 +5,7 @@ from pathlib import Path
 import pulsar
 import pytest
 
+from tests.brokers import new_name
 from tests.contract.subjects import SUBJECTS, Subject
 from tests.pulsar_stand_in import StandIn
 
@@ -19,6 +20,11 @@ def sif(apptainer: Path, image: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture
 def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Subject:
     return SUBJECTS[request.param](request, tmp_path)
+
+
+@pytest.fixture
+def queue() -> str:
+    return new_name()
 
 
 @pytest.fixture

@@ -1,6 +1,10 @@
 # What every broker does, the fake included; what is one broker's own is in test_local.py and test_rabbitmq.py.
 
+import gc
 import os
+import sys
+import traceback
+import warnings
 from contextlib import AsyncExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -8,7 +12,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.brokers import LONG, Broker, Fake, Local, Nats, Pulsar, Rabbit, new_name, nothing_comes, take
+from tests.brokers import LONG, Broker, Fake, Local, Nats, Pulsar, Rabbit, new_name, nothing_comes, send, take
+from tests.proxy import proxy
 from trio_pilot import identity
 from trio_pilot.brokers import Consumer, Delivery, Settlement, Source, dead_letter_queue
 from trio_pilot.errors import DeliveryLostError
@@ -33,17 +38,6 @@ def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Broker:
             return Pulsar(request.getfixturevalue("pulsar_stand_in").address, tmp_path)
         case _:
             return Rabbit(request.getfixturevalue(request.param))
-
-
-@pytest.fixture
-def queue() -> str:
-    return new_name()
-
-
-async def send(broker: Broker, queue: str, *bodies: bytes) -> None:
-    async with broker.sink(queue) as sink:
-        for number, body in enumerate(bodies):
-            await sink.send(body, f"id-{number}")
 
 
 async def settle_all(source: Source, consumer: Consumer, count: int) -> list[bytes]:
@@ -356,6 +350,53 @@ async def test_two_hundred_sends_at_once_all_arrive(broker: Broker, queue: str) 
     again = await ready_again(broker, queue, 200)
     assert sorted(int(delivery.body) for delivery in again) == list(range(200))
     assert {delivery.message_id for delivery in again} == {f"id-{number}" for number in range(200)}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Rabbit, "rabbitmq"), (Nats, "nats")])
+async def test_a_connection_that_is_silent_is_not_taken_for_an_empty_queue(
+    request: pytest.FixtureRequest, kind: type[Rabbit | Nats], name: str, queue: str
+) -> None:
+    broker = kind(request.getfixturevalue(name))
+    async with (
+        proxy(broker.server.port) as way,
+        broker.sink(queue) as sink,
+        broker.source(queue, server=way.address) as source,
+        source.consume(1) as consumer,
+    ):
+        while consumer.listening_since > trio.current_time():
+            await consumer.wait()
+        way.swallowing = True
+        await sink.send(b"a", "a")
+        with trio.move_on_after(0.3) as waiting:
+            await consumer.is_idle()
+        assert waiting.cancelled_caught
+        way.swallowing = False
+        way.cut()
+        await source.settle(await take(consumer), Settlement.ACK)
+
+
+async def test_no_thread_no_file_and_no_warning_is_left_after_close(broker: Broker, queue: str) -> None:
+    await send(broker, queue, b"warm-up")
+    files = open_files()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for delay in (0, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.1):
+            with trio.move_on_after(delay):
+                async with broker.sink(queue) as sink, broker.source(queue) as source, source.consume(1):
+                    await sink.ready()
+                    await trio.sleep_forever()
+        gc.collect()
+    assert threads_that_run("/pika/", "/asyncio/") == 0  # Trio keeps idle threads of its own for a while
+    assert open_files() <= files
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def threads_that_run(*places: str) -> int:
+    stacks = [traceback.extract_stack(frame) for frame in sys._current_frames().values()]
+    return sum(any(place in line.filename for line in stack for place in places) for stack in stacks)
 
 
 async def test_queues_of_one_broker_have_nothing_to_do_with_each_other(broker: Broker, queue: str) -> None:

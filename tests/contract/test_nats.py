@@ -1,11 +1,7 @@
 # What NATS does beyond the contract: leases, lost connections and servers, refusals, and oms-mqclient on the other side.
 
 import asyncio
-import gc
 import signal
-import sys
-import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +11,10 @@ import trio
 from mqclient.queue import Queue
 from nats.js.api import ConsumerConfig
 
-from tests.brokers import LONG, Nats, eventually, failure_of, new_name, nothing_comes, take
+from tests.brokers import LONG, Nats, eventually, failure_of, new_name, nothing_comes, send, take
 from tests.pilot_process import COMMAND, assert_nothing_left, cp, run_pilot
 from tests.proxy import hang_up, proxy, server, silence, speak_http, speak_ssh
-from tests.servers import MAX_MESSAGE_SIZE, NATS_USERS, NatsServer
+from tests.servers import MAX_MESSAGE_SIZE, NATS_USERS, NatsServer, running
 from trio_pilot.brokers import Delivery, Settlement, Source
 from trio_pilot.brokers.nats import place_of
 from trio_pilot.errors import BrokerError, DeliveryLostError, PublishRefusedError, SettingsError
@@ -34,30 +30,15 @@ def broker(nats: NatsServer) -> Nats:
 @pytest.fixture
 def own_server(tmp_path: Path) -> Iterator[NatsServer]:
     """A server that a test may stop."""
-    server = NatsServer(tmp_path)
-    server.start()
-    yield server
-    server.stop()
+    with running(NatsServer(tmp_path)) as server:
+        yield server
 
 
 @pytest.fixture
 def strict(tmp_path: Path) -> Iterator[Nats]:
     """A server that asks who we are."""
-    server = NatsServer(tmp_path, NATS_USERS)
-    server.start()
-    yield Nats(server)
-    server.stop()
-
-
-@pytest.fixture
-def queue() -> str:
-    return new_name()
-
-
-async def send(broker: Nats, queue: str, *bodies: bytes) -> None:
-    async with broker.sink(queue) as sink:
-        for number, body in enumerate(bodies):
-            await sink.send(body, f"id-{number}")
+    with running(NatsServer(tmp_path, NATS_USERS)) as server:
+        yield Nats(server)
 
 
 def lease(broker: Nats, queue: str, seconds: float) -> None:
@@ -181,25 +162,6 @@ async def test_an_event_whose_lease_ran_out_comes_again_and_is_known(broker: Nat
         await source.settle(second, Settlement.ACK)
         await nothing_comes(consumer)
     assert broker.counts(queue) == (0, 0)
-
-
-async def test_a_connection_that_is_silent_is_not_taken_for_an_empty_queue(broker: Nats, queue: str) -> None:
-    async with (
-        proxy(broker.server.port) as way,
-        broker.sink(queue) as sink,
-        broker.source(queue, server=way.address) as source,
-        source.consume(1) as consumer,
-    ):
-        while consumer.listening_since > trio.current_time():
-            await consumer.wait()
-        way.swallowing = True
-        await sink.send(b"a", "a")
-        with trio.move_on_after(0.3) as waiting:
-            await consumer.is_idle()
-        assert waiting.cancelled_caught
-        way.swallowing = False
-        way.cut()
-        await source.settle(await take(consumer), Settlement.ACK)
 
 
 async def test_a_connection_cut_costs_nothing_while_leases_last(broker: Nats, queue: str) -> None:
@@ -348,11 +310,8 @@ async def test_a_server_without_jetstream_is_told_of(tmp_path: Path, queue: str)
     plain = NatsServer(tmp_path)
     configuration = tmp_path / "nats.conf"
     configuration.write_text(configuration.read_text().split("jetstream")[0])
-    plain.start()
-    try:
+    with running(plain):
         error = await failure_of(Nats(plain).sink(queue, patience=lambda seconds: seconds < 1))
-    finally:
-        plain.stop()
     assert "there is no JetStream (nats-server needs -js)" in str(error)
 
 
@@ -443,25 +402,3 @@ async def test_who_gave_up_settling_has_settled_once_the_connection_is_back(brok
         await settle_in_vain(source, delivery)
         way.refusing = False
         await eventually(lambda: broker.counts(queue) == (0, 0), "it is settled")
-
-
-async def test_no_thread_no_file_and_no_warning_is_left_after_close(broker: Nats, queue: str) -> None:
-    def open_files() -> int:
-        return len(list(Path("/proc/self/fd").iterdir()))
-
-    def threads() -> int:
-        stacks = [traceback.extract_stack(frame) for frame in sys._current_frames().values()]
-        return sum(any("/asyncio/" in line.filename for line in stack) for stack in stacks)
-
-    await send(broker, queue, b"warm-up")
-    files = open_files()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for delay in (0, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.1):
-            with trio.move_on_after(delay):
-                async with broker.sink(queue) as sink, broker.source(queue) as source, source.consume(1):
-                    await sink.ready()
-                    await trio.sleep_forever()
-        gc.collect()
-    assert threads() == 0
-    assert open_files() <= files

@@ -10,19 +10,13 @@ import pytest
 import trio
 
 from tests import proxy as proxies
-from tests.brokers import LONG, Pulsar, eventually, failure_of, new_name, nothing_comes, take
-from tests.contract.test_brokers import send
+from tests.brokers import LONG, Pulsar, eventually, failure_of, nothing_comes, send, take
 from tests.pilot_process import COMMAND
 from tests.pulsar_stand_in import MOST_BYTES, StandIn
 from tests.servers import free_port
 from trio_pilot.brokers import Consumer, Settlement, dead_letter_queue, dead_letters, open_source
 from trio_pilot.brokers.pulsar import parse_address
 from trio_pilot.errors import BrokerError, DeliveryLostError, PublishRefusedError, SettingsError
-
-
-@pytest.fixture
-def queue() -> str:
-    return new_name()
 
 
 @pytest.fixture

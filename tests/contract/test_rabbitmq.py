@@ -1,17 +1,13 @@
 # What RabbitMQ does beyond the contract: kinds of queues, rights, refusals.
 
-import gc
-import sys
 import threading
-import traceback
-import warnings
 from pathlib import Path
 
 import pika
 import pytest
 import trio
 
-from tests.brokers import LONG, Rabbit, eventually, failure_of, leaves, new_name, nothing_comes, take
+from tests.brokers import LONG, Rabbit, eventually, failure_of, leaves, new_name, nothing_comes, send, take
 from tests.servers import MAX_MESSAGE_SIZE, RabbitServer
 from trio_pilot.brokers import Settlement, dead_letter_queue, dead_letters, rabbitmq
 from trio_pilot.errors import BrokerError, DeliveryLostError, PublishRefusedError
@@ -23,22 +19,11 @@ def broker(rabbitmq: RabbitServer) -> Rabbit:
 
 
 @pytest.fixture
-def queue() -> str:
-    return new_name()
-
-
-@pytest.fixture
 def pilot_user(broker: Rabbit) -> str:
     """Make a user as a token of EWMS's queue service has it: no right to configure."""
     name = new_name("user")
     broker.server.add_user(name, "secret", configure="^$", write=".*", read=".*")
     return name
-
-
-async def send(broker: Rabbit, queue: str, *bodies: bytes) -> None:
-    async with broker.sink(queue) as sink:
-        for number, body in enumerate(bodies):
-            await sink.send(body, f"id-{number}")
 
 
 async def test_a_queue_that_is_not_there_is_declared_as_a_durable_quorum_queue(broker: Rabbit, queue: str) -> None:
@@ -390,32 +375,6 @@ async def test_a_heartbeat_is_kept_while_trio_is_busy(broker: Rabbit, queue: str
         threading.Event().wait(4)  # the Trio thread is stuck
         await source.settle(delivery, Settlement.ACK)
     assert broker.server.counts(queue) == (0, 0)
-
-
-async def test_no_thread_no_file_and_no_warning_is_left_after_close(broker: Rabbit, queue: str) -> None:
-    def open_files() -> int:
-        return len(list(Path("/proc/self/fd").iterdir()))
-
-    def threads() -> int:
-        # Trio keeps idle worker threads for a while; ours run pika.
-        return sum(any("/pika/" in file for file in files) for files in _stacks())
-
-    await send(broker, queue, b"warm-up")
-    files = open_files()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for delay in (0, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.1):
-            with trio.move_on_after(delay):
-                async with broker.sink(queue) as sink, broker.source(queue) as source, source.consume(1):
-                    await sink.ready()
-                    await trio.sleep_forever()
-        gc.collect()
-    assert threads() == 0
-    assert open_files() <= files
-
-
-def _stacks() -> list[list[str]]:
-    return [[line.filename for line in traceback.extract_stack(frame)] for frame in sys._current_frames().values()]
 
 
 async def test_a_connection_is_closed_politely(broker: Rabbit, queue: str, pilot_user: str) -> None:

@@ -164,26 +164,6 @@ async def test_a_connection_cut_anywhere_in_the_handshake_is_made_again(broker: 
                 nursery.start_soon(send, after)
 
 
-async def test_a_connection_that_is_silent_is_not_taken_for_an_empty_queue(
-    broker: Rabbit, queue: str, proxy: proxies.Proxy
-) -> None:
-    async with (
-        broker.sink(queue) as sink,
-        broker.source(queue, server=proxy.address) as source,
-        source.consume(1) as consumer,
-    ):
-        while consumer.listening_since > trio.current_time():
-            await consumer.wait()
-        proxy.swallowing = True
-        await sink.send(b"a", "a")
-        with trio.move_on_after(0.3) as waiting:
-            await consumer.is_idle()
-        assert waiting.cancelled_caught
-        proxy.swallowing = False
-        proxy.cut()
-        await source.settle(await take(consumer), Settlement.ACK)
-
-
 async def test_a_cut_connection_is_made_again_and_what_waits_is_sent_and_what_was_held_comes_again(
     broker: Rabbit, queue: str, proxy: proxies.Proxy
 ) -> None:
