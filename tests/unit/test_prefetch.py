@@ -1,0 +1,55 @@
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from trio_pilot.brokers import Delivery
+from trio_pilot.brokers.prefetch import PrefetchConsumer
+from trio_pilot.testing import FakeBroker, FakeSource
+
+pytestmark = pytest.mark.mock_clock
+
+
+class Told(PrefetchConsumer):
+    """A consumer of which a test says what arrives, and what of it is lost again."""
+
+    def __init__(self) -> None:
+        self.lost: list[Delivery] = []
+        super().__init__(self.lost.__contains__)
+
+    def arrive(self, name: str) -> Delivery:
+        delivery = Delivery(FakeSource(FakeBroker(), "q"), "q", b"", name, 1, None)
+        self._note_arrival(delivery)
+        return delivery
+
+    def listen(self, *, is_so: bool) -> None:
+        self._note_listening(is_so=is_so)
+
+
+async def test_what_arrived_is_taken_in_order_but_for_what_was_lost_meanwhile() -> None:
+    consumer = Told()
+    first, lost, last = map(consumer.arrive, ("first", "lost", "last"))
+    consumer.lost.append(lost)
+    assert [await consumer.take() for _ in range(3)] == [first, last, None]
+
+
+async def test_no_change_since_the_last_take_is_slept_through() -> None:
+    consumer = Told()
+    for change in (consumer.arrive, lambda _: consumer.listen(is_so=True), lambda _: consumer.listen(is_so=False)):
+        while await consumer.take():
+            pass
+        change("x")
+        with trio.fail_after(1):
+            await consumer.wait()
+    while await consumer.take():
+        pass
+    with trio.move_on_after(1) as waiting:
+        await consumer.wait()
+    assert waiting.cancelled_caught
+
+
+async def test_who_waits_is_woken_by_an_arrival() -> None:
+    consumer = Told()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(consumer.wait)
+        await wait_all_tasks_blocked()
+        consumer.arrive("x")
