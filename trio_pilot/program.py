@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
+from trio_pilot import log
 from trio_pilot.commands import SIGNALLED, SignalledError
 from trio_pilot.errors import ContainerRunError, PilotError, TasksFailedError, leaves
 
@@ -58,6 +59,7 @@ def _line(error: PilotError) -> str:
 
 
 def _tell(lines: Iterable[str], code: int) -> int:
+    log.finish()
     for line in lines:
         print(line, file=sys.stderr)
     return code

@@ -1,5 +1,6 @@
 # Brokers that refuse, hang, vanish and come back, and bodies that are no events: below, what the pilot makes of them.
 
+import fcntl
 import json
 import math
 import re
@@ -451,6 +452,21 @@ async def test_events_that_come_again_after_a_lost_connection_are_not_run_again(
 ) -> None:
     outputs = await cut_while_four_tasks_run(broker, queue, directory, proxy)
     assert len(outputs) == 4
+
+
+async def test_a_pilot_whose_log_nobody_reads_does_its_work(queue: str, directory: Path) -> None:
+    broker = Local(directory.parent / "queues.sqlite")
+    await send_all(broker, queue, *[EwmsWire().encode(Message(number)) for number in range(100)])
+    more = {"TASK_ARGS": "false", "STOP_LISTENING_ON_TASK_ERROR": "false", "MAX_ATTEMPTS": 1, "TIMEOUT_QUEUE_INCOMING": 1}
+    with pilot(directory, settings(broker, queue, **more)) as child:
+        assert child.stderr
+        fcntl.fcntl(child.stderr, fcntl.F_SETPIPE_SZ, 4096)
+        await eventually(lambda: len(broker.dead_letters(queue)) == 100)
+        with trio.fail_after(LONG):
+            _, stderr = await trio.to_thread.run_sync(child.communicate, abandon_on_cancel=True)
+    assert child.returncode == 1
+    assert set(re.findall(r"event id-(\d+), attempt", stderr)) == set(map(str, range(100)))
+    assert stderr.splitlines()[-1].startswith("100 TASK(S) FAILED")
 
 
 @pytest.mark.soak
