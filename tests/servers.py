@@ -191,7 +191,7 @@ class RabbitServer:
 
     def evaluate(self, erlang: str) -> str:
         """Evaluate Erlang in the node, which takes some milliseconds."""
-        # -R: by a name that the node gives it. The usual one is taken until the node has noticed that the call before is over.
+        # -R: named by the node. The usual name is taken until the node has noticed that the call before is over.
         command = ["erl_call", "-R", "-sname", self._node, "-c", self._cookie, "-e"]
         source = " ".join(erlang.split()) + "\n"
         done = subprocess.run(command, env=self._env, input=source, capture_output=True, text=True, timeout=60)
