@@ -193,6 +193,7 @@ class NatsSource(_Queue):
     def _let_go(self, arrival: Arrival) -> None:
         if not arrival.late_answer:
             self.hold.drop(arrival)
+        arrival.body = b""  # who remembers that it was settled is not to hold what was in it
         self._refill()
 
     def _refill(self) -> None:
@@ -263,7 +264,7 @@ class NatsSource(_Queue):
         while not arrival.is_lost:
             connection = await self.connected()
             try:
-                return await _publish(connection, place, arrival.body, {**kept, **said(facts), ONCE: once})
+                return await _publish(connection, place, delivery.body, {**kept, **said(facts), ONCE: once})
             except LostError:
                 await self._after(connection)
         raise DeliveryLostError(self._too_late(arrival))
