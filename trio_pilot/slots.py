@@ -17,15 +17,16 @@ class Slots:
     """All slots of a pilot, and the room for the events at hand."""
 
     def __init__(self, slots: int, most_at_hand: int, status: Status) -> None:
-        self.free = trio.Semaphore(slots)
-        self.room = trio.Semaphore(most_at_hand)
+        self.free = trio.CapacityLimiter(slots)
+        self.room = trio.CapacityLimiter(most_at_hand)
         self.status = status
 
     async def one(self) -> "Slot":
         """Wait for room for another event, and for a slot that is free; take both."""
-        await self.room.acquire()
-        await self.free.acquire()
-        return Slot(self)
+        slot = Slot(self)
+        await self.room.acquire_on_behalf_of(slot)
+        await self.free.acquire_on_behalf_of(slot)
+        return slot
 
 
 class Slot:
@@ -44,10 +45,10 @@ class Slot:
         if self._is_taken:
             self._is_taken = False
             self._slots.status.end_task()
-            self._slots.free.release()
+            self._slots.free.release_on_behalf_of(self)
 
     def leave(self) -> None:
         """Be done with the event: there is room for another."""
         self.end_task()
         self._slots.status.leave_event()
-        self._slots.room.release()
+        self._slots.room.release_on_behalf_of(self)

@@ -318,7 +318,11 @@ class RabbitConsumer(PrefetchConsumer):
         self._note_listening(is_so=False)
 
     async def stop(self) -> None:
-        """Have no more sent, and give back what was not taken."""
+        """Have no more sent, and give back what was not taken.
+
+        A quorum queue that is about to send a message as its consumer is cancelled may keep it, unsent, for this channel
+        (seen with 3.10): nobody can give that one back but by closing the channel.
+        """
         try:
             while self._channel and self._tags:
                 await self._channel.ask("basic_cancel", self._tags.pop())
