@@ -145,8 +145,10 @@ async def test_what_another_child_left_is_left_alone(children: Children, tmp_pat
 
 
 async def test_daemons_that_have_ended_by_themselves_leave_no_zombies(children: Children, tmp_path: Path) -> None:
-    async with running(children, tmp_path, "setsid true & echo $! > pid; exec 1>&-") as child:
+    script = "setsid sh -c 'until test -e go; do sleep 0.01; done' & echo $! > pid"  # else the shell might reap it
+    async with running(children, tmp_path, script) as child:
         await child.wait()
+        (tmp_path / "go").touch()
         daemon = int((tmp_path / "pid").read_text())
         await until(lambda: is_zombie(daemon))
     assert daemon not in own_children()
