@@ -7,12 +7,13 @@ serve
      └ workspace, runtime, brokers     outlive every task, so that a task being killed can still settle
        └ tasks          one child per event; its slot is free as soon as its output is read, which is sent and settled then
          ├ init         sweep, broker, image and init container; no event is taken before all are good
-         └ consumers    take an event only when a slot is free for it
+         └ consumers    take an event only when a slot is free for it, or to stage one where there is room for it
 """
 
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, asynccontextmanager, closing
+from functools import partial
 
 import trio
 from trio_util import wait_any
@@ -28,7 +29,7 @@ from trio_pilot.scopes import Shelter
 from trio_pilot.settings import Settings
 from trio_pilot.slots import Slot, Slots
 from trio_pilot.status import State, Status
-from trio_pilot.task import Tools, Worker, run_canary, run_init
+from trio_pilot.task import Event, Tools, Worker, run_canary, run_init
 from trio_pilot.workspace import Workspace, open_workspace, root_in
 
 
@@ -185,32 +186,41 @@ class Pilot:
             LOGGER.info("listening for events: %d slot(s), runtime %s", slots, runtime)
             while True:
                 self._drain.watch_the_time()
-                slot = await self._slots.one()
-                await self._worker.canary.calm()
-                delivery = await self._next_event(consumers, idle_limit)
-                if delivery is None:
+                slot = await self._slots.room_for_one()
+                event = await self._event_for(slot, consumers, idle_limit)
+                if event is None:
                     return
                 slot.start_task()
-                tasks.start_soon(self._run_task, delivery, slot)
+                tasks.start_soon(self._run_task, event, slot)
                 idle_limit = self._settings.timeout_queue_incoming
                 self._status.state.value = State.TASKING
 
-    async def _next_event(self, consumers: deque[Consumer], idle_limit: float) -> Delivery | None:
-        """Take the next event that is neither run nor done here already."""
-        delivery = await next_delivery(consumers, idle_limit)
-        while delivery and await self._worker.knows(delivery):
-            delivery = await next_delivery(consumers, idle_limit)
-        return delivery
+    async def _event_for(self, slot: Slot, consumers: deque[Consumer], idle_limit: float) -> Event | None:
+        """Take the slot, and an event for it; None after `idle_limit` seconds in which none has come."""
+        ahead = await self._next_event(partial(first_delivery, consumers)) if self._slots.are_taken else None
+        async with self._worker.staged_ahead(ahead):
+            await slot.take()
+            await self._worker.canary.calm()
+        if ahead and not ahead.is_lost:
+            return ahead
+        return await self._next_event(partial(next_delivery, consumers, idle_limit))
 
-    async def _run_task(self, delivery: Delivery, slot: Slot) -> None:
-        with self._worker.life(delivery) as life:
-            error = await self._use(slot, life)
+    async def _next_event(self, take: Callable[[], Awaitable[Delivery | None]]) -> Event | None:
+        """Take the next event that is neither run nor done here already."""
+        while delivery := await take():
+            if not await self._worker.knows(delivery):
+                return self._worker.event(delivery)
+        return None
+
+    async def _run_task(self, event: Event, slot: Slot) -> None:
+        with self._worker.life(event.delivery) as life:
+            error = await self._use(slot, life, event)
             if error and not life.is_settled:
                 await self._worker.give_back(life, error)
 
-    async def _use(self, slot: Slot, life: Life) -> PilotError | None:
+    async def _use(self, slot: Slot, life: Life, event: Event) -> PilotError | None:
         try:
-            error = await self._worker.live(life, slot)
+            error = await self._worker.live(life, event, slot)
             self._count(life.delivery, error)
             return error
         except trio.Cancelled:
@@ -236,14 +246,21 @@ class Pilot:
             self._drain.stop_listening()
 
 
+async def first_delivery(consumers: deque[Consumer]) -> Delivery | None:
+    """Take an event that is there, from each consumer in turn."""
+    for _ in range(len(consumers)):
+        consumers.rotate(-1)
+        if delivery := await consumers[0].take():
+            return delivery
+    return None
+
+
 async def next_delivery(consumers: deque[Consumer], idle_limit: float) -> Delivery | None:
     """Take the next event, from each consumer in turn; None after `idle_limit` seconds in which all listened in vain."""
     begun = trio.current_time()
     while True:
-        for _ in range(len(consumers)):
-            consumers.rotate(-1)
-            if delivery := await consumers[0].take():
-                return delivery
+        if delivery := await first_delivery(consumers):
+            return delivery
         deadline = max(begun, *(consumer.listening_since for consumer in consumers)) + idle_limit
         if trio.current_time() >= deadline and await _are_idle(consumers):
             return None

@@ -3,6 +3,8 @@
 A slot is a task's until its output is read: what is left to do then, to send it and to settle its event, needs no slot, and
 the next task may run meanwhile. A task that has failed keeps it until that is counted: it may be a reason to take no more.
 
+Where there is room for more events than slots, the next one is staged while it waits for its slot.
+
 An event is at hand until it is settled. There is room for as many as the broker was asked to have unsettled at once. When
 that is used up, by outputs that a broker does not confirm, a slot waits for room and not for an event: else it would take
 the queue for empty.
@@ -21,19 +23,28 @@ class Slots:
         self.room = trio.CapacityLimiter(most_at_hand)
         self.status = status
 
-    async def one(self) -> "Slot":
-        """Wait for room for another event, and for a slot that is free; take both."""
+    async def room_for_one(self) -> "Slot":
+        """Wait for room for another event; the slot for it is still to be taken."""
         slot = Slot(self)
         await self.room.acquire_on_behalf_of(slot)
-        await self.free.acquire_on_behalf_of(slot)
         return slot
+
+    @property
+    def are_taken(self) -> bool:
+        """Whether an event would have to wait for a slot."""
+        return not self.free.available_tokens
 
 
 class Slot:
-    """A slot, and the room for one event."""
+    """The room for one event, and its slot once that is taken."""
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
+        self._is_taken = False
+
+    async def take(self) -> None:
+        """Wait for a slot that is free, and take it."""
+        await self._slots.free.acquire_on_behalf_of(self)
         self._is_taken = True
 
     def start_task(self) -> None:

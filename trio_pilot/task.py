@@ -83,6 +83,20 @@ class Tools:
     sinks: Sequence[Sink]
 
 
+@dataclass(slots=True)
+class Event:
+    """An event that was taken, and its files; once they are made, what goes over to its output."""
+
+    delivery: Delivery
+    files: TaskFiles
+    headers: Mapping[str, Any] | None = None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the broker has it again, as far as is known."""
+        return self.delivery.source.has_lost(self.delivery)
+
+
 class Worker:
     """What all tasks of a pilot have in common."""
 
@@ -106,7 +120,30 @@ class Worker:
         """Be known to be at an event, until it is settled."""
         return self._ledger.life(delivery)
 
-    async def live(self, life: Life, slot: Slot) -> PilotError | None:
+    def event(self, delivery: Delivery) -> Event:
+        """Give an event its files, which are still to be made."""
+        return Event(delivery, _task_files(self._tools, self._settings))
+
+    @asynccontextmanager
+    async def staged_ahead(self, event: Event | None) -> AsyncIterator[None]:
+        """Have an event staged, if there is one, while it waits for its slot; if that is not to come, it is returned."""
+        if event is None:
+            yield
+            return
+        try:
+            try:
+                await self._stage(event)
+            except (EventError, NodeError):  # as it will once more, when its turn has come
+                await self._disk.finish(math.inf, staging.remove, event.files)
+            yield
+        except BaseException:
+            await self._discard(event)
+            await self._release(Life(event.delivery))
+            raise
+        if event.is_lost:
+            await self._discard(event)
+
+    async def live(self, life: Life, event: Event, slot: Slot) -> PilotError | None:
         """Live one event's life; give the error that it, or the node, ended with.
 
         It is settled in the end, unless it is to be tried again: then `give_back` is for the caller to call.
@@ -115,12 +152,10 @@ class Worker:
 
         Cancelled, the container is killed and the event returned; but an output that is there is still sent.
         """
-        files = _task_files(self._tools, self._settings)
         try:
-            return await self._settled(life, files, slot)
+            return await self._settled(life, event, slot)
         finally:
-            if not self._settings.keep_all_task_files:
-                await self._tidy(files)
+            await self._discard(event)
 
     async def give_back(self, life: Life, error: PilotError) -> None:
         """Return an event that failed, after a delay; one that took too long at once, since another node may be faster."""
@@ -144,9 +179,9 @@ class Worker:
         """Remove the directories that no task will need any more."""
         self._spares.close()
 
-    async def _settled(self, life: Life, files: TaskFiles, slot: Slot) -> PilotError | None:
+    async def _settled(self, life: Life, event: Event, slot: Slot) -> PilotError | None:
         try:
-            await self._judged(life.delivery, files, slot)
+            await self._judged(event, slot)
         except (EventError, NodeError) as error:
             settlement = self._by_cause(error, life.delivery)
             if settlement is not Settlement.REJECT:
@@ -158,45 +193,50 @@ class Worker:
         await self._settle(life, Settlement.ACK)
         return None
 
-    async def _judged(self, delivery: Delivery, files: TaskFiles, slot: Slot) -> None:
+    async def _judged(self, event: Event, slot: Slot) -> None:
         """Work, and tell a failure of the node from one of the event's."""
         try:
-            await self._work(delivery, files, slot)
+            await self._work(event, slot)
         except (ContainerTimeoutError, ContainerOutOfMemoryError):
             raise  # limits that the user has set
         except ContainerRunError as error:
-            await self.canary.judge(error, partial(self._remove, files))  # for it may have filled the disk
+            await self.canary.judge(error, partial(self._remove, event.files))  # for it may have filled the disk
             raise
 
-    async def _work(self, delivery: Delivery, files: TaskFiles, slot: Slot) -> None:
-        event = await self._disk.call(self._wire.size(delivery.body), self._stage, delivery, files)
+    async def _work(self, event: Event, slot: Slot) -> None:
+        files, headers = event.files, await self._stage(event)
         started = trio.current_time()
         with self._pins.lent() as cpus:
             order = replace(self._order, pinned=cpus) if cpus else self._order
             await run(self._tools, self._disk, self.outputs, order, files)
         self._status.run_times.add(trio.current_time() - started)
         with self._shelter.linger() as scope:
-            body = await self._disk.call(staging.outfile_size(files), self._collect, event, files)
+            body = await self._disk.call(staging.outfile_size(files), self._collect, headers, files)
             slot.end_task()
             if body is not None:
                 with self.unsent.sending(files.outfile_path):
                     for sink in self._tools.sinks:
-                        await sink.send(body, delivery.message_id)
+                        await sink.send(body, event.delivery.message_id)
         if scope.cancelled_caught:
             await trio.lowlevel.checkpoint_if_cancelled()
 
-    def _stage(self, delivery: Delivery, files: TaskFiles) -> Message:
-        event = self._wire.decode(delivery.body, self._settings.max_payload)
-        self._spares.make(files)
-        staging.write_infile(files, event.data)
-        return event
+    async def _stage(self, event: Event) -> Mapping[str, Any]:
+        if event.headers is None:
+            event.headers = await self._disk.call(self._wire.size(event.delivery.body), self._make, event)
+        return event.headers
 
-    def _collect(self, event: Message, files: TaskFiles) -> bytes | None:
+    def _make(self, event: Event) -> Mapping[str, Any]:
+        message = self._wire.decode(event.delivery.body, self._settings.max_payload)
+        self._spares.make(event.files)
+        staging.write_infile(event.files, message.data)
+        return message.headers
+
+    def _collect(self, headers: Mapping[str, Any], files: TaskFiles) -> bytes | None:
         content = staging.read_outfile(files, self._settings.max_payload)
         if content is None or self._settings.wire == "raw":  # as it is, and in memory only once
             return content
         is_json = self._settings.outfile_ext == ".json"
-        return self._wire.encode(Message(staging.parse_outfile(content, is_json=is_json), event.headers))
+        return self._wire.encode(Message(staging.parse_outfile(content, is_json=is_json), headers))
 
     def _by_cause(self, error: PilotError, delivery: Delivery) -> Settlement:
         if isinstance(error, NodeError):
@@ -207,7 +247,11 @@ class Worker:
         if not self._settings.keep_all_task_files:
             await self._disk.finish(math.inf, staging.remove, files)
 
-    async def _tidy(self, files: TaskFiles) -> None:
+    async def _discard(self, event: Event) -> None:
+        """Remove its files, or keep them for another event."""
+        files = event.files
+        if self._settings.keep_all_task_files:
+            return
         if not await self._disk.finish(staging.outfile_size(files), self._spares.take_back, files):
             await self._disk.finish(math.inf, staging.remove, files)
 

@@ -1,17 +1,19 @@
 """A slot is a task's until its output is read, or its failure counted; an event is at hand until it is settled."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.unit.pilots import Lab
+from tests.unit.pilots import WIRE, Lab
 from tests.unit.test_pilot import fails, sleeps_long
 from trio_pilot.commands.run import patience_of
 from trio_pilot.errors import NodeError, PilotError, PublishRefusedError, TasksFailedError
 from trio_pilot.runtimes import Container
 from trio_pilot.settings import Settings
 from trio_pilot.testing import Script, copy
+from trio_pilot.wire import Message
 
 pytestmark = pytest.mark.mock_clock
 
@@ -185,3 +187,58 @@ async def first_quick(container: Container) -> int:
     if Path(container.env["EWMS_TASK_INFILE"]).read_text() == "0":  # noqa: ASYNC240
         return await copy(container)
     return await sleeps_long(container)
+
+
+def infiles(lab: Lab) -> list[str]:
+    return sorted(path.read_text() for path in lab.directory.glob("ewms-pilot-data/*/task-io/infile-*"))
+
+
+async def at(time: float, look: Callable[[], object]) -> None:
+    await trio.sleep_until(time)
+    look()
+
+
+@pytest.mark.parametrize(("prefetch", "staged"), [(1, ["0"]), (4, ["0", "1"])])
+async def test_one_event_is_staged_while_it_waits_for_its_slot_if_there_is_room(
+    lab: Lab, prefetch: int, staged: list[str]
+) -> None:
+    lab.put(*range(4))
+    seen: list[list[str]] = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(at, 0.5, lambda: seen.append(infiles(lab)))
+        await lab.run(prefetch=prefetch)
+    assert seen == [staged]
+    lab.assert_the_promise(range(4))
+
+
+async def test_what_is_staged_goes_back_when_the_pilot_takes_no_more(lab: Lab) -> None:
+    lab.runtime.script = sleeps_long
+    lab.put(*range(4))
+    await lab.run_signalled([1], prefetch=4, grace=200.0)
+    assert lab.outputs() == ["0"]
+    assert lab.broker.history[0] == ("RELEASE", "1")
+    assert (lab.status.taken, lab.status.returned.value) == (1, 0)
+    lab.assert_the_promise(range(4))
+
+
+async def test_what_is_staged_is_not_run_if_the_broker_has_it_again_by_then(lab: Lab) -> None:
+    lab.put(*range(3))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(at, 0.5, lab.broker.lose_connections)
+        await lab.run(prefetch=3)
+    assert sorted(lab.outputs()) == ["0", "1", "2"]
+    lab.assert_the_promise(range(3))
+
+
+@pytest.mark.parametrize("body", [b"no EWMS body", WIRE.encode(Message("\ud800, which is no UTF-8"))])
+async def test_what_cannot_be_staged_fails_in_its_turn(lab: Lab, body: bytes) -> None:
+    starts = starts_of(lab)
+    lab.put(0)
+    lab.broker.put("in", body, message_id="bad")
+    lab.put(2)
+    with pytest.raises(TasksFailedError, match="DecodeError"):
+        await lab.run(prefetch=3, stop_listening_on_task_error=False, max_attempts=1)
+    assert starts == [0, 1]
+    assert lab.status.taken == 3
+    assert [message.message_id for message in lab.broker.queues["in.dead-letters"]] == ["bad"]
+    lab.assert_the_promise([0, 2, "bad"])
