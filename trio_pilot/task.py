@@ -58,19 +58,20 @@ class Order:
     timeout: float | None  # seconds
     limits: Limits
     dump: bool  # copy what it says to the pilot's own stdout and stderr
+    keep: bool  # leave it in its files
     pinned: tuple[int, ...] = ()  # CPUs to run on; none: any
 
     @classmethod
     def task(cls, settings: Settings) -> "Order":
         """Order what is run for each event."""
-        args, env, dump = settings.task_args, settings.task_env_json, settings.dump_task_output
-        return cls("task", settings.task_image, args, env, settings.task_timeout, settings.limits, dump)
+        what = settings.task_image, settings.task_args, settings.task_env_json, settings.task_timeout
+        return cls("task", *what, settings.limits, settings.dump_task_output, settings.keep_all_task_files)
 
     @classmethod
     def init(cls, settings: Settings) -> "Order":
         """Order what is run before the first event."""
-        args, env, dump = settings.init_args, settings.init_env_json, settings.dump_task_output
-        return cls("init-container", settings.init_image, args, env, settings.init_timeout, settings.limits, dump)
+        what = settings.init_image, settings.init_args, settings.init_env_json, settings.init_timeout
+        return cls("init-container", *what, settings.limits, settings.dump_task_output, settings.keep_all_task_files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,7 +350,7 @@ async def run_once(tools: Tools, settings: Settings, data: Any) -> int:
         await disk.call(math.inf, staging.write_infile, files, data)
         ended = None
         with trio.move_on_after(timeout):
-            ended = await tools.runtime.run(_container(tools, Order.task(settings), files))
+            ended = await tools.runtime.run(_container(tools, replace(Order.task(settings), dump=True), files))
         await disk.call(math.inf, staging.dump, files)
     finally:
         if not settings.keep_all_task_files:
@@ -417,6 +418,7 @@ def _container(tools: Tools, order: Order, files: TaskFiles) -> Container:
         stderr=files.stderr,
         limits=order.limits,
         pinned=order.pinned,
+        heard=order.dump or order.keep,
     )
 
 

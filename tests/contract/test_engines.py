@@ -127,6 +127,17 @@ async def test_an_answer_that_is_lost_costs_neither_the_result_nor_a_second_run(
 
 
 @at_both
+@pytest.mark.parametrize("code", [0, 3])
+async def test_what_nobody_wants_to_hear_is_asked_for_of_a_failure_only(
+    subject: Subject, runtime: Runtime, proxy: EngineProxy, code: int
+) -> None:
+    container = replace(subject.container("sh", "-c", f"echo said; exit {code}"), heard=False)
+    assert await end_of(runtime, container) == Exit(code)
+    assert proxy.has_had(REQUESTS["logs"]) == bool(code)
+    assert container.stdout.read_text() == ("said\n" if code else "")
+
+
+@at_both
 @pytest.mark.parametrize("request_", ["create", "start", "wait", "logs", "inspect", "stop", "remove"])
 async def test_cancelled_at_any_stage_nothing_is_left(
     subject: Subject,

@@ -61,6 +61,15 @@ async def test_events_become_outputs_and_are_acked_after_the_confirm(lab: Lab) -
     assert lab.status.state.value is State.DONE
 
 
+@pytest.mark.parametrize(
+    ("options", "heard"), [({}, False), ({"dump_task_output": True}, True), ({"keep_all_task_files": True}, True)]
+)
+async def test_what_a_task_says_is_wanted_where_it_is_kept(lab: Lab, options: dict[str, bool], heard: bool) -> None:
+    lab.put(1)
+    await lab.run(**options)
+    assert [container.heard for container in lab.runtime.ran] == [heard]
+
+
 async def test_an_output_carries_the_identity_of_its_event(lab: Lab) -> None:
     lab.put("x")
     await lab.run()

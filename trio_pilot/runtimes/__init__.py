@@ -47,6 +47,7 @@ class Container:
     limits: Limits = Limits()
     pinned: tuple[int, ...] = ()  # CPUs that it may run on; none: any
     plain: bool = False  # run the arguments as they are, without what the image puts before them
+    heard: bool = True  # what it says is wanted even if it succeeds; else a runtime need not get it then
 
 
 @dataclass(frozen=True, slots=True)

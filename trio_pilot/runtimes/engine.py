@@ -130,6 +130,8 @@ class EngineRuntime:
 
     async def _live(self, ours: EngineContainer, container: Container) -> Exit:
         code = await ours.live()
+        if not code and not container.heard:
+            return Exit(0)
         try:
             with trio.fail_after(FETCH_TIMEOUT):
                 await self._link.persist(ours.fetch)
