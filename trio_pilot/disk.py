@@ -30,22 +30,23 @@ class Disk:
 
     async def call(self, size: float, function: Callable[..., T], *arguments: object) -> T:
         """Call a function that handles `size` bytes. A cancelled caller waits for it: what it makes must not be left."""
-        if self._would_hold_us_up(size):
+        if not self.is_quick(size):
             return await trio.to_thread.run_sync(function, *arguments)
         await trio.lowlevel.checkpoint_if_cancelled()
         return self._at_once(function, *arguments)
 
     async def finish(self, size: float, function: Callable[..., T], *arguments: object) -> T | None:
         """Call a function that tidies up, cancelled or not; None if it was not done in FINISH_TIMEOUT."""
-        if not self._would_hold_us_up(size):
+        if self.is_quick(size):
             return self._at_once(function, *arguments)
         with trio.move_on_after(FINISH_TIMEOUT, shield=True):
             return await trio.to_thread.run_sync(function, *arguments, abandon_on_cancel=True)
         LOGGER.error("the disk hangs: %s is not done with %s", function.__name__, arguments)
         return None
 
-    def _would_hold_us_up(self, size: float) -> bool:
-        return size > SMALL or time.monotonic() < self._slow_until
+    def is_quick(self, size: float) -> bool:
+        """Tell whether to handle so many bytes takes no time to speak of, as far as is known."""
+        return size <= SMALL and time.monotonic() >= self._slow_until
 
     def _at_once(self, function: Callable[..., T], *arguments: object) -> T:
         started = time.monotonic()

@@ -20,6 +20,8 @@ from trio_pilot.leftovers import Theirs
 
 LABEL = "trio-pilot.pilot"  # the label of a container that says whose it is
 AT_ONCE = 8  # containers that are removed at once: each takes an engine some 0.2 s
+OK = 200
+SHOWN = 200  # bytes of an answer in an error
 ENGINE_TIMEOUT = 10.0  # seconds for an engine to answer, and to remove a container
 
 
@@ -43,7 +45,13 @@ def _remove(engine: Path, container: str) -> None:
 
 def _containers(engine: Path) -> Iterable[Mapping[str, Any]]:
     filters = quote(json.dumps({"label": [LABEL]}))
-    listed: Iterable[Mapping[str, Any]] = json.loads(_request(engine, "GET", f"/containers/json?all=1&filters={filters}"))
+    status, answer = _request(engine, "GET", f"/containers/json?all=1&filters={filters}")
+    if status != OK:
+        raise ConnectionError(f"{engine} answers {status} when it is to list containers: {answer[:SHOWN]!r}")
+    try:
+        listed: Iterable[Mapping[str, Any]] = json.loads(answer)
+    except ValueError as error:
+        raise ConnectionError(f"{engine} does not speak JSON: {answer[:SHOWN]!r}") from error
     return listed
 
 
@@ -59,11 +67,12 @@ def _is_past(container: Mapping[str, Any], pilot: Identity) -> bool:
     return pilot.boot != own().boot and container.get("State") != "running" and is_old
 
 
-def _request(engine: Path, method: str, path: str) -> bytes:
+def _request(engine: Path, method: str, path: str) -> tuple[int, bytes]:
     with closing(UnixConnection(engine)) as connection:
         try:
             connection.request(method, path, headers={"Host": "engine"})
-            return connection.getresponse().read()
+            answer = connection.getresponse()
+            return answer.status, answer.read()
         except http.client.HTTPException as error:
             raise ConnectionError(f"{engine} does not speak HTTP: {error!r}") from error
 

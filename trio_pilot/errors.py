@@ -63,6 +63,10 @@ class DecodeError(EventError):
     """The body of a message is not what the wire format says."""
 
 
+class EncodeError(EventError):
+    """What is to be sent cannot be written in the wire format."""
+
+
 class OutfileError(EventError):
     """What a task left in the place of its output file cannot be sent."""
 

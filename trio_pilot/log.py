@@ -1,47 +1,66 @@
 """Logging: one logger of ours, one level for everybody else's."""
 
 import logging
+import os
 import select
 import sys
 from collections import deque
-from contextlib import nullcontext
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import TextIO
 
 LOGGER = logging.getLogger("trio_pilot")
 
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
-MOST_KEPT = 10_000  # records for a reader that does not read; older ones are lost
+MOST_KEPT = 10_000  # lines for a reader that does not read; older ones are lost
 LAST_WAIT = 2.0  # seconds for that reader to read on, at the end
 
 
-class PatientHandler(logging.StreamHandler[TextIO]):
-    """Does not wait for who reads our log through a pipe: what finds no room is written with what comes later.
+class PatientWriter:
+    """Does not wait for who reads what we write through a pipe: what finds no room is written with what comes later.
 
     A pilot would stand still otherwise, with all its events, once nobody has read its first 64 KiB.
     """
 
     def __init__(self, stream: TextIO) -> None:
-        super().__init__(stream)
-        self._kept = deque[logging.LogRecord](maxlen=MOST_KEPT)
+        self._stream = stream
+        self._lines = deque[bytes](maxlen=MOST_KEPT)
+        self._rest = b""  # of a line whose beginning is written
+
+    def write(self, line: str) -> None:
+        """Write a line, after those that were kept."""
+        self._lines.append(f"{line}\n".encode(errors="backslashreplace"))
+        self.flush(0)
+
+    def flush(self, patience: float) -> None:
+        """Write what was kept, for as long as there is room for more within some seconds."""
+        with suppress(OSError):  # there is nobody any more who could read it
+            while (self._rest or self._lines) and _has_room(self._stream, patience):
+                self._rest = self._rest or self._lines.popleft()
+                self._rest = self._rest[self._put(self._rest[: select.PIPE_BUF]) :]
+
+    def _put(self, piece: bytes) -> int:
+        try:
+            descriptor = self._stream.fileno()
+        except OSError:  # it is no file
+            return self._stream.write(piece.decode(errors="replace")) and len(piece)
+        return os.write(descriptor, piece)
+
+
+class PatientHandler(logging.Handler):
+    """Logs to a stream, patiently."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self.writer = PatientWriter(stream)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, after those that were kept."""
-        self._kept.append(record)
-        self._write(0)
-
-    def close(self) -> None:
-        """Write what was kept, for as long as it is read."""
-        with self.lock or nullcontext():
-            self._write(LAST_WAIT)
-        super().close()
-
-    def _write(self, patience: float) -> None:
-        while self._kept and _has_room(self.stream, patience):
-            super().emit(self._kept.popleft())
+        self.writer.write(self.format(record))
 
 
 def _has_room(stream: TextIO, patience: float) -> bool:
-    """Tell whether the stream takes a line (of 4 KiB, if it is a pipe) within some seconds."""
+    """Tell whether the stream takes PIPE_BUF bytes (pipe(7)) within some seconds."""
     try:
         poll = select.poll()
         poll.register(stream, select.POLLOUT)
@@ -59,8 +78,10 @@ def set_up(level: str, third_party_level: str) -> None:
         logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 
-def finish() -> None:
-    """Write what was kept: whatever is said now is to come after it."""
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, PatientHandler):
-            handler.close()
+def finish(lines: Iterable[str] = ()) -> None:
+    """Write what was kept, and these lines after it, for as long as they are read."""
+    handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, PatientHandler)]
+    writer = handlers[0].writer if handlers else PatientWriter(sys.stderr)
+    for line in lines:
+        writer.write(line)
+    writer.flush(LAST_WAIT)

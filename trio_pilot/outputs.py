@@ -15,11 +15,14 @@ import trio
 
 from trio_pilot.disk import Disk
 from trio_pilot.last_words import MOST
+from trio_pilot.log import LOGGER
+from trio_pilot.staging import TaskFiles, dump
 from trio_pilot.trees import opened
 
 TAIL = MOST  # bytes of the end that are kept meanwhile: the last words are taken from them
 
 INTERVAL = 1.0  # seconds between two looks
+SHOW_TIMEOUT = 30.0  # seconds to wait for a reader of our own stdout and stderr
 
 
 def open_output(path: Path) -> IO[bytes]:
@@ -62,6 +65,8 @@ class Outputs:
         self._most = most
         self._disk = disk
         self._growing: set[Path] = set()
+        self._showing = trio.CapacityLimiter(1)
+        self._is_unread = False
         self._watching = trio.CancelScope()
 
     async def watch(self) -> None:
@@ -84,6 +89,16 @@ class Outputs:
             yield
         finally:
             self._growing.difference_update(paths)
+
+    async def show(self, files: TaskFiles) -> None:
+        """Copy what a task has said to our own stdout and stderr. Once nobody reads these, no other task waits for it."""
+        if self._is_unread and not self._showing.available_tokens:
+            return
+        with trio.move_on_after(SHOW_TIMEOUT, shield=True) as patience:  # what it has made is not to be lost meanwhile
+            await trio.to_thread.run_sync(dump, files, abandon_on_cancel=True, limiter=self._showing)
+        if patience.cancelled_caught and not self._is_unread:
+            LOGGER.warning("nobody reads our stdout or stderr: what tasks say is not copied to them until somebody does")
+        self._is_unread = patience.cancelled_caught
 
     def finish(self, *paths: Path) -> None:
         """Keep no more than the beginning of outputs that are complete. Blocks."""

@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,9 @@ def seconds_or_none_at_all(raw: Any) -> float:
     return seconds(raw, zero=True)
 
 
+LATEST = datetime(9999, 12, 31, tzinfo=UTC).timestamp()  # the last day that there is a name for
+
+
 def moment(raw: Any) -> float:
     """Take a date and time of ISO 8601 (of this machine's time zone, if it has none), or Unix time."""
     try:
@@ -95,10 +98,14 @@ def moment(raw: Any) -> float:
         return at.timestamp()
     except ValueError:
         pass
+    wrong = ValueError("must be a time such as 2027-01-31T18:30, or Unix time (in seconds)")
     try:
-        return seconds(raw)
+        unix_time = seconds(raw)
     except ValueError:
-        raise ValueError("must be a time such as 2027-01-31T18:30, or Unix time") from None
+        raise wrong from None
+    if unix_time > LATEST:
+        raise wrong
+    return unix_time
 
 
 UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}

@@ -201,8 +201,10 @@ class Pilot:
         async with self._worker.staged_ahead(ahead):
             await slot.take()
             await self._worker.canary.calm()
-        if ahead and not ahead.is_lost:
-            return ahead
+        if ahead:
+            if not ahead.is_lost:
+                return ahead
+            await self._worker.discard(ahead)
         return await self._next_event(partial(next_delivery, consumers, idle_limit))
 
     async def _next_event(self, take: Callable[[], Awaitable[Delivery | None]]) -> Event | None:

@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = SIGNALLED + signal.SIGPIPE
     except* Exception:
-        traceback.print_exc()
-        code = _tell(["trio-pilot: this is a defect of trio-pilot; please report it with the lines above"], SOFTWARE_ERROR)
+        defect = "trio-pilot: this is a defect of trio-pilot; please report it with the lines above"
+        code = _tell([traceback.format_exc(), defect], SOFTWARE_ERROR)
     sys.exit(code)
 
 
@@ -59,7 +59,5 @@ def _line(error: PilotError) -> str:
 
 
 def _tell(lines: Iterable[str], code: int) -> int:
-    log.finish()
-    for line in lines:
-        print(line, file=sys.stderr)
+    log.finish(lines)
     return code

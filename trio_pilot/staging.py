@@ -3,17 +3,18 @@
 import errno
 import json
 import os
-import shutil
 import stat
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from trio_pilot.errors import DecodeError, NodeError, OutfileError, map_exceptions
-from trio_pilot.trees import opened, remove_tree
+from trio_pilot.trees import opened, remove_tree, write_all
+
+STDOUT, STDERR = 1, 2
+PIECE = 65536  # bytes that are copied at once
 
 
 @dataclass(frozen=True)
@@ -157,15 +158,16 @@ def remove(files: TaskFiles) -> None:
 
 def dump(files: TaskFiles) -> None:
     """Copy what a container has written to our own stdout and stderr."""
-    _copy(files.stdout, sys.stdout.buffer)
-    _copy(files.stderr, sys.stderr.buffer)
+    _copy(files.stdout, STDOUT)
+    _copy(files.stderr, STDERR)
 
 
 def _text(data: Any) -> str:
     return data if isinstance(data, str) else json.dumps(data)
 
 
-def _copy(path: Path, stream: IO[bytes]) -> None:
+def _copy(path: Path, descriptor: int) -> None:
+    """Copy a file to who reads a descriptor. Past sys.stdout: its lock would be held by a thread that waits in it."""
     with suppress(OSError), path.open("rb") as file:
-        shutil.copyfileobj(file, stream)
-        stream.flush()
+        while piece := file.read(PIECE):
+            write_all(descriptor, piece)

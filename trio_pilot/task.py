@@ -44,7 +44,6 @@ from trio_pilot.wire import WIRES, Message
 from trio_pilot.workspace import Workspace
 
 CANARY, CANARY_TIMEOUT = ("true",), 60.0  # seconds, on a node that is merely busy
-DUMP_TIMEOUT = 30.0  # seconds to wait for a reader of our own stdout and stderr
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,17 +131,13 @@ class Worker:
             yield
             return
         try:
-            try:
-                await self._stage(event)
-            except (EventError, NodeError):  # as it will once more, when its turn has come
-                await self._disk.finish(math.inf, staging.remove, event.files)
+            if self._disk.is_quick(self._wire.size(event.delivery.body)):  # a slot that comes free is not to wait for it
+                await self._stage_if_it_can_be(event)
             yield
         except BaseException:
-            await self._discard(event)
+            await self.discard(event)
             await self._release(Life(event.delivery))
             raise
-        if event.is_lost:
-            await self._discard(event)
 
     async def live(self, life: Life, event: Event, slot: Slot) -> PilotError | None:
         """Live one event's life; give the error that it, or the node, ended with.
@@ -156,7 +151,7 @@ class Worker:
         try:
             return await self._settled(life, event, slot)
         finally:
-            await self._discard(event)
+            await self.discard(event)
 
     async def give_back(self, life: Life, error: PilotError) -> None:
         """Return an event that failed, after a delay; one that took too long at once, since another node may be faster."""
@@ -175,6 +170,14 @@ class Worker:
             await self._settle(Life(delivery), Settlement.ACK)
             return True
         return False
+
+    async def discard(self, event: Event) -> None:
+        """Remove its files, or keep them for another event."""
+        files = event.files
+        if self._settings.keep_all_task_files:
+            return
+        if not await self._disk.finish(staging.outfile_size(files), self._spares.take_back, files):
+            await self._disk.finish(math.inf, staging.remove, files)
 
     def close(self) -> None:
         """Remove the directories that no task will need any more."""
@@ -221,6 +224,12 @@ class Worker:
         if scope.cancelled_caught:
             await trio.lowlevel.checkpoint_if_cancelled()
 
+    async def _stage_if_it_can_be(self, event: Event) -> None:
+        try:
+            await self._stage(event)
+        except (EventError, NodeError):  # as it will once more, when its turn has come
+            await self._disk.finish(math.inf, staging.remove, event.files)
+
     async def _stage(self, event: Event) -> Mapping[str, Any]:
         if event.headers is None:
             event.headers = await self._disk.call(self._wire.size(event.delivery.body), self._make, event)
@@ -246,14 +255,6 @@ class Worker:
 
     async def _remove(self, files: TaskFiles) -> None:
         if not self._settings.keep_all_task_files:
-            await self._disk.finish(math.inf, staging.remove, files)
-
-    async def _discard(self, event: Event) -> None:
-        """Remove its files, or keep them for another event."""
-        files = event.files
-        if self._settings.keep_all_task_files:
-            return
-        if not await self._disk.finish(staging.outfile_size(files), self._spares.take_back, files):
             await self._disk.finish(math.inf, staging.remove, files)
 
     async def _settle(self, life: Life, settlement: Settlement, cause: PilotError | None = None) -> None:
@@ -312,8 +313,7 @@ async def run(tools: Tools, disk: Disk, outputs: Outputs, order: Order, files: T
         finally:
             reason = await disk.finish(0, _conclude, outputs, files, ended)
     if order.dump:
-        with trio.move_on_after(DUMP_TIMEOUT, shield=True):  # what it has made is not to be lost meanwhile
-            await disk.call(math.inf, staging.dump, files)
+        await outputs.show(files)
     if ended is None:
         raise ContainerTimeoutError(f"{order.alias} failed: [Timeout-Error] timed out after {timeout:g}s")
     if ended.out_of_memory:
@@ -351,7 +351,7 @@ async def run_once(tools: Tools, settings: Settings, data: Any) -> int:
         ended = None
         with trio.move_on_after(timeout):
             ended = await tools.runtime.run(_container(tools, replace(Order.task(settings), dump=True), files))
-        await disk.call(math.inf, staging.dump, files)
+        await trio.to_thread.run_sync(staging.dump, files, abandon_on_cancel=True)
     finally:
         if not settings.keep_all_task_files:
             await disk.finish(math.inf, staging.remove, files)

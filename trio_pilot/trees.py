@@ -57,6 +57,13 @@ def write_durably(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
+def write_all(descriptor: int, content: bytes) -> None:
+    """Write to a descriptor, for as long as it takes."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
 def make_durably(directory: Path) -> None:
     """Make a directory, and those above it, so that they are there after a power failure."""
     if not directory.is_dir():

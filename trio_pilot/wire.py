@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import zstandard
 
-from trio_pilot.errors import DecodeError
+from trio_pilot.errors import DecodeError, EncodeError, map_exceptions
 
 ZSTD_LEVEL = 3  # oms-mqclient's; equal bodies make equal bytes
 
@@ -40,7 +40,7 @@ class Wire(Protocol):
         """Tell how many bytes a body unpacks to; infinite if it does not say."""
 
     def encode(self, message: Message) -> bytes:
-        """Write a body."""
+        """Write a body, or raise EncodeError."""
 
     def decode(self, body: bytes, max_size: int) -> Message:
         """Read a body that unpacks to `max_size` bytes at the most, or raise DecodeError."""
@@ -63,7 +63,7 @@ class EwmsWire:
         headers.pop("encoding", None)
         if isinstance(data, bytes):
             data, headers["encoding"] = base64.b64encode(data).decode(), "base64"
-        text = json.dumps({"headers": headers, "data": data})
+        text = _json({"headers": headers, "data": data})
         return _ZSTD.compressor.compress(text.encode())
 
     def decode(self, body: bytes, max_size: int) -> Message:
@@ -91,9 +91,10 @@ class RawWire:
             case bytes() as data:
                 return data
             case str() as text:
-                return text.encode()
+                with map_exceptions({UnicodeEncodeError: EncodeError}, "a raw message must be UTF-8"):
+                    return text.encode()
             case other:
-                return json.dumps(other).encode()
+                return _json(other).encode()
 
     def decode(self, body: bytes, max_size: int) -> Message:
         """Give the body as bytes."""
@@ -103,6 +104,11 @@ class RawWire:
 
 
 WIRES: Mapping[str, Wire] = {"ewms": EwmsWire(), "raw": RawWire()}
+
+
+def _json(value: Any) -> str:
+    with map_exceptions({RecursionError: EncodeError, ValueError: EncodeError}, "it cannot be written as JSON"):
+        return json.dumps(value)
 
 
 class _Zstd(threading.local):

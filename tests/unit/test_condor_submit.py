@@ -57,7 +57,8 @@ def test_pilots_need_not_report(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "flag", ["--broker-token=x", "--broker=amqp://u:p@h", "--broker=u:p@h", '--task-env-json={"A":"b"}']
+    "flag",
+    ["--broker-token=x", "--broker=amqp://u:p@h", "--broker=u:p@h", "--broker=amqp://[u:p", '--task-env-json={"A":"b"}'],
 )
 def test_secrets_do_not_become_part_of_the_job(capsys: pytest.CaptureFixture[str], flag: str) -> None:
     assert refused(capsys, flag) == (

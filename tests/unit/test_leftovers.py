@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.runtimes_support import until_sync
-from trio_pilot import workspace
+from trio_pilot import guardian, workspace
 from trio_pilot.engine_leftovers import LABEL, remove_containers
 from trio_pilot.identity import Identity, own
 from trio_pilot.leftovers import MARKER, end_processes
@@ -132,6 +132,7 @@ class Engine:
 
     socket: Path
     containers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    trouble: tuple[int, bytes] | None = None  # what it answers instead of a list
 
     def add(self, pilot: object, **facts: Any) -> str:
         name = uuid.uuid4().hex
@@ -146,7 +147,7 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             assert self.path.startswith("/containers/json?all=1&filters=%7B%22label%22%3A%20%5B%22trio-pilot.pilot%22%5D%7D")
-            self.answer(200, json.dumps(list(engine.containers.values())).encode())
+            self.answer(*engine.trouble or (200, json.dumps(list(engine.containers.values())).encode()))
 
         def do_POST(self) -> None:
             name, _, what = self.path.removeprefix("/containers/").partition("/")
@@ -191,6 +192,21 @@ def test_the_containers_of_a_dead_pilot_are_removed_and_no_others(engine: Engine
     assert remove_containers(engine.socket, is_dead) == 2
     assert engine.containers.keys() == others
     assert not {dead, past} & others
+
+
+@pytest.mark.parametrize("trouble", [(500, b'{"message": "stopping"}'), (500, b"stopping"), (200, b"no JSON")])
+def test_an_engine_in_trouble_is_an_error_and_its_containers_are_looked_for_again(
+    engine: Engine, tmp_path: Path, trouble: tuple[int, bytes]
+) -> None:
+    engine.add(NOBODY)
+    engine.trouble = trouble
+    with pytest.raises(OSError, match=str(engine.socket)):
+        remove_containers(engine.socket, is_dead)
+    recovering = threading.Timer(0.1, setattr, [engine, "trouble", None])
+    recovering.start()
+    guardian.clean_up(NOBODY, [engine.socket], [tmp_path])
+    recovering.join()
+    assert not engine.containers
 
 
 def test_an_engine_that_is_not_there_is_an_error(tmp_path: Path) -> None:

@@ -1,15 +1,19 @@
+import threading
 from pathlib import Path
 
 import pytest
 import trio
 
+from tests.runtimes_support import PATIENCE, until
 from tests.unit.pilots import Lab
+from trio_pilot import outputs
 from trio_pilot.disk import Disk
 from trio_pilot.errors import TasksFailedError
 from trio_pilot.last_words import last_words
 from trio_pilot.outputs import TAIL, Outputs, cut, finish, open_output
 from trio_pilot.runtimes import Container
 from trio_pilot.settings import Settings
+from trio_pilot.staging import TaskFiles
 
 NOTE = b"\n[trio-pilot: output beyond %d bytes was dropped]\n"
 
@@ -151,3 +155,27 @@ async def run(lab: Lab, **more: object) -> None:
 
 def test_sixteen_mebibytes_are_kept_unless_told_otherwise() -> None:
     assert Settings().max_output == 16 * 2**20
+
+
+async def test_a_stdout_that_nobody_reads_costs_one_task_a_while_and_others_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outputs, "SHOW_TIMEOUT", 0.05)
+    shown: list[TaskFiles] = []
+    reads_on = threading.Event()
+
+    def dump(files: TaskFiles) -> None:
+        reads_on.wait()
+        shown.append(files)
+
+    monkeypatch.setattr(outputs, "dump", dump)
+    first, second, third = (TaskFiles(tmp_path / str(number), "", "") for number in range(3))
+    showing = Outputs(100, Disk())
+    with trio.fail_after(PATIENCE):
+        await showing.show(first)
+        monkeypatch.setattr(outputs, "SHOW_TIMEOUT", 1000)
+        await showing.show(second)
+        reads_on.set()
+        await until(lambda: showing._showing.available_tokens)
+        await showing.show(third)
+    assert shown == [first, third]

@@ -1,3 +1,4 @@
+import math
 import re
 import signal
 from functools import partial
@@ -8,6 +9,7 @@ import pytest
 import trio
 
 from tests.unit.pilots import WIRE, Lab
+from trio_pilot import outputs
 from trio_pilot.brokers import Settlement
 from trio_pilot.errors import (
     BrokerError,
@@ -68,6 +70,23 @@ async def test_what_a_task_says_is_wanted_where_it_is_kept(lab: Lab, options: di
     lab.put(1)
     await lab.run(**options)
     assert [container.heard for container in lab.runtime.ran] == [heard]
+
+
+async def test_an_output_of_whatever_depth_ends_no_pilot(lab: Lab) -> None:
+    """One is just not too deep to be read, and too deep to be written with the headers around it."""
+    depths = range(800, 1000)
+
+    async def deep(container: Container) -> int:
+        depth = int(Path(container.env["EWMS_TASK_INFILE"]).read_text())  # noqa: ASYNC240
+        Path(container.env["EWMS_TASK_OUTFILE"]).write_text(depth * "[" + depth * "]")  # noqa: ASYNC240
+        return 0
+
+    lab.runtime.script = deep
+    lab.put(*depths)
+    with pytest.raises(TasksFailedError):
+        await lab.run(outfile_ext=".json", max_attempts=1, stop_listening_on_task_error=False)
+    assert len(lab.broker.queues["out"]) + len(lab.broker.queues["in.dead-letters"]) == len(depths)
+    lab.assert_the_promise(depths)
 
 
 async def test_an_output_carries_the_identity_of_its_event(lab: Lab) -> None:
@@ -503,7 +522,10 @@ async def test_the_summary_counts_and_times(lab: Lab) -> None:
     assert "mean 1 s, median 1 s" in summary
 
 
-async def test_what_a_task_says_is_copied_however_it_ends(lab: Lab, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+async def test_what_a_task_says_is_copied_however_it_ends(
+    lab: Lab, capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outputs, "SHOW_TIMEOUT", math.inf)  # trio's mock clock does not wait for a thread
     lab.runtime.script = fails
     lab.put(1)
     with pytest.raises(TasksFailedError):

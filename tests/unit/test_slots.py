@@ -8,6 +8,7 @@ import trio
 
 from tests.unit.pilots import WIRE, Lab
 from tests.unit.test_pilot import fails, sleeps_long
+from trio_pilot import disk
 from trio_pilot.commands.run import patience_of
 from trio_pilot.errors import NodeError, PilotError, PublishRefusedError, TasksFailedError
 from trio_pilot.runtimes import Container
@@ -209,6 +210,15 @@ async def test_one_event_is_staged_while_it_waits_for_its_slot_if_there_is_room(
         await lab.run(prefetch=prefetch)
     assert seen == [staged]
     lab.assert_the_promise(range(4))
+
+
+async def test_what_takes_long_to_stage_is_not_staged_ahead_for_a_free_slot_would_wait_for_it(lab: Lab) -> None:
+    lab.put("0", "1" * (disk.SMALL + 1))
+    seen: list[list[str]] = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(at, 0.5, lambda: seen.append(infiles(lab)))
+        await lab.run(prefetch=4)
+    assert seen == [["0"]]
 
 
 async def test_what_is_staged_goes_back_when_the_pilot_takes_no_more(lab: Lab) -> None:

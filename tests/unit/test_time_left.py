@@ -14,6 +14,7 @@ from tests.unit.pilots import Lab
 from tests.unit.test_pilot import settled, sleeps_long
 from trio_pilot.condor.slot import Slot, find_slot, fitted
 from trio_pilot.condor.time_left import End, TimeLeft, find_end
+from trio_pilot.errors import SettingsError
 from trio_pilot.runtimes import Container
 from trio_pilot.settings import LAST_STEPS, Settings, load
 from trio_pilot.statistics import RunTimes
@@ -37,6 +38,13 @@ def ad(directory: Path, kind: str, *lines: str) -> Mapping[str, str]:
 
 async def test_a_slot_of_which_nothing_is_known_does_not_end() -> None:
     assert end_of({}) is None
+
+
+async def test_an_end_beyond_all_calendars_is_none() -> None:
+    assert end_of({}, max_runtime="1e300") is None
+    assert end_of({"GLIDEIN_ToDie": "1800000600000"}) is None
+    with pytest.raises(SettingsError, match=r"--until must be a time such as .* \(in seconds\), not"):
+        end_of({}, until="9999999999999")
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 import zstandard
 from mqclient.broker_client_interface import Message as TheirMessage
 
-from trio_pilot.errors import DecodeError
-from trio_pilot.wire import EwmsWire, Message, RawWire
+from trio_pilot.errors import DecodeError, EncodeError
+from trio_pilot.wire import WIRES, EwmsWire, Message, RawWire
 
 SAMPLES = Path(__file__).parent.parent / "wire"
 GOOD = sorted(path.stem for path in SAMPLES.glob("*.json"))
@@ -243,3 +243,14 @@ def test_raw_bodies_pass_through_untouched() -> None:
     assert wire.encode(Message({"a": 1})) == b'{"a": 1}'
     with pytest.raises(DecodeError, match="max-payload"):
         wire.decode(b"12345", 4)
+
+
+def test_what_cannot_be_written_is_an_error_of_the_event() -> None:
+    with pytest.raises(EncodeError, match="UTF-8"):
+        RawWire().encode(Message("\ud800"))
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    for wire in WIRES.values():
+        with pytest.raises(EncodeError, match="JSON"):
+            wire.encode(Message(deep))

@@ -379,7 +379,7 @@ def parse_address(address: QueueAddress) -> Address:
     """
     parts, host, port = addresses.split(address.address, SCHEMES, _wrong_address)
     if parts.path.strip("/"):
-        raise _wrong_address(f"a path {parts.path!r}")
+        raise _wrong_address("a path")
     user, secret = unquote(parts.username or ""), unquote(parts.password or "")
     if user and not secret and not address.token:
         user, secret = "", user

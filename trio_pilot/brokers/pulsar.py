@@ -335,7 +335,7 @@ def parse_address(address: str) -> tuple[str, str, int]:
     """
     parts, host, port = addresses.split(address, tuple(PORTS), _wrong_address)
     if parts.username is not None or parts.path.strip("/"):
-        raise _wrong_address(f"a user, or a path {parts.path!r}")
+        raise _wrong_address("a user or a path")
     return parts.scheme, host, port or PORTS[parts.scheme]
 
 

@@ -222,7 +222,10 @@ def _is_token(word: str) -> bool:
 
 
 def _has_password(address: str) -> bool:
-    return bool(urlsplit(address if "://" in address else f"//{address}").password)
+    try:
+        return bool(urlsplit(address if "://" in address else f"//{address}").password)
+    except ValueError:  # who knows
+        return True
 
 
 def _assigned(name: str, value: str) -> str:

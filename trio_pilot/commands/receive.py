@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import re
 import uuid
 from collections import OrderedDict, deque
@@ -20,12 +19,12 @@ from trio_pilot.errors import BrokerError, DecodeError, DeliveryLostError, NodeE
 from trio_pilot.log import LOGGER
 from trio_pilot.pilot import next_delivery
 from trio_pilot.settings import Settings
-from trio_pilot.trees import write_durably
+from trio_pilot.staging import STDOUT
+from trio_pilot.trees import write_all, write_durably
 from trio_pilot.wire import WIRES
 
 AHEAD = 64  # messages to have at hand while one is written
 GIVE_BACK_TIMEOUT = 1.0
-STDOUT = 1
 MOST_KNOWN = 100_000  # ids to remember; some 15 MB
 SUFFIXES = ".bin", ".txt", ".json"
 
@@ -134,8 +133,7 @@ def _to_stdout(_message_id: str, data: Any) -> None:
     """Write a line. Past sys.stdout, whose lock would be held at exit by a thread that waits in it."""
     line = json.dumps(_base64(data) if isinstance(data, bytes) else data).encode() + b"\n"
     try:
-        while line:
-            line = line[os.write(STDOUT, line) :]
+        write_all(STDOUT, line)
     except BrokenPipeError:
         raise
     except OSError as error:

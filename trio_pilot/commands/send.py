@@ -12,7 +12,7 @@ import trio
 
 from trio_pilot.brokers import Sink, open_sink
 from trio_pilot.commands.signals import report, run_until_signalled
-from trio_pilot.errors import PilotError, SettingsError
+from trio_pilot.errors import EncodeError, PilotError, SettingsError, map_exceptions
 from trio_pilot.settings import Settings
 from trio_pilot.staging import parse_outfile
 from trio_pilot.wire import WIRES, Message
@@ -66,7 +66,8 @@ class Sending:
 
     def _next_body(self, events: Iterator[Any]) -> bytes | None:
         for event in events:
-            return self._encode(Message(event))
+            with map_exceptions({EncodeError: BadInputError}, "an event cannot be sent"):
+                return self._encode(Message(event))
         return None
 
     async def _send_one(self, sink: Sink, body: bytes, place: object) -> None:

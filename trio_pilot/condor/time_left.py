@@ -13,6 +13,7 @@ import trio
 from trio_pilot import jwt
 from trio_pilot.condor import classad
 from trio_pilot.condor.slot import JOB_AD, MACHINE_AD
+from trio_pilot.parsing import LATEST
 from trio_pilot.settings import Settings
 from trio_pilot.statistics import RunTimes
 
@@ -38,14 +39,14 @@ def find_end(settings: Settings, environ: Mapping[str, str], now: float) -> End 
 
     What is past was wrong: we are still here. But what the user says counts in any case.
     """
-    by_others = (End(at, who) for at, who in _by_others(settings, environ, now) if now < at < math.inf)
-    return min([*_by_the_user(settings, now), *by_others], default=None)
+    by_others = (End(at, who) for at, who in _by_others(settings, environ, now) if now < at)
+    return min((end for end in (*_by_the_user(settings, now), *by_others) if end.at <= LATEST), default=None)
 
 
 def _by_the_user(settings: Settings, now: float) -> Iterator[End]:
     if settings.until is not None:
         yield End(settings.until, "--until")
-    if settings.max_runtime is not None and settings.max_runtime < math.inf:
+    if settings.max_runtime is not None:
         yield End(now + settings.max_runtime, "--max-runtime")
 
 
