@@ -197,7 +197,10 @@ class Pilot:
 
     async def _event_for(self, slot: Slot, consumers: deque[Consumer], idle_limit: float) -> Event | None:
         """Take the slot, and an event for it; None after `idle_limit` seconds in which none has come."""
-        ahead = await self._next_event(partial(first_delivery, consumers)) if self._slots.are_taken else None
+        ahead = None
+        if self._slots.are_taken:
+            await trio.lowlevel.checkpoint()  # the task that was just started goes first
+            ahead = await self._next_event(partial(first_delivery, consumers))
         async with self._worker.staged_ahead(ahead):
             await slot.take()
             await self._worker.canary.calm()

@@ -122,8 +122,11 @@ def _content(descriptor: int, max_size: int) -> bytes:
         raise OutfileError("the output file must be a plain file, not a directory, FIFO or device")
     if facts.st_size > max_size:
         raise OutfileError(f"the output file has {facts.st_size} bytes, more than the {max_size} of --max-payload")
-    with map_exceptions({OSError: NodeError}, "cannot read the output file"), open(descriptor, "rb", closefd=False) as file:
-        return file.read()
+    with (
+        map_exceptions({OSError: NodeError}, "cannot read the output file"),
+        open(descriptor, "rb", 0, closefd=False) as file,
+    ):
+        return file.readall()
 
 
 def parse_outfile(content: bytes, *, is_json: bool) -> Any:

@@ -215,9 +215,12 @@ class Worker:
             await run(self._tools, self._disk, self.outputs, order, files)
         self._status.run_times.add(trio.current_time() - started)
         with self._shelter.linger() as scope:
-            body = await self._disk.call(staging.outfile_size(files), self._collect, headers, files)
-            slot.end_task()
-            if body is not None:
+            size = staging.outfile_size(files)
+            output = await self._disk.call(size, self._read, headers, files)
+            await slot.hand_over()
+            if output is not None:
+                body = await self._disk.call(size, self._wire.encode, output)
+                del output  # a large one is not to be in memory twice while it is sent
                 with self.unsent.sending(files.outfile_path):
                     for sink in self._tools.sinks:
                         await sink.send(body, event.delivery.message_id)
@@ -241,12 +244,12 @@ class Worker:
         staging.write_infile(event.files, message.data)
         return message.headers
 
-    def _collect(self, headers: Mapping[str, Any], files: TaskFiles) -> bytes | None:
+    def _read(self, headers: Mapping[str, Any], files: TaskFiles) -> Message | None:
         content = staging.read_outfile(files, self._settings.max_payload)
-        if content is None or self._settings.wire == "raw":  # as it is, and in memory only once
-            return content
+        if content is None or self._settings.wire == "raw":  # as it is
+            return None if content is None else Message(content)
         is_json = self._settings.outfile_ext == ".json"
-        return self._wire.encode(Message(staging.parse_outfile(content, is_json=is_json), headers))
+        return Message(staging.parse_outfile(content, is_json=is_json), headers)
 
     def _by_cause(self, error: PilotError, delivery: Delivery) -> Settlement:
         if isinstance(error, NodeError):
