@@ -25,10 +25,15 @@ LEFT_OUT = {"tests", "_tests", "bin", "pygments", "rich_rst", "markdown_it", "md
 
 # A job may have no PATH: then sh has a default one.
 HEADER = """#!/bin/sh
-for python in $TRIO_PILOT_PYTHON python3 %s; do
+if [ -n "$TRIO_PILOT_PYTHON" ]; then
+    found=$(command -v "$TRIO_PILOT_PYTHON") && exec "$found" -I -S "$0" "$@"
+    echo "trio-pilot: TRIO_PILOT_PYTHON must name a Python, not '$TRIO_PILOT_PYTHON'" >&2
+    exit 4
+fi
+for python in python3 %s; do
     found=$(command -v "$python") && exec "$found" -I -S "$0" "$@"
 done
-echo "trio-pilot: there is no python3 on this machine" >&2
+echo "trio-pilot: there is no python3 on the PATH; name one in TRIO_PILOT_PYTHON" >&2
 exit 4
 """
 

@@ -22,7 +22,7 @@ HELP = """Take events from a queue, run one container per event, send its output
 
 Without a command it is `run`, whose settings may all be in the environment: `trio-pilot run --help` lists them."""
 
-app = App(name="trio-pilot", help=HELP, version=__version__, help_format="plaintext")
+app = App(name="trio-pilot", help=HELP, version=__version__, help_format="plaintext", suppress_keyboard_interrupt=False)
 
 
 def _flags_class(names: Iterable[str]) -> Any:

@@ -21,6 +21,15 @@ def write_to(directory: Path) -> None:
         os.fsync(file.fileno())
 
 
+def shortage(directory: Path) -> str:
+    """Say that a disk is full, if it is."""
+    try:
+        free = os.statvfs(directory)
+    except OSError as error:
+        return f"(and its disk fails: {error.strerror})"
+    return "(there is no room left on the disk)" if free.f_bavail * free.f_frsize < TRIAL else ""
+
+
 def skew_of(directory: Path) -> float:
     """Give the seconds that a directory's file system is ahead of our clock. Raises NodeError if either is wrong."""
     if (now := datetime.now(UTC)).year not in YEARS:

@@ -4,17 +4,20 @@ A pilot that finds all its settings in the environment, as EWMS starts it, has n
 which takes half as long to import as Trio.
 """
 
+import errno
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from trio_pilot import log
 from trio_pilot.commands import SIGNALLED, SignalledError
-from trio_pilot.errors import ContainerRunError, PilotError, TasksFailedError, leaves
+from trio_pilot.errors import ContainerRunError, NodeError, PilotError, TasksFailedError, leaves, map_exceptions
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what a disk says that takes no more
 SOFTWARE_ERROR = 70  # sysexits.h, EX_SOFTWARE: a defect of ours
 
 
@@ -23,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     code = SOFTWARE_ERROR
     try:
         code = _called(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
     except* PilotError as errors:
         found = list(leaves(errors))
         code = _tell([_line(error) for error in found], found[0].exit_code)
@@ -32,15 +36,16 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except* KeyboardInterrupt:
         code = _tell(["trio-pilot: interrupted"], SIGNALLED + signal.SIGINT)
     except* BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_stdout()
         code = SIGNALLED + signal.SIGPIPE
-    except* Exception:
-        defect = "trio-pilot: this is a defect of trio-pilot; please report it with the lines above"
-        code = _tell([traceback.format_exc(), defect], SOFTWARE_ERROR)
+    except* Exception as errors:
+        code = _tell_of_others(next(leaves(errors)))
     sys.exit(code)
 
 
 def _called(argv: Sequence[str]) -> int:
+    with map_exceptions({FileNotFoundError: NodeError}, "the working directory is gone; go to another"):
+        Path.cwd()
     if list(argv) in ([], ["run"]):
         from trio_pilot.commands.run import run
         from trio_pilot.commands.settings_here import settings_here
@@ -49,6 +54,20 @@ def _called(argv: Sequence[str]) -> int:
     from trio_pilot.cli import call
 
     return call(argv)
+
+
+def _tell_of_others(error: Exception) -> int:
+    """Tell of an error that nobody has translated: one of stdout, which any command writes to, or a defect."""
+    if isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:
+        _leave_stdout()
+        return _tell([f"trio-pilot: cannot write to stdout: {error.strerror}"], NodeError.exit_code)
+    defect = "trio-pilot: this is a defect of trio-pilot; please report it with the lines above"
+    return _tell([traceback.format_exc(), defect], SOFTWARE_ERROR)
+
+
+def _leave_stdout() -> None:
+    """Have what is still to be written to stdout go nowhere: Python would try it once more at the exit, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _line(error: PilotError) -> str:

@@ -273,7 +273,9 @@ class Settings:
         return min(turns * self.task_timeout + LEASE_MARGIN, LONGEST_LEASE)
 
     def at_broker(self, queue: str) -> QueueAddress:
-        """Find a queue at the broker of all queues."""
+        """Find a queue at the broker of all queues. Raises SettingsError if that is no queue's name."""
+        if not queue or queue != queue.strip() or ";" in queue:
+            raise SettingsError(f"QUEUE must name one queue, with no ; in it and no space around it, not {queue!r}")
         return self._queue_address(queue, "", self.broker, self.broker_token)
 
     def _queues(self, direction: str) -> list[QueueAddress]:
@@ -302,13 +304,25 @@ class Settings:
         return QueueAddress(queue, kind, address or ("" if kind == "local" else "localhost"), token, self.dead_letters)
 
 
-SCHEMES = {"nats": "nats", "tls": "nats", "pulsar": "pulsar", "pulsar+ssl": "pulsar"}
+SCHEMES = {
+    "amqp": "rabbitmq",
+    "amqps": "rabbitmq",
+    "nats": "nats",
+    "tls": "nats",
+    "pulsar": "pulsar",
+    "pulsar+ssl": "pulsar",
+}
 
 
 def _kind_of_broker(address: str) -> str:
     """Tell the kind of a broker by its address, where nothing else does: a queue file is local."""
     if "://" in address:
-        return SCHEMES.get(address.partition("://")[0].lower(), "rabbitmq")
+        scheme = address.partition("://")[0].lower()
+        if scheme not in SCHEMES:
+            raise SettingsError(
+                f"a broker's address must begin with amqp://, nats:// or pulsar://, or be a queue file, not begin with {scheme}://"
+            )
+        return SCHEMES[scheme]
     is_file = not address or address.startswith(("/", ".", "~")) or address.endswith((".sqlite", ".db"))
     return "local" if is_file else "rabbitmq"
 

@@ -328,7 +328,9 @@ async def run(tools: Tools, disk: Disk, outputs: Outputs, order: Order, files: T
 
 def _conclude(outputs: Outputs, files: TaskFiles, ended: Exit | None) -> str:
     """Give the reason of a failure: it is at the end of what was said, which is not kept if that is too long."""
-    reason = last_words(files.stderr) if ended and ended.code else ""
+    reason = ""
+    if ended and ended.code:
+        reason = last_words(files.stderr) or node.shortage(files.root)  # which may be why it could not say more
     outputs.finish(files.stdout, files.stderr)
     return reason
 

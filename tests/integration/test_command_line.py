@@ -371,3 +371,54 @@ def test_no_token_is_ever_shown(command: Run) -> None:
         assert b"hunter2" not in done.stdout + done.stderr
         assert b"Traceback" not in done.stderr
         assert done.returncode in (2, 3)
+
+
+RUN = ("run", "--queue-incoming=q", "--queue-outgoing=r", "--runtime=process", "--task-args=true")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("--version",), ("check", *RUN[1:]), ("condor-submit", "--broker=amqp://h", *RUN[1:])]
+)
+def test_a_stdout_that_takes_no_more_is_told_in_a_line(tmp_path: Path, arguments: Sequence[str]) -> None:
+    if arguments[0] == "condor-submit":
+        (tmp_path / "file").touch()
+        arguments = (*arguments, "--executable=file")
+    with Path("/dev/full").open("wb") as full:
+        process = start(tmp_path, *arguments, stdout=full, stderr=subprocess.PIPE)
+        _, said = process.communicate(timeout=TIMEOUT)
+    assert said == b"trio-pilot: cannot write to stdout: No space left on device\n"
+    assert process.returncode == 4
+
+
+@pytest.mark.parametrize("queue", ["", " events", "a;b"])
+@pytest.mark.parametrize("which", ["send", "receive", "dead-letters"])
+def test_a_queue_that_no_pilot_could_name_is_refused(command: Run, which: str, queue: str) -> None:
+    done = command(which, queue)
+    said = f"trio-pilot: QUEUE must name one queue, with no ; in it and no space around it, not {queue!r}\n"
+    assert (done.returncode, done.stderr.decode()) == (2, said)
+
+
+@pytest.mark.parametrize("arguments", [RUN, ("send", "q"), ("check",), ("demo",)])
+def test_a_working_directory_that_is_gone_is_told_in_a_line(tmp_path: Path, arguments: Sequence[str]) -> None:
+    (tmp_path / "gone").mkdir()
+    script = 'cd gone && rmdir ../gone && exec "$@"'
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", *TRIO_PILOT, *arguments], cwd=tmp_path, capture_output=True, check=False
+    )
+    assert done.returncode == 4
+    assert done.stderr.startswith(b"trio-pilot: the working directory is gone; go to another: ")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_slot_that_is_too_short_for_any_task_says_so(command: Run) -> None:
+    command("send", "q", stdin=b"1")
+    done = command(*RUN, "--max-runtime=5")
+    assert done.returncode == 0
+    assert b"that is too soon for any task: the last 7 s are for the pilot's own end" in done.stderr
+    assert b"FAIL  slot          it ends too soon for any task" in command("check", *RUN[1:], "--max-runtime=5").stdout
+
+
+def test_a_broker_of_no_known_kind_is_refused(command: Run) -> None:
+    done = command(*RUN, "--broker=ampq://host")
+    assert done.returncode == 2
+    assert done.stderr.endswith(b"amqp://, nats:// or pulsar://, or be a queue file, not begin with ampq://\n")

@@ -88,7 +88,8 @@ def test_a_task_that_fills_the_disk_fails_and_leaves_it_empty(pilots: PilotComma
     script = 'cat /dev/zero > filling; cat /dev/zero > "$0"; echo the disk is full >&2; exit 1'
     pilot = pilots.run("sh", "-c", script, "{{OUTFILE}}", runtime=runtime, data_dir_parent_path_on_host=disk)
     assert pilot.wait() == 1
-    assert pilot.last_line.startswith("1 TASK(S) FAILED: ContainerRunError('task failed (exit code 1): ")
+    reason = "(there is no room left on the disk)"  # nor for the task to say so
+    assert pilot.last_line == f"1 TASK(S) FAILED: ContainerRunError('task failed (exit code 1): {reason}')"
     assert pilots.queue() == [FAILED_ONCE]
     assert list(disk.iterdir()) == []
 

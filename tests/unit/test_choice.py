@@ -78,3 +78,15 @@ async def test_a_runtime_that_is_named_is_not_replaced_by_another(broken: set[st
     broken.add("docker")
     with pytest.raises(NodeError, match="docker does not work here: no docker"):
         await choose("docker", "an:image", OPTIONS)
+
+
+async def test_an_image_that_is_no_directory_and_no_tag_is_asked_of_nobody() -> None:
+    with pytest.raises(NodeError, match="there is no image /nonexistent"):
+        await choose("auto", "/nonexistent", OPTIONS)
+
+
+@pytest.mark.usefixtures("broken")
+@pytest.mark.parametrize(("name", "is_told"), [("docker", False), ("bubblewrap", True)])
+async def test_what_a_runtime_does_not_heed_is_told(caplog: pytest.LogCaptureFixture, name: str, is_told: bool) -> None:
+    async with open_runtime(name, "/", Options(debug=True, network="none", user="5")):
+        assert ("does not heed --task-network, --task-user" in caplog.text) == is_told

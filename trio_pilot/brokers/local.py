@@ -175,7 +175,7 @@ def _bell_path(path: Path) -> Path:
 @asynccontextmanager
 async def _open_file(address: QueueAddress) -> AsyncIterator[_QueueFile]:
     path = Path(address.address or DEFAULT_FILE).expanduser().absolute()  # noqa: ASYNC240 -- a name, not a file
-    with map_exceptions({OSError: BrokerError}, f"cannot open {_bell_path(path)}"):
+    with map_exceptions({OSError: BrokerError}, f"cannot open the queue file {path}, or what is beside it"):
         bell = os.open(_bell_path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         connection = await trio.to_thread.run_sync(_connect, path, bell)

@@ -137,8 +137,11 @@ async def _slot(settings: Settings) -> str:
     slot = find_slot(os.environ)
     fit = fitted(settings, slot)
     memory = f", {fit.task_memory / 1e6:.0f} MB" if fit.task_memory else ""
-    end = f"; until {end}" if (end := _end(settings)) else ""
-    return f"{slot}: {fit.max_concurrent_tasks} task(s) at once, {fit.cpus_per_task:g} CPU(s){memory} each{end}"
+    end = _end(settings)
+    if end and end.at - time.time() <= settings.last_steps:
+        raise SettingsError(f"it ends too soon for any task: {end}")
+    until = f"; until {end}" if end else ""
+    return f"{slot}: {fit.max_concurrent_tasks} task(s) at once, {fit.cpus_per_task:g} CPU(s){memory} each{until}"
 
 
 def _end(settings: Settings) -> End | None:

@@ -10,7 +10,7 @@ import sys
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,8 @@ async def _run(settings: Settings, event: Message) -> int:
 @asynccontextmanager
 async def _letters(settings: Settings, queue: str) -> AsyncIterator[list[Letter]]:
     """Give the dead letters of a queue; those that are in the list in the end are given back."""
-    address, patience = settings.at_broker(dead_letter_queue(queue)), settings.broker_patience
+    address = replace(settings.at_broker(queue), queue=dead_letter_queue(queue))
+    patience = settings.broker_patience
     async with open_source(address, lambda seconds: seconds < patience) as source:
         letters: list[Letter] = []
         try:

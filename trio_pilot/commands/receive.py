@@ -38,6 +38,8 @@ def receive(settings: Settings, queue: str, to: Path | None, count: int | None, 
     if count is not None and count < 1:
         raise SettingsError(f"--count must be an integer ≥ 1, not {count}")
     if to:
+        if to.exists() and not to.is_dir():
+            raise SettingsError(f"--to must be a directory, and {to} is none")
         with map_exceptions({OSError: NodeError}, f"cannot make the directory {to}"):
             to.mkdir(parents=True, exist_ok=True)
     known = Known(to) if unique else None

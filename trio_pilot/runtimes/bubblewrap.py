@@ -44,7 +44,15 @@ def _fault() -> str | None:
         return "there is no bwrap on PATH (Debian's package is bubblewrap)"
     probe = [bwrap, "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", *_devices(), "true"]
     try:
-        done = subprocess.run(probe, capture_output=True, stdin=subprocess.DEVNULL, timeout=PROBE_TIMEOUT, check=False)
+        # In a session of its own: Ctrl-C is for us.
+        done = subprocess.run(
+            probe,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            timeout=PROBE_TIMEOUT,
+            check=False,
+            start_new_session=True,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     return done.stderr.decode(errors="replace").strip() or None if done.returncode else None

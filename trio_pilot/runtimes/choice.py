@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from trio_pilot.errors import NodeError
+from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import Options, Runtime
 
 ENGINES = ("docker", "podman")
@@ -58,6 +59,8 @@ def _candidates(image: str, options: Options) -> Sequence[str]:
         return ("bubblewrap", "process")
     if Path(image).is_dir():
         return ("apptainer", "bubblewrap")
+    if image.startswith(("/", "./", "../")) and not Path(image).exists():
+        raise NodeError(f"there is no image {image}: it must be an unpacked directory, /, or a tag")
     fetching = () if options.only_directories else ("apptainer",)
     return fetching if "://" in image or Path(image).exists() else (*ENGINES, *fetching)
 
@@ -70,8 +73,16 @@ async def open_runtime(name: str, image: str, options: Options) -> AsyncIterator
         NodeError: it does not work here.
     """
     choice = await choose(name, image, options)
+    if unheeded := unheeded_by(choice.name, options):
+        LOGGER.warning("the runtime %s does not heed %s, which is for docker and podman", choice.name, unheeded)
     async with _family(choice.name).open_runtime(options) as runtime:
         yield runtime
+
+
+def unheeded_by(name: str, options: Options) -> str:
+    """Name the settings of containers' engines that are given to a runtime which is none."""
+    given = {"--task-network": options.network, "--task-user": options.user, "--docker-shm-size": options.shm_size}
+    return "" if name in ENGINES else ", ".join(flag for flag, value in given.items() if value)
 
 
 def _family(name: str) -> Family:

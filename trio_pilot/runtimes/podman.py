@@ -108,11 +108,13 @@ def _exit_code(answer: Any) -> int:
     return int(answer)
 
 
+SYSTEMCTL = "systemctl --user" if os.geteuid() else "systemctl"
+
 PODMAN = Dialect(
     name="podman",
     variable="CONTAINER_HOST",
     socket=default_socket,
-    cure="start it (systemctl --user start podman.socket), or name its socket in CONTAINER_HOST",
+    cure=f"start it ({SYSTEMCTL} start podman.socket), or name its socket in CONTAINER_HOST",
     prefix=prefix,
     pull_prefix="/v1.40",
     spec=spec,
