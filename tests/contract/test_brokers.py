@@ -225,9 +225,12 @@ async def test_no_moment_to_end_consuming_keeps_a_message(broker: Broker, queue:
         assert sorted(delivery.body for delivery in await ready_again(broker, queue, 2)) == [b"a", b"b"]
 
 
-async def test_no_moment_to_cancel_a_source_with_all_that_uses_it_keeps_a_message(broker: Broker, queue: str) -> None:
+@pytest.mark.parametrize("first", [0, 1])  # in two halves: RabbitMQ 4.0 drops what has come back 20 times
+async def test_no_moment_to_cancel_a_source_with_all_that_uses_it_keeps_a_message(
+    broker: Broker, queue: str, first: int
+) -> None:
     await send(broker, queue, b"a", b"b")
-    for step in range(30):
+    for step in range(first, 30, 2):
         with trio.move_on_after(step * 0.003):
             await hold_two(broker, queue)
     with trio.fail_after(LONG / 2):  # no lease has run out by then
