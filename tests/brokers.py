@@ -100,13 +100,14 @@ class Local:
 class Rabbit:
     counts_losses = False
 
-    def __init__(self, server: RabbitServer, directory: Path | None = None) -> None:
+    def __init__(self, server: RabbitServer, directory: Path | None = None, spare: int = 0) -> None:
         self.server = server
+        self.spare = spare
         self.directory = directory or server.directory / "dead-letters"
 
     def address(self, queue: str, server: str = "", user: str = "", token: str = "") -> QueueAddress:
         where = f"{user and user + '@'}{server or self.server.address}"
-        return QueueAddress(queue, "rabbitmq", where, token, self.directory)
+        return QueueAddress(queue, "rabbitmq", where, token, self.directory, self.spare)
 
     def source(self, queue: str, patience: Patience = patient, **address: str) -> AbstractAsyncContextManager[Source]:
         return open_source(self.address(queue, **address), patience)

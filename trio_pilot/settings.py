@@ -301,7 +301,9 @@ class Settings:
 
     def _queue_address(self, queue: str, kind: str, address: str, token: str) -> QueueAddress:
         kind = kind or _kind_of_broker(address)
-        return QueueAddress(queue, kind, address or ("" if kind == "local" else "localhost"), token, self.dead_letters)
+        address = address or ("" if kind == "local" else "localhost")
+        spare = self.most_at_hand - self.max_concurrent_tasks
+        return QueueAddress(queue, kind, address, token, self.dead_letters, spare)
 
 
 SCHEMES = {

@@ -23,13 +23,17 @@ CONFIGURED = ["pulsar"] if PULSAR else []
 OTHER_VERSIONS = [pytest.param(name, marks=pytest.mark.soak) for name in ("rabbitmq_trixie", "rabbitmq_sid")]
 
 
-@pytest.fixture(params=["fake", "local", "rabbitmq", "nats", "pulsar_stand_in", *CONFIGURED, *OTHER_VERSIONS])
+@pytest.fixture(
+    params=["fake", "local", "rabbitmq", "rabbitmq_batches", "nats", "pulsar_stand_in", *CONFIGURED, *OTHER_VERSIONS]
+)
 def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Broker:
     match request.param:
         case "fake":
             return Fake()
         case "local":
             return Local(tmp_path / "queues.sqlite")
+        case "rabbitmq_batches":
+            return Rabbit(request.getfixturevalue("rabbitmq"), spare=16)
         case "nats":
             return Nats(request.getfixturevalue("nats"))
         case "pulsar":

@@ -222,6 +222,11 @@ def test_the_environment_of_a_task_is_really_checked_and_its_values_are_not_show
     assert str(raised.value) == f"EWMS_PILOT_TASK_ENV_JSON {message} (what it is now is not shown)"
 
 
+def test_events_at_hand_beyond_the_slots_may_wait_for_each_other() -> None:
+    few, many = (load({"queue_outgoing": "q", "max_concurrent_tasks": 4, "prefetch": each}, {}, NOWHERE) for each in (1, 10))
+    assert [address.spare for address in (*few.outgoing(), *many.outgoing())] == [0, 6]
+
+
 @pytest.mark.parametrize("name", [name for name in FIELDS if FIELDS[name].metadata["secret"]])
 def test_a_secret_is_in_no_message_and_no_repr(name: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as raised:

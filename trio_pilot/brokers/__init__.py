@@ -110,13 +110,17 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class QueueAddress:
-    """Where a queue is: its name, the kind of its broker, the broker's address, and the token that opens it."""
+    """Where a queue is: its name, the kind of its broker, the broker's address, and the token that opens it.
+
+    Outputs and settlements may wait for a moment, to be sent several together, but those of no more than `spare` events.
+    """
 
     queue: str
     broker: str
     address: str
     token: str = field(default="", repr=False)
     dead_letters: Path = DEAD_LETTERS  # directory for those that the broker does not take
+    spare: int = 0  # events that the pilot may have at hand beyond those in its slots
 
 
 class Patience(Protocol):

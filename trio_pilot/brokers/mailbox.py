@@ -36,16 +36,28 @@ class Reply:
 
 
 class Mailbox:
-    """Work for another thread, done in order. It is woken for the first piece only: to wake costs as much as the work."""
+    """Work for another thread, done in order. It is woken for the first piece only: to wake costs as much as the work.
 
-    def __init__(self, wake: Callable[[Callable[[], None]], object]) -> None:
+    Where work may wait, the thread looks again of itself a moment after it has done some, and until then only a `batch` of
+    pieces wakes it. What comes one at a time is done at once; of what comes all the time, much is done at a time.
+    """
+
+    def __init__(
+        self,
+        wake: Callable[[Callable[[], None]], object],
+        batch: int = 1,
+        later: Callable[[Callable[[], None]], object] | None = None,
+    ) -> None:
         self._wake = wake
+        self._batch = batch
+        self._later = later  # to call something in the other thread, from there
+        self._looks_again = False
         self._work: deque[Callable[[], object]] = deque()
 
     def put(self, work: Callable[[], object]) -> None:
         """Have `work` done."""
         self._work.append(work)
-        if len(self._work) == 1:
+        if len(self._work) == (self._batch if self._looks_again else 1):
             self._wake(self.do)
 
     def do(self) -> None:
@@ -55,6 +67,14 @@ class Mailbox:
                 self._work[0]()
             finally:
                 self._work.popleft()
+        if self._later and self._batch > 1 and not self._looks_again:
+            self._looks_again = True
+            self._later(self._look)
+
+    def _look(self) -> None:
+        self._looks_again = False  # first: what is added from now on wakes us
+        if self._work:
+            self.do()
 
 
 class Driven(Protocol):

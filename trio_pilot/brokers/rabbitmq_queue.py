@@ -35,6 +35,7 @@ class RabbitQueue(Link[Channel]):
     def __init__(self, address: QueueAddress, patience: Patience) -> None:
         self._address = parse_address(address)
         self._token = address.token
+        self._batch = max(1, address.spare // 2)  # half of them may wait to be sent as outputs, and half to be settled
         super().__init__(address.queue, f"RabbitMQ at {self._address.host}", patience)
 
     @asynccontextmanager
@@ -44,7 +45,7 @@ class RabbitQueue(Link[Channel]):
         try:
             token = await tokens.current(self._token)
             address = replace(self._address, password=token) if token else self._address
-            async with driven(Connection(address), threads) as connection:
+            async with driven(Connection(address, self._batch), threads) as connection:
                 if tokens.is_file(self._token):
                     threads.start_soon(self._keep_token, connection, token)
                 yield await self._open(connection)
