@@ -9,7 +9,7 @@ from bench.broker import RabbitServer
 from bench.figures import Figure, alternate, compared
 from bench.load import Load
 from bench.measure import of_runtimes, report, say
-from bench.pilot import OURS, pilot, task
+from bench.pilot import AHEAD, OURS, pilot, task
 from bench.report import Report
 from bench.runtimes import Runtime
 from bench.throughput import COST
@@ -42,7 +42,7 @@ def measure(plan: Plan, server: RabbitServer) -> Report:
 
 def _figures(plan: Plan, runtime: Runtime, server: RabbitServer, slots: int) -> Iterator[Figure]:
     tasks = max(3 * slots, round(plan.length / COST[runtime.name]))
-    settings = {"max_concurrent_tasks": slots, "task_args": task(0), **runtime.settings}
+    settings = {"max_concurrent_tasks": slots, "prefetch": slots + AHEAD, "task_args": task(0), **runtime.settings}
     notes, start = bare.notes(settings, runtime.env, server), pilot(settings, runtime.env)
     sides: dict[str, Callable[[], float]] = {
         way: partial(bare.rate, way, runtime, notes, slots, tasks) for way in bare.ways(runtime)

@@ -19,7 +19,7 @@ from bench.ewms_pilot import STAND_IN_ARGS, VERSION, ewms_pilot, platform, stand
 from bench.figures import Figure, alternate, compared
 from bench.load import Load, Start
 from bench.measure import report, runtime_or_none, say
-from bench.pilot import OURS, pilot, task
+from bench.pilot import AHEAD, OURS, pilot, task
 from bench.report import Report
 from bench.runtimes import Runtime
 
@@ -66,7 +66,7 @@ def _engine(name: str) -> Iterator[Runtime | None]:
 
 
 def _figures(plan: Plan, engine: Runtime, server: RabbitServer, slots: int, events: int) -> Iterator[Figure]:
-    prefetches = (slots, 4 * slots)  # with fewer than slots ewms-pilot waits a second for each event
+    prefetches = (slots, slots + AHEAD)  # with fewer than slots ewms-pilot waits a second for each event
     sides = {(side, prefetch): start(engine, slots, prefetch) for side, start in SIDES.items() for prefetch in prefetches}
     found = alternate(plan.rounds, {side: partial(_rate, events, start, server) for side, start in sides.items()})
     samples = {

@@ -56,7 +56,7 @@ def points(plan: Plan) -> Iterator[tuple[int, float, int]]:
 
 
 def _figures(plan: Plan, runtime: Runtime, server: RabbitServer, slots: int, seconds: float, size: int) -> Iterator[Figure]:
-    load = Load(events(plan, COST[runtime.name] + size * BYTE, slots, seconds), size)
+    load = Load(events(plan, COST[runtime.name] + size * BYTE, slots, seconds), size, sleeps=seconds > COST[runtime.name])
     settings: dict[str, Any] = {"max_concurrent_tasks": slots, "task_args": task(seconds), **runtime.settings}
     runs = [load.done_by(pilot(settings, runtime.env), server) for _ in range(plan.rounds)]
     labels: dict[str, Label] = {"runtime": runtime.name, "slots": slots, "task s": seconds, "bytes": size}

@@ -138,7 +138,7 @@ async def _slot(settings: Settings) -> str:
     fit = fitted(settings, slot)
     memory = f", {fit.task_memory / 1e6:.0f} MB" if fit.task_memory else ""
     end = _end(settings)
-    if end and end.at - time.time() <= settings.last_steps:
+    if end and end.is_too_soon(settings):
         raise SettingsError(f"it ends too soon for any task: {end}")
     until = f"; until {end}" if end else ""
     return f"{slot}: {fit.max_concurrent_tasks} task(s) at once, {fit.cpus_per_task:g} CPU(s){memory} each{until}"

@@ -59,7 +59,7 @@ def _in_this_slot(settings: Settings) -> Settings:
     end = find_end(settings, os.environ, time.time())
     if end:
         LOGGER.info("this slot ends at %s", end)
-        if end.at - time.time() <= settings.last_steps:
+        if end.is_too_soon(settings):
             LOGGER.warning("that is too soon for any task: the last %g s are for the pilot's own end", settings.last_steps)
     return replace(fitted(settings, find_slot(os.environ)), until=end.at if end else None)
 

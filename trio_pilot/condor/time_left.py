@@ -30,6 +30,10 @@ class End:
     at: float
     who: str
 
+    def is_too_soon(self, settings: Settings) -> bool:
+        """Tell whether nothing but the pilot's own last steps could be done until then."""
+        return self.at - time.time() <= settings.last_steps
+
     def __str__(self) -> str:
         return f"{datetime.fromtimestamp(self.at, UTC):%Y-%m-%d %H:%M:%S} UTC, by {self.who}"
 
