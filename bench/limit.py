@@ -41,7 +41,7 @@ def measure(plan: Plan, server: RabbitServer) -> Report:
 
 
 def _figures(plan: Plan, runtime: Runtime, server: RabbitServer, slots: int) -> Iterator[Figure]:
-    tasks = max(3 * slots, round(plan.length / COST[runtime.name]))
+    tasks = max(8 * slots, round(plan.length / COST[runtime.name]))
     settings = {"max_concurrent_tasks": slots, "prefetch": slots + AHEAD, "task_args": task(0), **runtime.settings}
     notes, start = bare.notes(settings, runtime.env, server), pilot(settings, runtime.env)
     sides: dict[str, Callable[[], float]] = {
