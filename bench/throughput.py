@@ -16,7 +16,7 @@ from bench.pilot import pilot, task
 from bench.report import Report
 from bench.runtimes import Runtime
 
-COST = {"process": 0.004, "bubblewrap": 0.012, "apptainer": 0.1, "docker": 0.13, "podman": 0.3}  # rough seconds of CPU a task
+COST = {"process": 0.004, "bubblewrap": 0.012, "apptainer": 0.1, "docker": 0.13, "podman": 0.3}  # CPU seconds a task
 BYTE = 20e-9  # the same for each byte of an event, with all that the broker does with it
 
 
