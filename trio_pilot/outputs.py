@@ -65,14 +65,16 @@ class Outputs:
         self._most = most
         self._disk = disk
         self._growing: set[Path] = set()
+        self._some_grow = trio.Event()
         self._showing = trio.CapacityLimiter(1)
         self._is_unread = False
         self._watching = trio.CancelScope()
 
     async def watch(self) -> None:
-        """Look at the outputs now and then: run this beside the tasks."""
+        """Look at the outputs now and then, while there are any: run this beside the tasks."""
         with self._watching:
             while True:
+                await self._some_grow.wait()
                 await trio.sleep(INTERVAL)
                 for path in list(self._growing):
                     await self._disk.call(TAIL, cut, path, self._most)
@@ -85,10 +87,13 @@ class Outputs:
     def growing(self, *paths: Path) -> Iterator[None]:
         """Keep outputs from growing without end while the body runs."""
         self._growing.update(paths)
+        self._some_grow.set()
         try:
             yield
         finally:
             self._growing.difference_update(paths)
+            if not self._growing:
+                self._some_grow = trio.Event()
 
     async def show(self, files: TaskFiles) -> None:
         """Copy what a task has said to our own stdout and stderr. Once nobody reads these, no other task waits for it."""

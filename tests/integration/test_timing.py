@@ -77,21 +77,34 @@ async def line_with(process: "Popen[bytes]", word: bytes) -> float:
     return time.monotonic()
 
 
-def cpu_seconds(pid: int) -> float:
-    """Add up what the threads of a process have used, to the nanosecond."""
-    return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
+def cores_used_by(pid: int) -> dict[str, tuple[float, int]]:
+    """Tell for how many seconds, to the nanosecond, and how often each thread of a process had a core."""
+    threads = {path.parent.name: path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/schedstat")}
+    return {thread: (int(nanoseconds) / 1e9, int(turns)) for thread, (nanoseconds, _, turns) in threads.items()}
 
 
-@pytest.mark.parametrize("seconds", [10, pytest.param(30, marks=pytest.mark.soak)])
-async def test_an_idle_pilot_uses_no_more_than_a_fifth_of_a_percent_of_a_core(bench: Bench, seconds: int) -> None:
+async def idle(bench: Bench, seconds: float) -> tuple[float, float]:
+    """Have a pilot idle; give the part of a core that it uses, and how often a second it wants one."""
     async with bench.pilot() as process:
         await line_with(process, b"listening")
         await trio.sleep(1)
-        before = cpu_seconds(process.pid)
+        before = cores_used_by(process.pid)
         await trio.sleep(seconds)
-        used = cpu_seconds(process.pid) - before
-    print(f"idle: {100 * used / seconds:.3f} % of a core")
-    assert used <= 0.002 * seconds
+        after = cores_used_by(process.pid)
+    used, turns = (sum(after[one][what] - before.get(one, (0, 0))[what] for one in after) for what in (0, 1))
+    print(f"idle: {100 * used / seconds:.3f} % of a core, which it has {turns / seconds:.1f} times a second")
+    return used / seconds, turns / seconds
+
+
+async def test_an_idle_pilot_sleeps(bench: Bench) -> None:
+    _, turns = await idle(bench, 10)
+    assert turns <= 5
+
+
+@pytest.mark.soak
+async def test_an_idle_pilot_uses_no_more_than_a_fifth_of_a_percent_of_a_core(bench: Bench) -> None:
+    used, _ = await idle(bench, 30)
+    assert used <= 0.002
 
 
 async def test_a_pilot_is_listening_soon_after_its_start(bench: Bench) -> None:

@@ -68,6 +68,16 @@ def test_what_makes_no_batch_waits_for_a_moment_only() -> None:
     assert thread.done == [0, 1]
 
 
+def test_what_is_in_a_hurry_is_done_at_once() -> None:
+    thread = OtherThread(batch=3)
+    thread.put(0)
+    thread.wake_up()
+    thread.put(1)
+    thread.mailbox.hurry()
+    thread.wake_up()
+    assert thread.done == [0, 1]
+
+
 def test_a_thread_with_nothing_to_do_sleeps_until_it_is_woken() -> None:
     thread = OtherThread(batch=3)
     thread.put(0)

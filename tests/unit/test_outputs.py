@@ -1,3 +1,4 @@
+import math
 import threading
 from pathlib import Path
 
@@ -90,6 +91,17 @@ async def test_outputs_are_looked_at_while_they_grow_and_no_longer(
         assert growing.stat().st_size == other.stat().st_size == 10 * TAIL
         outputs.close()
     assert autojump_clock.current_time() == 11.5
+
+
+async def test_nobody_wakes_up_to_look_at_nothing(tmp_path: Path) -> None:
+    outputs = Outputs(5, Disk())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(outputs.watch)
+        with outputs.growing(tmp_path):
+            pass
+        await trio.testing.wait_all_tasks_blocked()
+        assert trio.lowlevel.current_statistics().seconds_to_next_deadline == math.inf
+        outputs.close()
 
 
 # Of a pilot.

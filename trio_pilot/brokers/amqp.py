@@ -97,7 +97,10 @@ class Arrival:
 
 
 class Connection:
-    """One AMQP connection, and the thread that drives it."""
+    """One AMQP connection, and the thread that drives it.
+
+    Messages and settlements may wait for LINGER, until there are `batch` of them; what is answered is asked at once.
+    """
 
     def __init__(self, address: Address, batch: int = 1) -> None:
         self.opened = Reply()  # pika gives up after CONNECT_TIMEOUT
@@ -151,6 +154,7 @@ class Connection:
 
     async def answer(self, reply: Reply) -> Any:
         """Wait for an answer of the server; hang up on one that gives none, unless it blocks us, and so reads nothing."""
+        self._for_pika.hurry()
         waiting = True
         while waiting:
             with trio.move_on_after(ANSWER_TIMEOUT):
@@ -163,6 +167,7 @@ class Connection:
         """Have the thread close the connection and end."""
         self._hang_up = True
         self.run(self._close)
+        self._for_pika.hurry()
 
     def post(self, work: Callable[[], object], reply: Reply) -> None:
         """Have `work` done in the thread; with no thread any more, fail the reply."""
@@ -290,7 +295,7 @@ class Channel:
             getattr(self._pika, method)(*arguments, **options)
             self._answer(reply)
 
-        await self._post(start).wait()
+        await self.connection.answer(self._post(start))
 
     def write(self, method: str, *arguments: Any, **options: Any) -> None:
         """Have a method of the channel called that has no answer, without waiting for it; before we close, it is written.

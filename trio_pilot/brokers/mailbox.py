@@ -39,7 +39,7 @@ class Mailbox:
     """Work for another thread, done in order. It is woken for the first piece only: to wake costs as much as the work.
 
     Where work may wait, the thread looks again of itself a moment after it has done some, and until then only a `batch` of
-    pieces wakes it. What comes one at a time is done at once; of what comes all the time, much is done at a time.
+    pieces wakes it, or a `hurry`. What comes one at a time is done at once; of what comes all the time, much at a time.
     """
 
     def __init__(
@@ -58,6 +58,11 @@ class Mailbox:
         """Have `work` done."""
         self._work.append(work)
         if len(self._work) == (self._batch if self._looks_again else 1):
+            self._wake(self.do)
+
+    def hurry(self) -> None:
+        """Have what there is done at once."""
+        if self._looks_again:
             self._wake(self.do)
 
     def do(self) -> None:
