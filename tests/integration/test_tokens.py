@@ -70,6 +70,10 @@ def broker(server: RabbitServer) -> Rabbit:
     return Rabbit(server)
 
 
+def logs_of(broker: Rabbit) -> list[str]:
+    return [path.read_text() for path in (broker.server.directory / "log").iterdir()]
+
+
 @pytest.mark.parametrize(("life", "run"), [(8, 12), pytest.param(60, 300, marks=pytest.mark.soak)])
 async def test_a_token_is_renewed_through_its_file_without_a_new_connection(
     broker: Rabbit, issuer: Issuer, tmp_path: Path, life: int, run: int
@@ -104,8 +108,7 @@ async def test_a_token_is_renewed_through_its_file_without_a_new_connection(
     assert child.returncode == 0, stderr
     assert "connecting again" not in stderr
     assert count > run / life
-    logs = [path.read_text() for path in (broker.server.directory / "log").iterdir()]
-    assert sum(log.count("user 'pilot' updated secret") for log in logs) >= 2 * run / life  # of source and sink
+    assert sum(log.count("user 'pilot' updated secret") for log in logs_of(broker)) >= 2 * run / life  # of source and sink
 
 
 async def test_an_expired_token_is_named_and_not_shown(broker: Rabbit, issuer: Issuer, tmp_path: Path) -> None:
@@ -125,7 +128,7 @@ async def test_an_expired_token_in_a_file_is_waited_for(broker: Rabbit, issuer: 
         await trio.sleep(2)
         file.write_text(issuer.token(60))
         _, stderr = await trio.to_thread.run_sync(child.communicate)
-    assert child.returncode == 0, stderr
+    assert child.returncode == 0, "\n".join([stderr, *(log[-3000:] for log in logs_of(broker))])
     assert "our token expired at" in stderr
     assert broker.ready(f"{queue}-out") == 1
 
