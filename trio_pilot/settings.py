@@ -8,7 +8,7 @@ import dataclasses
 import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -287,8 +287,9 @@ class Settings:
             self._aligned(f"queue_{direction}_{what}", len(names))
             for what in ("broker_address", "broker_type", "auth_token")
         )
+        spare = self.most_at_hand - self.max_concurrent_tasks
         return [
-            self._queue_address(name, kind, address or self.broker, token or self.broker_token)
+            replace(self._queue_address(name, kind, address or self.broker, token or self.broker_token), spare=spare)
             for name, kind, address, token in zip(names, kinds, addresses, tokens, strict=True)
         ]
 
@@ -301,9 +302,7 @@ class Settings:
 
     def _queue_address(self, queue: str, kind: str, address: str, token: str) -> QueueAddress:
         kind = kind or _kind_of_broker(address)
-        address = address or ("" if kind == "local" else "localhost")
-        spare = self.most_at_hand - self.max_concurrent_tasks
-        return QueueAddress(queue, kind, address, token, self.dead_letters, spare)
+        return QueueAddress(queue, kind, address or ("" if kind == "local" else "localhost"), token, self.dead_letters)
 
 
 SCHEMES = {

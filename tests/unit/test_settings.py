@@ -225,6 +225,7 @@ def test_the_environment_of_a_task_is_really_checked_and_its_values_are_not_show
 def test_events_at_hand_beyond_the_slots_may_wait_for_each_other() -> None:
     few, many = (load({"queue_outgoing": "q", "max_concurrent_tasks": 4, "prefetch": each}, {}, NOWHERE) for each in (1, 10))
     assert [address.spare for address in (*few.outgoing(), *many.outgoing())] == [0, 6]
+    assert many.at_broker("q").spare == 0  # for who sends or receives by hand, each message is waited for
 
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if FIELDS[name].metadata["secret"]])
