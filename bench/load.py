@@ -12,9 +12,7 @@ from bench.broker import Queues, RabbitServer, open_queues
 from bench.process import Measured
 
 LEAST_PAUSE, MOST_PAUSE = 0.005, 0.25  # seconds between two looks at the queue of results
-PAUSE_WITH_SLEEPERS = (
-    0.01  # the same where tasks sleep: they end in waves, of which no rate tells, and leave cores for looking
-)
+PAUSE_WITH_SLEEPERS = 0.01  # where tasks sleep: they end in waves, of which no rate tells, and leave cores for looking
 PATIENCE = 120.0  # seconds without any progress, after which nothing will come any more
 
 Start = Callable[[Queues, Path], AbstractContextManager[Measured]]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 import trio
+from trio_util import AsyncValue
 
 from trio_pilot.disk import Disk
 from trio_pilot.last_words import MOST
@@ -65,7 +66,7 @@ class Outputs:
         self._most = most
         self._disk = disk
         self._growing: set[Path] = set()
-        self._some_grow = trio.Event()
+        self._some_grow = AsyncValue(False)
         self._showing = trio.CapacityLimiter(1)
         self._is_unread = False
         self._watching = trio.CancelScope()
@@ -74,7 +75,7 @@ class Outputs:
         """Look at the outputs now and then, while there are any: run this beside the tasks."""
         with self._watching:
             while True:
-                await self._some_grow.wait()
+                await self._some_grow.wait_value(True)
                 await trio.sleep(INTERVAL)
                 for path in list(self._growing):
                     await self._disk.call(TAIL, cut, path, self._most)
@@ -87,13 +88,12 @@ class Outputs:
     def growing(self, *paths: Path) -> Iterator[None]:
         """Keep outputs from growing without end while the body runs."""
         self._growing.update(paths)
-        self._some_grow.set()
+        self._some_grow.value = True
         try:
             yield
         finally:
             self._growing.difference_update(paths)
-            if not self._growing:
-                self._some_grow = trio.Event()
+            self._some_grow.value = bool(self._growing)
 
     async def show(self, files: TaskFiles) -> None:
         """Copy what a task has said to our own stdout and stderr. Once nobody reads these, no other task waits for it."""

@@ -35,6 +35,16 @@ class OtherThread:
             plan()
 
 
+@pytest.fixture
+def thread() -> OtherThread:
+    """Give one that has just done a piece of work, and takes three to be woken."""
+    thread = OtherThread(batch=3)
+    thread.put(0)
+    thread.wake_up()
+    assert thread.done == [0]
+    return thread
+
+
 def test_it_is_woken_for_the_first_piece_only() -> None:
     thread = OtherThread()
     for number in range(3):
@@ -45,10 +55,7 @@ def test_it_is_woken_for_the_first_piece_only() -> None:
     assert not thread.plans
 
 
-def test_what_may_wait_is_done_a_batch_at_a_time() -> None:
-    thread = OtherThread(batch=3)
-    thread.put(0)
-    thread.wake_up()  # the first is done at once
+def test_what_may_wait_is_done_a_batch_at_a_time(thread: OtherThread) -> None:
     thread.put(1)
     thread.put(2)
     assert not thread.wakes
@@ -58,30 +65,21 @@ def test_what_may_wait_is_done_a_batch_at_a_time() -> None:
     assert thread.done == [0, 1, 2, 3]
 
 
-def test_what_makes_no_batch_waits_for_a_moment_only() -> None:
-    thread = OtherThread(batch=3)
-    thread.put(0)
-    thread.wake_up()
+def test_what_makes_no_batch_waits_for_a_moment_only(thread: OtherThread) -> None:
     thread.put(1)
     assert not thread.wakes
     thread.look()
     assert thread.done == [0, 1]
 
 
-def test_what_is_in_a_hurry_is_done_at_once() -> None:
-    thread = OtherThread(batch=3)
-    thread.put(0)
-    thread.wake_up()
+def test_what_is_in_a_hurry_is_done_at_once(thread: OtherThread) -> None:
     thread.put(1)
     thread.mailbox.hurry()
     thread.wake_up()
     assert thread.done == [0, 1]
 
 
-def test_a_thread_with_nothing_to_do_sleeps_until_it_is_woken() -> None:
-    thread = OtherThread(batch=3)
-    thread.put(0)
-    thread.wake_up()
+def test_a_thread_with_nothing_to_do_sleeps_until_it_is_woken(thread: OtherThread) -> None:
     thread.look()
     assert not thread.plans
     thread.put(1)
