@@ -243,6 +243,7 @@ class Settings:
             engine_patience=self.engine_patience,
             debug=self.container_debug,
             build_directory=self.apptainer_build_workdir,
+            data_parent=self.data_dir_parent_path_on_host,
             only_directories=self.apptainer_image_directory_must_be_present,
         )
 

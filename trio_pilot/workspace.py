@@ -144,6 +144,23 @@ def _beside(root: Path) -> Path:
     return root.with_name(f".{root.name}-{identity.own()}-{uuid.uuid4().hex}")
 
 
+@contextmanager
+def open_passing(parent: Path) -> Iterator[Path]:
+    """Make a directory for a moment, beside the data directory of that parent: a sweep of that removes it, if we cannot.
+
+    Raises:
+        NodeError: it, or what is to be in it, cannot be written.
+    """
+    root = root_in(parent)
+    passing = _beside(root)
+    with _writing(root):
+        passing.mkdir()
+        try:
+            yield passing
+        finally:
+            remove_tree(passing)
+
+
 def _lock(directory: int) -> IO[bytes] | None:
     try:
         file = os.fdopen(os.open(LOCK, os.O_RDWR | os.O_CLOEXEC, dir_fd=directory), "r+b")

@@ -40,6 +40,13 @@ def mark() -> Iterator[str]:
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.fixture(autouse=True)
+def _temporary(pilots: PilotCommand) -> None:
+    """Give pilots a directory of their own for temporary files: what is left in it is theirs."""
+    (pilots.directory / "temporary").mkdir()
+    pilots.variables["TMPDIR"] = str(pilots.directory / "temporary")
+
+
 def living(mark: str) -> list[int]:
     """List what lives of the pilots that run tasks with this mark: tasks, pilots, guardians."""
     marked = {pid for pid in processes_with(mark) if stat_of(pid)}
@@ -83,7 +90,8 @@ def wait_until_nothing_is_left(pilots: PilotCommand, mark: str, containment: Con
 
 def leftovers(pilots: PilotCommand) -> list[Path]:
     # Not with `rglob`: what is being removed meanwhile is an error to it.
-    return [Path(directory) for directory, *_ in os.walk(pilots.directory) if "ewms-pilot-data" in directory]
+    found = [Path(directory) for directory, *_ in os.walk(pilots.directory) if "ewms-pilot-data" in directory]
+    return [*found, *(pilots.directory / "temporary").iterdir()]
 
 
 def all_events_can_be_done(pilots: PilotCommand, containment: Containment, events: range) -> None:
@@ -103,6 +111,23 @@ def test_a_pilot_that_is_killed_leaves_nothing(pilots: PilotCommand, containment
     pilot.kill()
     wait_until_nothing_is_left(pilots, mark, containment)
     all_events_can_be_done(pilots, containment, range(4))
+
+
+def test_a_pilot_that_is_killed_while_it_tries_a_runtime_leaves_nothing(pilots: PilotCommand, mark: str) -> None:
+    programs, image = pilots.directory / mark, pilots.directory / "image"
+    programs.mkdir()
+    image.mkdir()
+    program, tried = programs / "apptainer", programs / "tried"
+    program.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exec echo apptainer version 1.4.5\ntouch {tried}\nsleep 1000; :\n'
+    )
+    program.chmod(0o755)
+    pilots.variables["PATH"] = f"{programs}:{os.environ['PATH']}"
+    pilot = pilots.start(mark, runtime="apptainer", task_image=str(image))
+    until_sync(tried.exists)
+    until_sync(lambda: guardians(pilot.pid), "the guardian to start")
+    pilot.kill()
+    wait_until_nothing_is_left(pilots, mark)
 
 
 def test_the_control_groups_of_a_pilot_that_is_killed_are_gone(pilots: PilotCommand, mark: str) -> None:

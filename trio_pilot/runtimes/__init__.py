@@ -69,6 +69,7 @@ class Options:
     engine_patience: float = 60.0  # seconds that an engine may not answer
     debug: bool = False  # say more
     build_directory: Path = field(default=Path("/var/tmp"))  # noqa: S108 -- upstream's; where images are unpacked
+    data_parent: Path = field(default=Path())  # of the data directory; what is beside it for a moment is swept with it
     only_directories: bool = True  # accept only an unpacked directory as apptainer's image
 
 

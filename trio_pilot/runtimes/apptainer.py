@@ -9,7 +9,6 @@ may clean that. So a shell that has the marker leads the session which they are 
 import errno
 import os
 import re
-import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from trio_pilot.outputs import open_output
 from trio_pilot.runtimes import Container, Exit, Limits, Mount, Options, cannot_run, verbatim
 from trio_pilot.runtimes.apptainer_images import PROBE, RUNSCRIPT, Image, Images, probe
 from trio_pilot.runtimes.apptainer_program import LEADER, MOST_SAID, Apptainer, environment, fatal
+from trio_pilot.workspace import open_passing
 
 HOME = "/tmp"  # noqa: S108 -- the container's own: its scratch directory is mounted there
 
@@ -36,6 +36,7 @@ FAILED = 255  # apptainer's own exit code, whatever the reason
 APPTAINERS_OWN = 17 + 8 * min(os.cpu_count() or 1, 8)
 
 PROBE_TIMEOUT = 20.0  # seconds for a container that does nothing
+MOUNT_POINTS = "dev", "proc", "sys", "tmp", "etc"  # the least that an image can have
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -58,29 +59,25 @@ REASONS = {
 }
 
 
-async def fault(options: Options) -> str | None:  # noqa: ARG001 -- none matters
+async def fault(options: Options) -> str | None:
     """Say what keeps apptainer from working here, if anything does."""
     with trio.move_on_after(PROBE_TIMEOUT):
         try:
             apptainer = Apptainer.find()
             await apptainer.check_version()
-            reason = await _cannot_run(apptainer)
+            reason = await _cannot_run(apptainer, options)
         except NodeError as error:
             return str(error)
         return f"{apptainer.path} cannot make a container: {reason}" if reason else None
     return f"apptainer has not made a container in {PROBE_TIMEOUT:g} s"
 
 
-async def _cannot_run(apptainer: Apptainer) -> str | None:
+async def _cannot_run(apptainer: Apptainer, options: Options) -> str | None:
     """Make a container of an image that has nothing in it."""
-    with tempfile.TemporaryDirectory() as directory:
-        _make_image(Path(directory))
-        return await probe(apptainer, Path(directory))
-
-
-def _make_image(directory: Path) -> None:
-    for name in ("dev", "proc", "sys", "tmp", "etc"):
-        (directory / name).mkdir()
+    with open_passing(options.data_parent) as image:
+        for name in MOUNT_POINTS:
+            (image / name).mkdir()
+        return await probe(apptainer, image)
 
 
 @asynccontextmanager
