@@ -108,6 +108,7 @@ def moment(raw: Any) -> float:
     return unix_time
 
 
+LEAST_MEMORY = 6 * 2**20  # bytes
 UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -117,6 +118,13 @@ def size(raw: Any) -> int:
     number = int(float(found[1]) * UNITS[found[2]]) if found else 0
     if number < 1 or isinstance(raw, bool):
         raise ValueError("must be a number of bytes such as 512m or 2g")
+    return number
+
+
+def memory(raw: Any) -> int:
+    """Take a number of bytes that a container can begin in. Less than that docker refuses (docker-run(1), --memory)."""
+    if (number := size(raw)) < LEAST_MEMORY:
+        raise ValueError("must be a number of bytes ≥ 6m, such as 512m or 2g")
     return number
 
 

@@ -24,6 +24,7 @@ from trio_pilot.parsing import (
     extension,
     integer,
     log_level,
+    memory,
     moment,
     one_of,
     or_auto,
@@ -160,7 +161,7 @@ class Settings:
         "what runs containers: docker, podman, apptainer, bubblewrap, process (no container at all), or auto",
         variables=RUNTIME,
     )
-    task_memory: int | None = setting(None, or_auto(size), "bytes of memory a task may use: 512m, 2g; auto: its share")
+    task_memory: int | None = setting(None, or_auto(memory), "bytes of memory a task may use: 512m, 2g; auto: its share")
     task_cpus: float | None = setting(None, cpus, "CPUs a task may use")
     task_pids: int | None = setting(None, integer(1), "processes and threads a task may have")
     task_network: str = setting("", text, "docker, podman: network of the tasks, such as none or host")

@@ -131,7 +131,11 @@ def test_an_empty_variable_is_no_variable(name: str) -> None:
     [("1", 1), ("512m", 2**29), ("2g", 2**31), ("2GB", 2**31), ("2 GiB", 2**31), ("1.5k", 1536), ("1T", 2**40), ("7b", 7)],
 )
 def test_words_for_bytes(text: str, size: int) -> None:
-    assert from_environment(EWMS_PILOT_TASK_MEMORY=text).limits == Limits(memory=size)
+    assert from_environment(EWMS_PILOT_MAX_OUTPUT=text).max_output == size
+
+
+def test_a_task_has_at_least_the_memory_that_an_engine_grants() -> None:
+    assert from_environment(EWMS_PILOT_TASK_MEMORY="6m").limits == Limits(memory=6 * 2**20)
 
 
 @pytest.mark.parametrize("word", ["y", "YES", "t", "True", "on", "1"])
@@ -181,6 +185,11 @@ def test_words_for_false(word: str) -> None:
             "EWMS_PILOT_TASK_MEMORY",
             "0",
             "EWMS_PILOT_TASK_MEMORY must be a number of bytes such as 512m or 2g, or auto, not '0'",
+        ),
+        (
+            "EWMS_PILOT_TASK_MEMORY",
+            "1k",
+            "EWMS_PILOT_TASK_MEMORY must be a number of bytes ≥ 6m, such as 512m or 2g, or auto, not '1k'",
         ),
         ("EWMS_PILOT_TASK_CPUS", "0", "EWMS_PILOT_TASK_CPUS must be a number of CPUs > 0, not '0'"),
         ("EWMS_PILOT_TASK_CPUS", "inf", "EWMS_PILOT_TASK_CPUS must be a number of CPUs > 0, not 'inf'"),
