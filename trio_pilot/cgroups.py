@@ -92,12 +92,17 @@ class Hierarchy:
 def hierarchies(proc: Path = Path("/proc/self")) -> list[Hierarchy]:
     """Find the hierarchies that have a controller for us."""
     try:
-        mounts = [_Mount.parse(line) for line in (proc / "mountinfo").read_text().splitlines()]
-        lines = (proc / "cgroup").read_text().splitlines()
+        mounts = [_Mount.parse(line) for line in _lines(proc / "mountinfo")]
+        lines = _lines(proc / "cgroup")
     except OSError:
         return []
     found = (_hierarchy(line, [mount for mount in mounts if mount.kind.startswith("cgroup")]) for line in lines)
     return [one for one in found if one and one.controllers]
+
+
+def _lines(file: Path) -> list[str]:
+    """Read a file of names: they may have any bytes in them, but no line feed."""
+    return [line for line in os.fsdecode(file.read_bytes()).split("\n") if line]
 
 
 @dataclass(frozen=True, slots=True)

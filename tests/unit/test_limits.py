@@ -23,13 +23,14 @@ V2 = "31 23 0:26 {root} {mount} rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelega
 OTHERS = """\
 22 1 8:1 / / rw - ext4 /dev/sda1 rw
 23 22 0:22 / /sys/fs/cgroup rw - tmpfs tmpfs rw
+24 22 8:2 / /media/caf\udce9\r\x0b\x85\u2028 rw - vfat /dev/sdb1 rw
 """
 
 
 def found(directory: Path, mounts: str, groups: str) -> Mapping[str, tuple[str, bool]]:
     """Give the group found for each controller, and whether it is of version 2."""
-    (directory / "mountinfo").write_text(OTHERS + mounts)
-    (directory / "cgroup").write_text(groups)
+    (directory / "mountinfo").write_bytes(os.fsencode(OTHERS + mounts))
+    (directory / "cgroup").write_bytes(os.fsencode(groups))
     places = cgroups.hierarchies(directory)
     return {name: (str(place.here), place.unified) for place in places for name in place.controllers}
 
@@ -49,6 +50,7 @@ def test_in_version_1_each_controller_has_its_own_place(tmp_path: Path) -> None:
         ("/", "/user.slice/me.scope", "user.slice/me.scope"),
         ("/docker/abc", "/docker/abc", ""),
         ("/docker/abc", "/docker/abc/a job", "a job"),
+        ("/", "/caf\udce9", "caf\udce9"),
         ("/", "/job/trio-pilot-another/pilot", "job"),  # of a pilot that did not go back
     ],
 )

@@ -85,7 +85,7 @@ async def test_the_earliest_end_that_htcondor_says_counts(
 
 async def test_machine_and_job_features_count(tmp_path: Path) -> None:
     (tmp_path / "shutdowntime").write_text(f"{NOW + 300:.0f}\n")
-    (tmp_path / "shutdowntime_job").write_text("soon\n")
+    (tmp_path / "shutdowntime_job").write_bytes(b"soon \xe9\n")
     environ = {"MACHINEFEATURES": str(tmp_path), "JOBFEATURES": str(tmp_path)}
     assert end_of(environ) == End(NOW + 300, "shutdowntime in $MACHINEFEATURES")
     (tmp_path / "shutdowntime_job").write_text(f"{NOW + 200:.0f}\n")

@@ -83,8 +83,9 @@ def _by_the_glidein(environ: Mapping[str, str], machine: Mapping[str, classad.Li
 def _by_features(environ: Mapping[str, str]) -> Iterator[tuple[float, str]]:
     """Machine/Job Features (HSF-TN-2016-02): directories of files with a value each."""
     for directory, name in (("MACHINEFEATURES", "shutdowntime"), ("JOBFEATURES", "shutdowntime_job")):
+        file = Path(environ.get(directory, "/nonexistent"), name)
         with suppress(OSError):
-            yield _as_number(Path(environ.get(directory, "/nonexistent"), name).read_text()), f"{name} in ${directory}"
+            yield _as_number(file.read_text(errors="replace")), f"{name} in ${directory}"
 
 
 def _number(ad: Mapping[str, classad.Literal], name: str) -> float:
