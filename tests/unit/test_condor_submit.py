@@ -133,6 +133,7 @@ def test_pilots_may_come_again_and_again(capsys: pytest.CaptureFixture[str]) -> 
     [
         ("--executable=none", "there is no file none to go with the job"),
         ("--memory=much", "--memory must be a number of bytes such as 512m or 2g, not 'much'"),
+        ("--cron=a * * * *", "--cron must be five fields as in a crontab, such as '*/30 * * * *', not 'a * * * *'"),
         ("--cron=5", "--cron must be five fields as in a crontab, such as '*/30 * * * *', not '5'"),
         ("--broker=queues.db", "queue in is in a file of this machine: name a broker, as in --broker amqp://HOST"),
         ("--task-args=a\nb", "EWMS_PILOT_TASK_ARGS has a line break, which no job takes: say it in trio-pilot.toml"),

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -34,6 +35,7 @@ on_exit_remove = false
 RELEASE_AFTER, MOST_STARTS = 600, 10  # seconds that what may pass is waited for, and how many starts there are in all
 VACATE_TIME = 60  # seconds that are asked for between SIGTERM and SIGKILL; the pilot finds out what it gets
 
+CRON_FIELD = re.compile(r"[0-9*/,-]+")  # HTCondor's manual, "CronTab Scheduling": numbers only, no names
 CRON_FIELDS = "minute", "hour", "day_of_month", "month", "day_of_week"
 
 ADDRESSES = "broker", "queue_incoming_broker_address", "queue_outgoing_broker_address"  # secret if with a password
@@ -157,7 +159,7 @@ def _again(cron: str) -> str:
     if not cron:
         return RETRIES
     fields = cron.split()
-    if len(fields) != len(CRON_FIELDS):
+    if len(fields) != len(CRON_FIELDS) or not all(map(CRON_FIELD.fullmatch, fields)):
         raise SettingsError(f"--cron must be five fields as in a crontab, such as '*/30 * * * *', not {cron!r}")
     times = "".join(f"cron_{name} = {field}\n" for name, field in zip(CRON_FIELDS, fields, strict=True))
     return times + CRON
