@@ -92,11 +92,11 @@ class Hierarchy:
 def hierarchies(proc: Path = Path("/proc/self")) -> list[Hierarchy]:
     """Find the hierarchies that have a controller for us."""
     try:
-        mounts = [_Mount.parse(line) for line in _lines(proc / "mountinfo")]
+        mounts = [_Mount.parse(line) for line in _lines(proc / "mountinfo") if " - cgroup" in line]
         lines = _lines(proc / "cgroup")
     except OSError:
         return []
-    found = (_hierarchy(line, [mount for mount in mounts if mount.kind.startswith("cgroup")]) for line in lines)
+    found = (_hierarchy(line, mounts) for line in lines)
     return [one for one in found if one and one.controllers]
 
 

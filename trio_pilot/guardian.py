@@ -9,7 +9,8 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from trio_pilot import cgroups, leftovers, workspace
 from trio_pilot.identity import Identity
 
 DEATH_TIMEOUT = 5.0  # seconds from the end of the pipe to the end of the pilot: its memory may take a moment to go
-LOOK_INTERVAL = 0.02  # seconds between two looks
-CLEAN_TIMEOUT = 120.0  # seconds for an engine to come back; after that it is for the next pilot's sweep
+LOOK_INTERVAL, LONGEST_INTERVAL = 0.02, 0.5  # seconds between two looks
+CLEAN_TIMEOUTS = 5.0, 120.0  # seconds for an engine to answer, and to come back; then it is for the next pilot's sweep
 
 
 def main() -> None:
@@ -46,26 +47,42 @@ def parsed(line: str) -> tuple[str, Path]:
 
 
 def clean_up(pilot: Identity, engines: Iterable[Path], directories: Iterable[Path]) -> None:
-    """Remove all that a pilot has left, until two looks find nothing: what it had asked for may still have been coming."""
-    deadline = time.monotonic() + CLEAN_TIMEOUT
-    quiet = 0
+    """Remove all that a pilot has left. Directories do not wait for an engine that is away."""
+    begun = time.monotonic()
+    for seconds in CLEAN_TIMEOUTS:
+        is_clean = _cleaned(pilot, engines, begun + seconds)
+        for directory in directories:
+            _found(workspace.sweep, directory)
+        if is_clean:
+            return
+
+
+def _cleaned(pilot: Identity, engines: Iterable[Path], deadline: float) -> bool:
+    """Look until two looks have found nothing: what the pilot had asked for may still have been coming."""
+    quiet, pause = 0, LOOK_INTERVAL
     while quiet < 2 and time.monotonic() < deadline:
         quiet = quiet + 1 if _is_clean(pilot, engines) else 0
-        time.sleep(LOOK_INTERVAL)
-    for directory in directories:
-        workspace.sweep(directory)
+        time.sleep(pause)
+        pause = min(1.5 * pause, LONGEST_INTERVAL)
+    return quiet == 2
 
 
 def _is_clean(pilot: Identity, engines: Iterable[Path]) -> bool:
-    found = leftovers.end_processes(lambda one: one == pilot) + cgroups.sweep(lambda one: one == pilot)
+    """Remove what there is of each kind; tell whether there was nothing."""
+    looks = [partial(leftovers.end_processes, lambda one: one == pilot), partial(cgroups.sweep, lambda one: one == pilot)]
     for engine in engines:
         from trio_pilot import engine_leftovers  # which takes its time to load
 
-        try:
-            found += engine_leftovers.remove_containers(engine, lambda one: one == pilot)
-        except OSError:
-            found += 1  # we do not know, and look again
-    return not found
+        looks.append(partial(engine_leftovers.remove_containers, engine, lambda one: one == pilot))
+    return not sum(map(_found, looks))
+
+
+def _found(look: Callable[..., int], *arguments: Path) -> int:
+    """Give what a look has found. If it fails, whatever by, we do not know, and nobody is there to be told."""
+    try:
+        return look(*arguments)
+    except Exception:  # a kind that cannot be looked for is no reason to leave the others
+        return 1
 
 
 def _has_died(pilot: Identity) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.runtimes_support import until_sync
-from trio_pilot import guardian, workspace
+from trio_pilot import cgroups, guardian, workspace
 from trio_pilot.engine_leftovers import LABEL, remove_containers
 from trio_pilot.identity import Identity, own
 from trio_pilot.leftovers import MARKER, end_processes
@@ -206,6 +206,36 @@ def test_an_engine_in_trouble_is_an_error_and_its_containers_are_looked_for_agai
     recovering.start()
     guardian.clean_up(NOBODY, [engine.socket], [tmp_path])
     recovering.join()
+    assert not engine.containers
+
+
+def test_what_cannot_be_looked_for_keeps_nothing_else_from_being_removed(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_theirs: object) -> int:
+        raise ValueError("not as expected")
+
+    monkeypatch.setattr(cgroups, "sweep", fail)
+    monkeypatch.setattr(guardian, "CLEAN_TIMEOUTS", (0.1, 0.2))
+    engine.add(NOBODY)
+    directory = leave(tmp_path, "01234567", f"{NOBODY}@{NODE}")
+    guardian.clean_up(NOBODY, [engine.socket], [tmp_path / "ewms-pilot-data"])
+    assert not engine.containers
+    assert not directory.exists()
+
+
+def test_directories_do_not_wait_for_an_engine_that_is_away(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guardian, "CLEAN_TIMEOUTS", (0.1, 60))
+    engine.add(NOBODY)
+    engine.trouble = (500, b"stopping")
+    directory = leave(tmp_path, "01234567", f"{NOBODY}@{NODE}")
+    cleaning = threading.Thread(target=guardian.clean_up, args=(NOBODY, [engine.socket], [tmp_path / "ewms-pilot-data"]))
+    cleaning.start()
+    until_sync(lambda: not directory.exists())
+    engine.trouble = None
+    cleaning.join()
     assert not engine.containers
 
 

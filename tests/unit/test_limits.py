@@ -24,6 +24,7 @@ OTHERS = """\
 22 1 8:1 / / rw - ext4 /dev/sda1 rw
 23 22 0:22 / /sys/fs/cgroup rw - tmpfs tmpfs rw
 24 22 8:2 / /media/caf\udce9\r\x0b\x85\u2028 rw - vfat /dev/sdb1 rw
+25 22 0:24 / /mnt/c rw - 9p drvfs rw,aname=drvfs;path=C:\\Program Files\\Docker
 """
 
 
