@@ -81,7 +81,7 @@ class Children:
 
     def orphans(self) -> list[int]:
         """List the children that nobody here has started."""
-        return [pid for pid in _own_children() if pid not in self._living and pid not in _INHERITED]
+        return [pid for pid in _own_children() if pid not in self._living and pid not in _SPARED]
 
     @classmethod
     def know(cls, pid: int) -> None:
@@ -233,7 +233,7 @@ def end_strays() -> None:
     Nothing else finds a process with a new session *and* a cleaned environment.
     """
     deadline = time.monotonic() + REAP_TIMEOUT
-    while (pids := set(_own_children()) - _INHERITED) and time.monotonic() < deadline:
+    while (pids := set(_own_children()) - _SPARED) and time.monotonic() < deadline:
         for pid in pids:
             _kill_and_reap(pid)
         time.sleep(REAP_INTERVAL)
@@ -245,8 +245,13 @@ def _own_children() -> list[int]:
         return [int(pid) for pid in file.read().split()]
 
 
-# From before an exec of this program, as in `helper & exec trio-pilot`: not ours to kill.
-_INHERITED = frozenset(_own_children())
+# Not ours to kill: from before an exec of this program, as in `helper & exec trio-pilot`, or to outlive us.
+_SPARED = set(_own_children())
+
+
+def spare(pid: int) -> None:
+    """Have a child outlive us."""
+    _SPARED.add(pid)
 
 
 def _is_dying(pid: int) -> bool:

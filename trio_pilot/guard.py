@@ -13,7 +13,7 @@ import trio
 
 import trio_pilot
 from trio_pilot import cgroups, guardian, identity, leftovers, workspace
-from trio_pilot.children import Children
+from trio_pilot.children import Children, spare
 from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.identity import Identity
 from trio_pilot.log import LOGGER
@@ -32,6 +32,9 @@ class Guard(Protocol):
 
     def watch(self, what: str, path: Path) -> None:
         """Have the socket of an `engine`, or a `data` directory, seen to when this pilot is dead."""
+
+    def outlive_us(self) -> None:
+        """Have what this pilot could not remove removed after its end."""
 
     async def sweep(self) -> None:
         """Remove what dead pilots have left. Failing is no reason to stop."""
@@ -60,6 +63,7 @@ class GuardianGuard:
 
     def __init__(self) -> None:
         self._watched: list[str] = []
+        self._outlives_us = False
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -84,6 +88,10 @@ class GuardianGuard:
         self._watched.append(line)
         self._tell(line)
 
+    def outlive_us(self) -> None:
+        """Have the guardian stay after our end, for what we could not remove."""
+        self._outlives_us = True
+
     async def keep(self) -> None:
         """Start another guardian whenever it has ended, until cancelled."""
         while True:
@@ -97,7 +105,11 @@ class GuardianGuard:
             await trio.sleep(RESTART_INTERVAL)
 
     async def dismiss(self) -> None:
-        """Tell the guardian to go, and wait until it is gone."""
+        """Tell the guardian to go, and wait until it is gone; or let it be, if it is to find us dead."""
+        if self._outlives_us and self._process and self._process.stdin:
+            spare(self._process.pid)
+            self._process.stdin.close()
+            return
         self._tell("done")
         with trio.move_on_after(DISMISSAL_TIMEOUT, shield=True):
             await self._ended()

@@ -98,16 +98,28 @@ async def serve(
         async with guard as guardian, reporter, _quarantine(settings, status, drain):
             guardian.watch("data", root_in(settings.data_dir_parent_path_on_host))
             with status.concluding(), _open_workspace(settings) as workspace:
-                async with runtime as containers, sources as incoming, sinks as outgoing:
+                async with _seen_to(runtime, guardian) as containers, sources as incoming, sinks as outgoing:
                     status.runtime = containers.name
-                    if containers.engine:
-                        guardian.watch("engine", containers.engine)
                     tools = Tools(guardian, workspace, containers, outgoing)
                     await Pilot(settings, tools, incoming, status, drain).work()
         nursery.cancel_scope.cancel()
     if status.failed.value:
         raise TasksFailedError(status.failures())
     return drain.signal
+
+
+@asynccontextmanager
+async def _seen_to(runtime: AbstractAsyncContextManager[Runtime], guard: Guard) -> AsyncIterator[Runtime]:
+    """Have the guardian know of the runtime's engine, and stay if that has something of ours when we go."""
+    containers: Runtime | None = None
+    try:
+        async with runtime as containers:
+            if containers.engine:
+                guard.watch("engine", containers.engine)
+            yield containers
+    finally:
+        if containers and containers.leaves_some:
+            guard.outlive_us()
 
 
 def _open_workspace(settings: Settings) -> AbstractContextManager[Workspace]:

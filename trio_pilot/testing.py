@@ -227,6 +227,7 @@ class FakeGuard:
 
     watched: list[tuple[str, Path]] = field(default_factory=list)
     swept: int = 0
+    outlives_us: bool = False
     fault: Fault = no_fault
 
     @asynccontextmanager
@@ -238,6 +239,10 @@ class FakeGuard:
     def watch(self, what: str, path: Path) -> None:
         """Note what is to be seen to."""
         self.watched.append((what, path))
+
+    def outlive_us(self) -> None:
+        """Note that it is to stay."""
+        self.outlives_us = True
 
     async def sweep(self) -> None:
         """Have nothing to sweep."""
@@ -278,6 +283,7 @@ class FakeRuntime:
     name: str = "fake"
     mounts: bool = False
     engine: Path | None = None
+    leaves_some: bool = False
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator["FakeRuntime"]:

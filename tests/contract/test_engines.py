@@ -2,9 +2,11 @@
 
 import base64
 import json
+import os
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -21,6 +23,7 @@ from tests.registry import PASSWORD, USER, Registry, registry
 from tests.runtimes_support import (
     PATIENCE,
     PilotCommand,
+    command_line,
     new_children,
     new_container,
     open_files,
@@ -519,14 +522,33 @@ async def test_an_engine_that_stands_still_does_not_hold_the_pilot(
     monkeypatch.setattr(engine, "LAST_TIMEOUT", 0.5)
     task = Task(tmp_path, UNTIL_ENOUGH)
     with trio.fail_after(PATIENCE), trio.CancelScope() as scope:
-        async with running(task, own_docker):
+        async with running(task, own_docker) as runtime:
             own_docker.freeze()
             begun = trio.current_time()
             scope.cancel()
+    assert runtime.leaves_some
     assert trio.current_time() - begun < OPTIONS.kill_grace + 0.5 + 0.5 + 2
     own_docker.thaw()
     remove_containers(own_docker.socket, lambda pilot: pilot == own())  # as the guardian does
     await until(lambda: not own_docker.containers())
+
+
+async def test_what_a_pilot_could_not_remove_is_removed_after_its_end(own_docker: Engine, tmp_path: Path) -> None:
+    with PilotCommand(tmp_path) as pilots:
+        pilots.send("event")
+        script = ("sh", "-c", "touch /tmp/ready; sleep 1000")
+        pilot = pilots.start(*script, runtime="docker", task_image=IMAGE, timeout_queue_incoming=60, grace=0, kill_grace=0)
+        await until(lambda: list(pilots.data.glob("*/scratch/ready")))
+        [guardian] = processes_with(f".{pilot.pid}.")
+        own_docker.freeze()
+        pilot.signal(signal.SIGTERM)
+        assert await trio.to_thread.run_sync(pilot.wait) == 143
+        own_docker.thaw()
+        await until(lambda: not own_docker.containers())
+        await until(lambda: not pilots.data.exists())
+        await until(lambda: not command_line(guardian))
+        with suppress(ChildProcessError):  # it may have become ours
+            await trio.to_thread.run_sync(os.waitpid, guardian, 0)
 
 
 async def test_a_container_that_could_not_be_removed_is_as_soon_as_the_engine_goes_on(

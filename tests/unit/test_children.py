@@ -77,7 +77,7 @@ async def test_children_from_before_this_program_are_no_orphans(
 ) -> None:
     other = subprocess.Popen(["sleep", "1000"])  # noqa: ASYNC220 -- on the main thread, as Children do it
     assert other.pid in children.orphans()
-    monkeypatch.setattr(module, "_INHERITED", frozenset([other.pid]))
+    monkeypatch.setattr(module, "_SPARED", frozenset([other.pid]))
     assert other.pid not in children.orphans()
     async with running(children, tmp_path, "true") as child:
         await child.wait()

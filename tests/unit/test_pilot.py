@@ -335,6 +335,13 @@ async def test_the_engine_is_made_known_to_the_guard(lab: Lab) -> None:
     assert ("engine", Path("/engine.sock")) in lab.guard.watched
 
 
+@pytest.mark.parametrize("leaves_some", [False, True])
+async def test_the_guard_stays_if_the_runtime_leaves_something(lab: Lab, leaves_some: bool) -> None:
+    lab.runtime.leaves_some = leaves_some
+    await lab.run()
+    assert lab.guard.outlives_us == leaves_some
+
+
 async def test_a_refused_output_is_the_events_failure(lab: Lab) -> None:
     def refusing(call: str) -> None:
         if call == "sink.send":

@@ -81,6 +81,8 @@ class Runtime(Protocol):
     """Whether a container sees a mount at its target; else it sees this machine's own paths."""
     engine: Path | None
     """The socket of the daemon that keeps the containers, None where they are processes below the pilot's own."""
+    leaves_some: bool
+    """Whether a container is still there that it could not remove: when it is closed, that is for others to do."""
 
     async def prepare(self, image: str) -> None:
         """Get an image ready to run.

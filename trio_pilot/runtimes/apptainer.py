@@ -105,6 +105,7 @@ class ApptainerRuntime:
     name = "apptainer"
     mounts = True
     engine: Path | None = None
+    leaves_some = False
 
     def __init__(self, apptainer: Apptainer, options: Options, limiter: Limiter) -> None:
         self._apptainer = apptainer

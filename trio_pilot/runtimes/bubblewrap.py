@@ -79,6 +79,7 @@ class BubblewrapRuntime:
     name = "bubblewrap"
     mounts = True
     engine: Path | None = None
+    leaves_some = False
 
     def __init__(self, bwrap: str, kill_grace: float, limiter: Limiter) -> None:
         self._bwrap = bwrap

@@ -92,6 +92,7 @@ class EngineRuntime:
     def __init__(self, link: Link, dialect: Dialect, options: Options, nursery: trio.Nursery) -> None:
         self.name = dialect.name
         self.engine: Path | None = link.api.socket
+        self.leaves_some = False
         self._link = link
         self._dialect = dialect
         self._options = options
@@ -170,6 +171,7 @@ class EngineRuntime:
             with trio.move_on_after(LAST_TIMEOUT, shield=True) as last:
                 await ours.end(0)
             if last.cancelled_caught:
+                self.leaves_some = True
                 LOGGER.error("the container %s is left behind: %s could not remove it", ours.name, self.name)
             raise
 

@@ -35,6 +35,7 @@ class ProcessRuntime:
     name = "process"
     mounts = False
     engine: Path | None = None
+    leaves_some = False
 
     def __init__(self, kill_grace: float, limiter: Limiter) -> None:
         self._kill_grace = kill_grace
