@@ -515,6 +515,46 @@ async def test_an_engine_that_stands_still_for_too_long_is_the_nodes_fault(
     assert "has not been back for 0.5 s" in str(task.end)
 
 
+async def test_a_deadline_that_passes_while_the_engine_stands_still_is_no_fault_of_the_containers(
+    own_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_api, "PING_TIMEOUT", 0.2)
+    monkeypatch.setattr(engine, "END_TIMEOUT", 0.5)
+    first, second = (Task(tmp_path / name, "true") for name in ("first", "second"))
+    async with docker.open_runtime(replace(OPTIONS, engine_patience=2)) as runtime:
+        await runtime.prepare(IMAGE)
+        own_docker.freeze()
+        with trio.move_on_after(0.3):
+            await first.run(runtime)
+        with trio.move_on_after(PATIENCE):
+            await second.run(runtime)
+        own_docker.thaw()
+        await until(lambda: not own_docker.containers())
+    assert isinstance(first.end, ContainerLostError)
+    assert not isinstance(second.end, ContainerLostError)
+    assert "has not been back for 2 s" in str(second.end)
+
+
+async def test_a_deadline_that_passes_while_the_engine_is_gone_is_no_fault_of_the_containers(
+    lasting_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "END_TIMEOUT", 0.5)
+    task, next_one = Task(tmp_path / "one", UNTIL_ENOUGH), Task(tmp_path / "next", "true")
+    async with docker.open_runtime(OPTIONS) as runtime:
+        await runtime.prepare(IMAGE)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(task.run, runtime)
+            await until(task.file("ready").exists)
+            lasting_docker.kill()
+            await trio.sleep(0.2)  # that is seen
+            nursery.cancel_scope.cancel()
+        lasting_docker.start()
+        await next_one.run(runtime)
+        await until(lambda: not lasting_docker.containers())
+    assert isinstance(task.end, ContainerLostError)
+    assert next_one.end == Exit(0)
+
+
 async def test_an_engine_that_stands_still_does_not_hold_the_pilot(
     own_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import trio
 
-from trio_pilot.errors import NodeError, map_exceptions
+from trio_pilot.errors import ContainerLostError, NodeError, map_exceptions
 from trio_pilot.log import LOGGER
 from trio_pilot.outputs import open_output
 from trio_pilot.runtimes import Container, Exit, Options, cannot_run
@@ -116,18 +116,24 @@ class EngineRuntime:
                 open_output(path).close()
             if container.image not in self._images:
                 await self.prepare(container.image)
-            ours, ended = EngineContainer(self._link, self._dialect, container), None
+            ours = EngineContainer(self._link, self._dialect, container)
             try:
+                await self._link.ready()
                 order = Order(container, ours.name, self._images[container.image], self._options)
                 await ours.create(self._dialect.spec(order))
                 ended = await self._live(ours, container)
-                return ended
-            finally:
-                if ended == Exit(0) and len(self._behind) < MOST_BEHIND:
-                    self._behind.add(ours)
-                    self._nursery.start_soon(self._end, ours)
-                else:
-                    await self._end(ours)
+            except NodeError:
+                await self._end(ours)
+                raise
+            except BaseException:  # above all to be cancelled
+                await self._end_early(ours)
+                raise
+            if ended == Exit(0) and len(self._behind) < MOST_BEHIND:
+                self._behind.add(ours)
+                self._nursery.start_soon(self._end, ours)
+            else:
+                await self._end(ours)
+            return ended
 
     async def _live(self, ours: EngineContainer, container: Container) -> Exit:
         code = await ours.live()
@@ -156,13 +162,35 @@ class EngineRuntime:
         is_suspect = code == KILLED and container.limits.memory is not None and not self._dialect.tells_of_memory
         return Exit(code, out_of_memory=bool(facts["State"].get("OOMKilled")) or is_suspect)
 
-    async def _end(self, ours: EngineContainer) -> None:
+    async def _end_early(self, ours: EngineContainer) -> None:
+        """End it, and look meanwhile whether it was the engine that has kept it from its end.
+
+        Raises:
+            ContainerLostError: so it may be.
+        """
+        was_lost, is_silent = self._link.is_lost, True
+
+        async def look() -> None:
+            nonlocal is_silent
+            is_silent = await self._link.is_silent()
+
+        with trio.CancelScope(shield=True):  # both have deadlines
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(look)
+                if not await self._end(ours):
+                    nursery.cancel_scope.cancel()
+        if was_lost or is_silent:
+            raise ContainerLostError(f"{self.name} was away: the container {ours.name} may not have had its time") from None
+
+    async def _end(self, ours: EngineContainer) -> bool:
+        """End it, and tell whether it is gone; if not, that is tried in the background."""
         with trio.move_on_after(self._options.kill_grace + END_TIMEOUT, shield=True) as patience:
             await ours.end(self._options.kill_grace)
         self._behind.discard(ours)
         if patience.cancelled_caught:
             LOGGER.warning("the container %s is not gone in time; it is tried again", ours.name)
             self._nursery.start_soon(self._end_at_last, ours)
+        return not patience.cancelled_caught
 
     async def _end_at_last(self, ours: EngineContainer) -> None:
         try:

@@ -1,5 +1,6 @@
 """Patience with an engine that goes away: it may be restarted, or stand still for a while."""
 
+import math
 import random
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
@@ -25,7 +26,8 @@ class Link:
         self.api = api
         self.witness = Witness(api.socket)
         self._patience = patience
-        self._is_away = False
+        self._lost: EngineAwayError | None = None  # how it was noticed that the engine is away
+        self._lost_at = 0.0
         self._warnings: set[str] = set()
 
     def pass_on(self, warnings: Iterable[str]) -> None:
@@ -44,10 +46,13 @@ class Link:
         deadline = None
         while True:
             try:
-                return await attempt()
+                answer = await attempt()
             except EngineAwayError as error:
                 deadline = deadline or trio.current_time() + self._patience
                 await self.back(error, deadline)
+            else:
+                self._lost = None
+                return answer
 
     async def back(self, error: EngineAwayError, deadline: float | None = None) -> bool:
         """Wait until the engine is back; tell whether it was really gone, and may be another now, or but slow.
@@ -55,17 +60,43 @@ class Link:
         Raises:
             NodeError: it is not back in time.
         """
-        if not self._is_away:
-            LOGGER.warning("%s; waiting for it", error)
-        self._is_away = True
-        with trio.move_on_at(deadline or trio.current_time() + self._patience):
+        self.lose(error)
+        with trio.move_on_at(min(deadline or math.inf, self._lost_at + self._patience)):
             gone = await self._until_it_answers()
-            self._is_away = False
+            self._lost = None
             return gone or not isinstance(error, EngineSlowError)
         raise NodeError(
             f"{self.api.name} has not been back for {self._patience:g} s (EWMS_PILOT_ENGINE_PATIENCE),"
             f" is its daemon running? {error}"
         ) from error
+
+    def lose(self, error: EngineAwayError) -> None:
+        """Take note that the engine is away: its time is counted from the first note on."""
+        if self._lost is None:
+            LOGGER.warning("%s; waiting for it", error)
+            self._lost, self._lost_at = error, trio.current_time()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the engine was away, as far as is known."""
+        return self._lost is not None
+
+    async def ready(self) -> None:
+        """Wait for an engine that is lost. Raises NodeError if it is not back in time."""
+        if self._lost and await self.is_silent():
+            await self.back(self._lost)
+
+    async def is_silent(self) -> bool:
+        """Tell whether the engine does not answer; if so, it is lost."""
+        try:
+            await self.api.ping()
+        except EngineAwayError as error:
+            self.lose(error)
+            return True
+        except EngineRefusedError:
+            return True  # it is starting, or stopping
+        self._lost = None
+        return False
 
     async def excuse(self, refusal: EngineRefusedError) -> None:
         """Find out whether an engine has failed because it is being stopped; it is, if it takes no new connections.
