@@ -127,21 +127,51 @@ def _enter(root: Path) -> IO[bytes] | None:
 
 
 def _make_root(root: Path) -> None:
-    new = _beside(root)
-    new.mkdir()
-    try:
-        (new / "data-hub").mkdir()
-        (new / LOCK).touch()
-        new.rename(root)
-    except OSError as error:
-        shutil.rmtree(new, ignore_errors=True)
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another pilot was quicker
-            raise
+    with _made_beside(root) as new:
+        try:
+            (new / "data-hub").mkdir()
+            (new / LOCK).touch()
+            new.rename(root)
+        except OSError as error:
+            shutil.rmtree(new, ignore_errors=True)
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another pilot was quicker
+                raise
 
 
 def _beside(root: Path) -> Path:
     """Make up the name of a data directory that is not one yet, or not any more: whoever finds it knows whose it is."""
-    return root.with_name(f".{root.name}-{identity.own()}-{uuid.uuid4().hex}")
+    return root.with_name(f".{root.name}-{_us()}-{uuid.uuid4().hex}")
+
+
+def _us() -> str:
+    """Say who we are, and where, for `_is_orphaned`."""
+    return f"{identity.own()}@{os.uname().nodename}"
+
+
+@contextmanager
+def _made_beside(root: Path) -> Iterator[Path]:
+    """Make a directory beside the data directory, and hold its lock for as long as it is used; no child of ours has that."""
+    with ExitStack() as stack:
+        while True:
+            new = _beside(root)
+            new.mkdir()
+            # A sweep may come between that and the lock, and one in another PID namespace takes us for dead.
+            with suppress(FileNotFoundError):
+                directory = stack.enter_context(opened(new, os.O_DIRECTORY))
+                if _hold(directory) and new.exists():
+                    break
+            with suppress(OSError):
+                new.rmdir()
+        yield new
+
+
+def _hold(directory: int) -> bool:
+    """Lock a directory, unless a sweep has, which looks at it or removes it."""
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # a file system without locks: a sweep goes by what else it knows then
+        return not isinstance(error, BlockingIOError)
+    return True
 
 
 @contextmanager
@@ -152,9 +182,7 @@ def open_passing(parent: Path) -> Iterator[Path]:
         NodeError: it, or what is to be in it, cannot be written.
     """
     root = root_in(parent)
-    passing = _beside(root)
-    with _writing(root):
-        passing.mkdir()
+    with _writing(root), _made_beside(root) as passing:
         try:
             yield passing
         finally:
@@ -193,7 +221,7 @@ def _try_to_write(root: Path) -> None:
 @contextmanager
 def _owning(workspace: Workspace) -> Iterator[None]:
     """Leave word of whose the task directories are, for when we have no time to remove them."""
-    owner = workspace.root / f"{OWNER}{workspace.prefix}-{identity.own()}@{os.uname().nodename}"
+    owner = workspace.root / f"{OWNER}{workspace.prefix}-{_us()}"
     with _writing(workspace.root):
         file = owner.open("xb")
     with file:
@@ -212,26 +240,32 @@ def sweep(root: Path) -> int:
     removed = 0
     for owner in root.glob(f"{OWNER}*"):
         with suppress(OSError), owner.open("rb") as file:
-            if _is_orphaned(owner, file):
-                removed += _remove_of(root, owner.name.removeprefix(OWNER)[:PREFIX_DIGITS])
+            prefix, _, said = owner.name.removeprefix(OWNER).partition("-")
+            if _is_orphaned(said, file.fileno()):
+                removed += _remove_of(root, prefix)
                 owner.unlink()
     with suppress(OSError), (root / LOCK).open("r+b") as lock:
         _leave(root, lock)
     for directory in root.parent.glob(f".{root.name}-*"):
-        pilot = Identity.parse(directory.name.removeprefix(f".{root.name}-").partition("-")[0])
-        if pilot and pilot.is_dead:
-            remove_tree(directory)
+        with suppress(OSError), opened(directory, os.O_DIRECTORY | os.O_NOFOLLOW) as descriptor:
+            if _is_orphaned(directory.name.removeprefix(f".{root.name}-").rpartition("-")[0], descriptor):
+                remove_tree(directory)
     return removed
 
 
-def _is_orphaned(owner: Path, file: IO[bytes]) -> bool:
-    """Tell whether the pilot that made a file is dead: it would hold the lock, which a crash takes from it."""
-    said, _, node = owner.name.rpartition("-")[2].partition("@")
-    pilot = Identity.parse(said)
+def _is_orphaned(said: str, descriptor: int) -> bool:
+    """Tell whether the pilot that made a file or a directory is dead: it would hold the lock, which a crash takes from it.
+
+    Args:
+        said: who and where it is, as the name says: PILOT@NODE.
+        descriptor: of what it made.
+    """
+    who, _, node = said.partition("@")
+    pilot = Identity.parse(who)
     if pilot is None:
         return False
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks
@@ -254,6 +288,8 @@ def _leave(root: Path, lock: IO[bytes]) -> None:
     """Remove the data directory, if no other pilot is in it, nor a task directory that was to be kept."""
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if another pilot is there
     if {entry.name for entry in root.iterdir()} <= {LOCK, "data-hub"}:
-        gone = _beside(root)
-        root.rename(gone)
-        remove_tree(gone)
+        with opened(root, os.O_DIRECTORY) as directory:
+            _hold(directory)  # no sweep is to remove it at the same time
+            gone = _beside(root)
+            root.rename(gone)
+            remove_tree(gone)

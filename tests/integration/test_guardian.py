@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.integration.containment import Containment
-from tests.runtimes_support import PilotCommand, Running, command_line, processes_with, until_sync
+from tests.runtimes_support import PilotCommand, Running, command_line, needs_root, processes_with, until_sync
 from trio_pilot.cgroups import Groups, hierarchies
 from trio_pilot.identity import PARENT, STATE, stat_of
 
@@ -114,20 +114,38 @@ def test_a_pilot_that_is_killed_leaves_nothing(pilots: PilotCommand, containment
 
 
 def test_a_pilot_that_is_killed_while_it_tries_a_runtime_leaves_nothing(pilots: PilotCommand, mark: str) -> None:
-    programs, image = pilots.directory / mark, pilots.directory / "image"
-    programs.mkdir()
+    image, tried = pilots.directory / "image", pilots.directory / "tried"
     image.mkdir()
-    program, tried = programs / "apptainer", programs / "tried"
-    program.write_text(
-        f'#!/bin/sh\n[ "$1" = --version ] && exec echo apptainer version 1.4.5\ntouch {tried}\nsleep 1000; :\n'
-    )
-    program.chmod(0o755)
-    pilots.variables["PATH"] = f"{programs}:{os.environ['PATH']}"
+    stand_in_for_apptainer(pilots, mark, f"touch {tried}; sleep 1000; :")
     pilot = pilots.start(mark, runtime="apptainer", task_image=str(image))
     until_sync(tried.exists)
     until_sync(lambda: guardians(pilot.pid), "the guardian to start")
     pilot.kill()
     wait_until_nothing_is_left(pilots, mark)
+
+
+def stand_in_for_apptainer(pilots: PilotCommand, mark: str, script: str) -> None:
+    """Have pilots take a script for apptainer, which says of itself only its version."""
+    program = pilots.directory / mark / "apptainer"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec echo apptainer version 1.4.5\n{script}\n')
+    program.chmod(0o755)
+    pilots.variables["PATH"] = f"{program.parent}:{os.environ['PATH']}"
+
+
+@needs_root
+def test_what_a_pilot_leaves_that_dies_with_its_pid_namespace_is_swept_by_the_next(pilots: PilotCommand, mark: str) -> None:
+    image, tried = pilots.directory / "image", pilots.directory / "tried"
+    image.mkdir()
+    stand_in_for_apptainer(pilots, mark, f"touch {tried}; sleep 1000; :")
+    container = "unshare", "--pid", "--fork", "--kill-child", "--mount-proc"
+    pilot = pilots.start(mark, prefix=container, runtime="apptainer", task_image=str(image))
+    until_sync(tried.exists)
+    pilot.kill()
+    until_sync(lambda: not living(mark))
+    assert leftovers(pilots)
+    all_events_can_be_done(pilots, IN_PROCESS, range(0))
+    assert leftovers(pilots) == []
 
 
 def test_the_control_groups_of_a_pilot_that_is_killed_are_gone(pilots: PilotCommand, mark: str) -> None:

@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import signal
@@ -16,15 +17,17 @@ from typing import Any
 import pytest
 
 from tests.runtimes_support import until_sync
-from trio_pilot import cgroups, guardian, workspace
+from trio_pilot import cgroups, guardian, identity, workspace
 from trio_pilot.engine_leftovers import LABEL, remove_containers
 from trio_pilot.identity import Identity, own
 from trio_pilot.leftovers import MARKER, end_processes
+from trio_pilot.trees import opened, remove_tree
 from trio_pilot.workspace import open_workspace
 
 NOBODY = replace(own(), started=own().started - 1)  # dead for sure
 NODE = os.uname().nodename
 BEFORE = replace(own(), boot="before")
+ELSEWHERE = replace(own(), namespace=1)
 
 
 def is_dead(pilot: Identity) -> bool:
@@ -76,8 +79,8 @@ def leave(parent: Path, name: str, said: str) -> Path:
 
 @pytest.mark.parametrize(
     "said",
-    [f"{NOBODY}@here", f"{NOBODY}@{NODE}", f"{BEFORE}@{NODE}"],
-    ids=["of this boot", "of this machine", "of this machine before it was started anew"],
+    [f"{NOBODY}@here", f"{NOBODY}@{NODE}", f"{NOBODY}@a-node", f"{BEFORE}@{NODE}"],
+    ids=["of this boot", "of this machine", "of a name with a dash", "of this machine before it was started anew"],
 )
 def test_the_directories_of_a_dead_pilot_are_removed(tmp_path: Path, said: str) -> None:
     directory = leave(tmp_path, "01234567", said)
@@ -115,12 +118,92 @@ def test_the_last_that_is_swept_takes_the_data_directory_with_it(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_data_directory_that_somebody_died_making_is_removed(tmp_path: Path) -> None:
-    dead, living = (tmp_path / f".ewms-pilot-data-{pilot}-{uuid.uuid4().hex}" for pilot in (NOBODY, own()))
-    for directory in (dead, living):
-        (directory / "data-hub").mkdir(parents=True)
+def leave_beside(parent: Path, said: str) -> Path:
+    """Be a pilot that dies making, or removing, its data directory."""
+    directory = parent / f".ewms-pilot-data-{said}-{uuid.uuid4().hex}"
+    (directory / "data-hub").mkdir(parents=True)
+    return directory
+
+
+@pytest.mark.parametrize(
+    "said",
+    [f"{NOBODY}", f"{NOBODY}@a-node", f"{BEFORE}@{NODE}", f"{ELSEWHERE}@{NODE}"],
+    ids=["of this boot", "of a name with a dash", "of this machine before it was started anew", "of another PID namespace"],
+)
+def test_a_data_directory_that_somebody_died_making_is_removed(tmp_path: Path, said: str) -> None:
+    directory = leave_beside(tmp_path, said)
+    with opened(directory, os.O_DIRECTORY) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        workspace.sweep(tmp_path / "ewms-pilot-data")
+        assert directory.exists()
     assert workspace.sweep(tmp_path / "ewms-pilot-data") == 0
-    assert list(tmp_path.iterdir()) == [living]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("said", [f"{own()}@{NODE}", f"{BEFORE}@another-machine", f"@{NODE}", "nonsense", ""])
+def test_a_data_directory_that_somebody_may_be_making_is_left_alone(tmp_path: Path, said: str) -> None:
+    directory = leave_beside(tmp_path, said)
+    assert workspace.sweep(tmp_path / "ewms-pilot-data") == 0
+    assert list(tmp_path.iterdir()) == [directory]
+
+
+def test_a_directory_that_is_used_for_a_moment_is_left_alone_by_pilots_that_cannot_see_whose_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity, "own", lambda: ELSEWHERE)
+    with workspace.open_passing(tmp_path) as directory:
+        monkeypatch.undo()
+        workspace.sweep(tmp_path / "ewms-pilot-data")
+        assert list(tmp_path.iterdir()) == [directory]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_pilot_starts_does_not_hold_a_directory_that_this_uses_for_a_moment(tmp_path: Path) -> None:
+    with workspace.open_passing(tmp_path) as directory:
+        listed = subprocess.run(["ls", "-l", "/proc/self/fd"], close_fds=False, capture_output=True, text=True, check=True)
+        assert directory.name not in listed.stdout
+
+
+def test_a_data_directory_that_is_being_removed_is_left_to_who_does_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[bool] = []
+
+    def remove(directory: Path) -> None:
+        monkeypatch.undo()
+        workspace.sweep(tmp_path / "ewms-pilot-data")
+        left.append(directory.exists())
+        remove_tree(directory)
+
+    monkeypatch.setattr(identity, "own", lambda: ELSEWHERE)
+    monkeypatch.setattr(workspace, "remove_tree", remove)
+    with open_workspace(tmp_path, []):
+        pass
+    assert left == [True]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("maker", [ELSEWHERE, own()], ids=["which removes it", "which looks at it"])
+def test_a_directory_is_made_again_when_a_sweep_was_quicker_to_lock_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, maker: Identity
+) -> None:
+    hold = workspace._hold
+
+    def be_late(directory: int) -> bool:
+        monkeypatch.undo()
+        if maker == own():
+            (made,) = tmp_path.iterdir()
+            with opened(made, os.O_DIRECTORY) as sweeping:
+                fcntl.flock(sweeping, fcntl.LOCK_EX)
+                return hold(directory)
+        workspace.sweep(tmp_path / "ewms-pilot-data")
+        return hold(directory)
+
+    monkeypatch.setattr(identity, "own", lambda: maker)
+    monkeypatch.setattr(workspace, "_hold", be_late)
+    with workspace.open_passing(tmp_path) as directory:
+        assert list(tmp_path.iterdir()) == [directory]
+    assert list(tmp_path.iterdir()) == []
 
 
 # Containers.
