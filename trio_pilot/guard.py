@@ -5,18 +5,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
 import trio
 
 import trio_pilot
-from trio_pilot import cgroups, guardian, identity, leftovers, workspace
+from trio_pilot import cgroups, guardian, identity, image_leftovers, leftovers, workspace
 from trio_pilot.children import Children, spare
 from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.identity import Identity
 from trio_pilot.log import LOGGER
+from trio_pilot.runtimes import Runtime
 
 DISMISSAL_TIMEOUT = 2.0  # seconds for a guardian to go when it is told to
 RESTART_INTERVAL = 0.5  # seconds between two starts of a guardian that somebody ends again and again
@@ -31,13 +32,29 @@ class Guard(Protocol):
     """Sees to it that nothing is left, of this pilot and of those before it."""
 
     def watch(self, what: str, path: Path) -> None:
-        """Have the socket of an `engine`, or a `data` directory, seen to when this pilot is dead."""
+        """Have the socket of an `engine`, a `data` directory, or one of `images`, seen to when this pilot is dead."""
 
     def outlive_us(self) -> None:
         """Have what this pilot could not remove removed after its end."""
 
     async def sweep(self) -> None:
         """Remove what dead pilots have left. Failing is no reason to stop."""
+
+
+@asynccontextmanager
+async def seen_to(opening: AbstractAsyncContextManager[Runtime], guard: Guard) -> AsyncIterator[Runtime]:
+    """Open a runtime, and have the guard see to what it may leave elsewhere than below this pilot."""
+    runtime: Runtime | None = None
+    try:
+        async with opening as runtime:
+            if runtime.engine:
+                guard.watch("engine", runtime.engine)
+            if runtime.images:
+                guard.watch("images", runtime.images)
+            yield runtime
+    finally:
+        if runtime and runtime.leaves_some:
+            guard.outlive_us()
 
 
 @asynccontextmanager
@@ -83,7 +100,7 @@ class GuardianGuard:
         Children.know(self._process.pid)
 
     def watch(self, what: str, path: Path) -> None:
-        """Have the socket of an `engine`, or a `data` directory, seen to when this pilot is dead."""
+        """Have the socket of an `engine`, a `data` directory, or one of `images`, seen to when this pilot is dead."""
         line = f"{what} {os.fsencode(path).hex()}"
         self._watched.append(line)
         self._tell(line)
@@ -163,6 +180,8 @@ def _sweep(watched: Iterable[tuple[str, Path]]) -> None:
                 from trio_pilot import engine_leftovers
 
                 found["container(s)"] = engine_leftovers.remove_containers(path, _is_dead)
+            elif what == "images":
+                found["half-unpacked image(s)"] = image_leftovers.remove_halves(path)
             else:
                 found["task directory(ies)"] = workspace.sweep(path)
         except OSError as error:

@@ -1,8 +1,8 @@
 """The guardian: a small process of its own, with nothing but the standard library, that outlives the pilot.
 
-It reads from the pilot's end of a pipe what there is to look after: `engine SOCKET` and `data DIRECTORY`, a line each, the
-paths in hex. At `done` it goes. At the end of the pipe without that, the pilot is dead, however it died: then the guardian
-kills its processes and removes its containers, control groups and task directories.
+It reads from the pilot's end of a pipe what there is to look after: `engine SOCKET`, `data DIRECTORY`, `images DIRECTORY`,
+a line each, the paths in hex. At `done` it goes. At the end of the pipe without that, the pilot is dead, however it died:
+then the guardian kills its processes and removes its containers, control groups, task directories and half-unpacked images.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from trio_pilot import cgroups, leftovers, workspace
+from trio_pilot import cgroups, image_leftovers, leftovers, workspace
 from trio_pilot.identity import Identity
 
 DEATH_TIMEOUT = 5.0  # seconds from the end of the pipe to the end of the pilot: its memory may take a moment to go
@@ -28,7 +28,7 @@ def main() -> None:
     pilot = Identity.parse(sys.argv[1])
     if pilot is None:
         sys.exit(f"{sys.argv[1]!r} is no pilot")
-    watched: dict[str, set[Path]] = {"engine": set(), "data": set()}
+    watched: dict[str, set[Path]] = {"engine": set(), "data": set(), "images": set()}
     for line in itertools.chain(sys.argv[2:], sys.stdin):
         if line.strip() == "done":
             return
@@ -37,7 +37,7 @@ def main() -> None:
             import_module("trio_pilot.engine_leftovers")  # now: what we are imported from may be gone when the pilot is
         watched[what].add(path)
     if _has_died(pilot):
-        clean_up(pilot, watched["engine"], watched["data"])
+        clean_up(pilot, watched["engine"], watched["data"], watched["images"])
 
 
 def parsed(line: str) -> tuple[str, Path]:
@@ -46,13 +46,15 @@ def parsed(line: str) -> tuple[str, Path]:
     return what, Path(os.fsdecode(bytes.fromhex(name)))
 
 
-def clean_up(pilot: Identity, engines: Iterable[Path], directories: Iterable[Path]) -> None:
+def clean_up(pilot: Identity, engines: Iterable[Path], data: Iterable[Path], images: Iterable[Path] = ()) -> None:
     """Remove all that a pilot has left. Directories do not wait for an engine that is away."""
     begun = time.monotonic()
     for seconds in CLEAN_TIMEOUTS:
         is_clean = _cleaned(pilot, engines, begun + seconds)
-        for directory in directories:
+        for directory in data:
             _found(workspace.sweep, directory)
+        for directory in images:  # now that nobody builds one for that pilot, and has its lock
+            _found(image_leftovers.remove_halves, directory)
         if is_clean:
             return
 

@@ -21,7 +21,7 @@ from trio_util import wait_any
 from trio_pilot.brokers import Consumer, Delivery, Sink, Source
 from trio_pilot.condor.time_left import TimeLeft
 from trio_pilot.errors import BrokerError, ContainerLostError, NodeError, PilotError, TasksFailedError, names
-from trio_pilot.guard import Guard
+from trio_pilot.guard import Guard, seen_to
 from trio_pilot.ledger import Life
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import Runtime
@@ -98,7 +98,7 @@ async def serve(
         async with guard as guardian, reporter, _quarantine(settings, status, drain):
             guardian.watch("data", root_in(settings.data_dir_parent_path_on_host))
             with status.concluding(), _open_workspace(settings) as workspace:
-                async with _seen_to(runtime, guardian) as containers, sources as incoming, sinks as outgoing:
+                async with seen_to(runtime, guardian) as containers, sources as incoming, sinks as outgoing:
                     status.runtime = containers.name
                     tools = Tools(guardian, workspace, containers, outgoing)
                     await Pilot(settings, tools, incoming, status, drain).work()
@@ -106,20 +106,6 @@ async def serve(
     if status.failed.value:
         raise TasksFailedError(status.failures())
     return drain.signal
-
-
-@asynccontextmanager
-async def _seen_to(runtime: AbstractAsyncContextManager[Runtime], guard: Guard) -> AsyncIterator[Runtime]:
-    """Have the guardian know of the runtime's engine, and stay if that has something of ours when we go."""
-    containers: Runtime | None = None
-    try:
-        async with runtime as containers:
-            if containers.engine:
-                guard.watch("engine", containers.engine)
-            yield containers
-    finally:
-        if containers and containers.leaves_some:
-            guard.outlive_us()
 
 
 def _open_workspace(settings: Settings) -> AbstractContextManager[Workspace]:

@@ -284,6 +284,7 @@ class FakeRuntime:
     mounts: bool = False
     engine: Path | None = None
     leaves_some: bool = False
+    images: Path | None = None
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator["FakeRuntime"]:

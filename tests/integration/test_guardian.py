@@ -27,6 +27,14 @@ sh -c 'sleep 1000; : "$0"' "$0" &
 touch "$1/ready-${EWMS_TASK_INFILE##*/}"
 sleep 1000; sleep 1000
 """
+
+# Apptainer that says what it must for an image to be good, but never unpacks one: `build ... DIRECTORY SOURCE`.
+UNPACKING = r"""
+case "$*" in
+build*) for word; do root=$last; last=$word; done; mkdir -p "$root/usr"; sleep 1000; : ;;
+*) echo 'FATAL:   stat /.trio-pilot-probe: no such file or directory' >&2; exit 255 ;;
+esac
+"""
 BUSY = 'sleep 0.0$(($$ % 10)); (setsid sleep 1000 &); cat "$1" > "$2"; : "$0"'
 
 
@@ -90,7 +98,8 @@ def wait_until_nothing_is_left(pilots: PilotCommand, mark: str, containment: Con
 
 def leftovers(pilots: PilotCommand) -> list[Path]:
     # Not with `rglob`: what is being removed meanwhile is an error to it.
-    found = [Path(directory) for directory, *_ in os.walk(pilots.directory) if "ewms-pilot-data" in directory]
+    directories = [directory for directory, *_ in os.walk(pilots.directory)]
+    found = [Path(one) for one in directories if "ewms-pilot-data" in one or ".building-" in one]
     return [*found, *(pilots.directory / "temporary").iterdir()]
 
 
@@ -131,6 +140,38 @@ def stand_in_for_apptainer(pilots: PilotCommand, mark: str, script: str) -> None
     program.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec echo apptainer version 1.4.5\n{script}\n')
     program.chmod(0o755)
     pilots.variables["PATH"] = f"{program.parent}:{os.environ['PATH']}"
+
+
+def start_unpacking(pilots: PilotCommand, mark: str) -> Running:
+    """Start a pilot that unpacks an image, and wait until half of it is there."""
+    stand_in_for_apptainer(pilots, mark, UNPACKING)
+    images = pilots.directory / "images"
+    settings = {"task_image": "docker://image", "apptainer_image_directory_must_be_present": "false"}
+    pilot = pilots.start(mark, runtime="apptainer", apptainer_build_workdir=images, **settings)
+    until_sync(lambda: pilot.ended or list(images.glob("*/*.building-*/root/usr")), "an image to be unpacked")
+    assert not pilot.ended, pilot.stderr
+    until_sync(lambda: guardians(pilot.pid), "the guardian to start")
+    return pilot
+
+
+def test_a_pilot_that_is_killed_while_it_unpacks_an_image_leaves_no_half_of_it(pilots: PilotCommand, mark: str) -> None:
+    pilot = start_unpacking(pilots, mark)
+    pilot.kill()
+    wait_until_nothing_is_left(pilots, mark)
+
+
+@pytest.mark.alone  # any pilot that starts sweeps after the dead
+def test_half_an_image_that_a_pilot_and_its_guardian_leave_is_swept_by_the_next(pilots: PilotCommand, mark: str) -> None:
+    pilot = start_unpacking(pilots, mark)
+    pilot.signal(signal.SIGSTOP)  # so that it starts no other
+    os.kill(guardians(pilot.pid)[0], signal.SIGKILL)
+    pilot.kill()
+    assert [half for half in leftovers(pilots) if ".building-" in half.name]
+    image, images = pilots.directory / "image", pilots.directory / "images"
+    image.mkdir()
+    pilot = pilots.run(mark, runtime="apptainer", task_image=str(image), apptainer_build_workdir=images)
+    assert "removed 1 half-unpacked image(s) of pilots that are no more" in pilot.stderr
+    wait_until_nothing_is_left(pilots, mark)
 
 
 @needs_root

@@ -20,6 +20,7 @@ from tests.runtimes_support import until_sync
 from trio_pilot import cgroups, guardian, identity, workspace
 from trio_pilot.engine_leftovers import LABEL, remove_containers
 from trio_pilot.identity import Identity, own
+from trio_pilot.image_leftovers import remove_halves
 from trio_pilot.leftovers import MARKER, end_processes
 from trio_pilot.trees import opened, remove_tree
 from trio_pilot.workspace import open_workspace
@@ -204,6 +205,44 @@ def test_a_directory_is_made_again_when_a_sweep_was_quicker_to_lock_it(
     with workspace.open_passing(tmp_path) as directory:
         assert list(tmp_path.iterdir()) == [directory]
     assert list(tmp_path.iterdir()) == []
+
+
+# Half-unpacked images.
+
+
+def half_unpacked(images: Path, key: str) -> Path:
+    """Be a pilot that dies while it unpacks an image."""
+    images.mkdir(mode=0o700, exist_ok=True)
+    half = images / f"{key}.building-{uuid.uuid4().hex}"
+    (half / "root/usr").mkdir(parents=True)
+    (images / f"{key}.lock").touch()
+    return half
+
+
+def test_a_half_unpacked_image_is_removed_unless_somebody_has_its_lock(tmp_path: Path) -> None:
+    dead, living, whole = half_unpacked(tmp_path, "dead"), half_unpacked(tmp_path, "living"), tmp_path / "dead"
+    whole.mkdir()
+    with (tmp_path / "living.lock").open("r+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert remove_halves(tmp_path) == 1
+        assert (dead.exists(), living.exists(), whole.exists()) == (False, True, True)
+    assert remove_halves(tmp_path) == 1
+    assert not living.exists()
+
+
+def test_a_directory_of_images_that_is_not_there_has_no_half_in_it(tmp_path: Path) -> None:
+    assert remove_halves(tmp_path / "none") == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_removed_from_a_directory_that_others_may_have_put_images_into(tmp_path: Path) -> None:
+    half = half_unpacked(tmp_path / "images", "key")
+    link = tmp_path / "link"
+    link.symlink_to("images")
+    assert remove_halves(link) == 0
+    half.parent.chmod(0o777)
+    assert remove_halves(half.parent) == 0
+    assert half.exists()
 
 
 # Containers.

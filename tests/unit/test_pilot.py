@@ -342,6 +342,15 @@ async def test_the_guard_stays_if_the_runtime_leaves_something(lab: Lab, leaves_
     assert lab.guard.outlives_us == leaves_some
 
 
+async def test_the_directory_of_images_is_made_known_to_the_guard_before_one_is_unpacked(lab: Lab) -> None:
+    def looking(call: str) -> None:
+        assert call != "runtime.prepare" or ("images", Path("/images")) in lab.guard.watched
+
+    lab.runtime.images = Path("/images")
+    lab.runtime.fault = looking
+    await lab.run()
+
+
 async def test_a_refused_output_is_the_events_failure(lab: Lab) -> None:
     def refusing(call: str) -> None:
         if call == "sink.send":

@@ -24,7 +24,7 @@ from trio_pilot.commands.signals import report, run_until_signalled
 from trio_pilot.condor.slot import find_slot, fitted
 from trio_pilot.disk import Disk
 from trio_pilot.errors import DecodeError, DeliveryLostError, NodeError, UsageError, map_exceptions
-from trio_pilot.guard import open_guard
+from trio_pilot.guard import open_guard, seen_to
 from trio_pilot.outputs import Outputs
 from trio_pilot.pilot import next_delivery
 from trio_pilot.runtimes.choice import open_runtime
@@ -115,9 +115,8 @@ async def _run(settings: Settings, event: Message) -> int:
     async with open_guard() as guard:
         guard.watch("data", root_in(parent))
         with open_workspace(parent, external, keep=settings.keep_all_task_files) as workspace:
-            async with open_runtime(settings.runtime, settings.task_image, settings.runtime_options) as runtime:
-                if runtime.engine:
-                    guard.watch("engine", runtime.engine)
+            opening = open_runtime(settings.runtime, settings.task_image, settings.runtime_options)
+            async with seen_to(opening, guard) as runtime:
                 await runtime.prepare(settings.task_image)
                 tools = task.Tools(guard, workspace, runtime, ())
                 if settings.init_image or settings.init_args:

@@ -83,6 +83,8 @@ class Runtime(Protocol):
     """The socket of the daemon that keeps the containers, None where they are processes below the pilot's own."""
     leaves_some: bool
     """Whether a container is still there that it could not remove: when it is closed, that is for others to do."""
+    images: Path | None
+    """The directory that it unpacks images in, None where it unpacks none, or has somebody else do so."""
 
     async def prepare(self, image: str) -> None:
         """Get an image ready to run.

@@ -110,6 +110,7 @@ class ApptainerRuntime:
     def __init__(self, apptainer: Apptainer, options: Options, limiter: Limiter) -> None:
         self._apptainer = apptainer
         self._images = Images(apptainer, options)
+        self.images: Path | None = self._images.directory
         self._kill_grace = options.kill_grace
         self._debug = options.debug
         self._limiter = limiter

@@ -5,7 +5,6 @@ from, and they stay there: for the next pilot, until somebody removes them. Seve
 one that holds the lock makes it, under another name until it is complete.
 """
 
-import fcntl
 import hashlib
 import os
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 import trio
 
 from trio_pilot.errors import NodeError, map_exceptions
+from trio_pilot.image_leftovers import UNFINISHED, is_own, open_lock, remove_halves, try_to_lock
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import Options
 from trio_pilot.runtimes.apptainer_program import Apptainer, environment
@@ -36,8 +36,6 @@ FOR_BUILDING = re.compile(
 
 RUNSCRIPT = ".singularity.d/runscript"
 NO_RUNSCRIPT = "There is no runscript defined for this container"  # all that the one says that apptainer makes up
-
-UNFINISHED = ".building-"  # in the name of an image that is
 
 UNKNOWN = "image format not recognized"
 
@@ -63,6 +61,7 @@ class Images:
     def __init__(self, apptainer: Apptainer, options: Options) -> None:
         self._apptainer = apptainer
         self._options = options
+        self.directory = options.build_directory.absolute() / f"trio-pilot-images-{os.geteuid()}"
         self._ready: dict[str, Image] = {}
         self._lock = trio.Lock()
 
@@ -115,12 +114,12 @@ class Images:
         return f"that took more than {PROBE_TIMEOUT:g} s"
 
     async def _unpacked(self, source: str) -> Image:
-        parent = self._options.build_directory.absolute() / f"trio-pilot-images-{os.geteuid()}"
+        parent = self.directory
         with map_exceptions({OSError: NodeError}, f"cannot unpack images below {parent} (see {APPTAINER_BUILD[0]})"):
             await trio.to_thread.run_sync(_make_own, parent)
             key = await trio.to_thread.run_sync(_key, source)
             finished = parent / key
-            async with _locked(parent / f"{key}.lock", source) as lock:
+            async with _locked(parent, key, source) as lock:
                 if await trio.Path(finished).exists():
                     LOGGER.info("image %s: %s is used, where it was unpacked before", source, finished)
                 else:
@@ -132,7 +131,7 @@ class Images:
         LOGGER.info("image %s: being unpacked to %s", source, finished)
         begun = trio.current_time()
         try:
-            await trio.to_thread.run_sync(_remove_halves, finished)
+            await trio.to_thread.run_sync(remove_halves, finished.parent, finished.name)
             (unfinished / "tmp").mkdir(parents=True)
             root = unfinished / "root"
             env = {**_environment(os.environ), "APPTAINER_TMPDIR": str(unfinished / "tmp")}
@@ -175,10 +174,9 @@ def _action(runscript: str) -> str:
 
 
 def _make_own(directory: Path) -> None:
-    """Make a directory that nobody else can have put images into: its parent may be everybody's."""
+    """Make a directory that nobody else can have put images into."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = directory.lstat()
-    if directory.is_symlink() or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+    if not is_own(directory):
         raise NodeError(f"{directory} must be a directory of this user's that nobody else can write: remove it")
 
 
@@ -192,38 +190,18 @@ def _key(source: str) -> str:
     return hashlib.sha256(os.fsencode("\0".join(said))).hexdigest()[:32]
 
 
-def _remove_halves(image: Path) -> None:
-    """Remove what killed pilots have left: of an image whose lock is ours, and of others whose lock nobody has."""
-    for half in image.parent.glob(f"*{UNFINISHED}*"):
-        key = half.name.partition(UNFINISHED)[0]
-        lock = os.open(half.with_name(f"{key}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            if key == image.name or _try_to_lock(lock):
-                remove_tree(half)
-        finally:
-            os.close(lock)
-
-
 @asynccontextmanager
-async def _locked(path: Path, source: str) -> AsyncIterator[int]:
-    """Hold a lock; wait, as long as nobody cancels that, for another pilot that does."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+async def _locked(images: Path, key: str, source: str) -> AsyncIterator[int]:
+    """Hold the lock of an image; wait, as long as nobody cancels that, for another pilot that does."""
+    lock = open_lock(images, key)
     try:
-        if not _try_to_lock(lock):
+        if not try_to_lock(lock):
             LOGGER.info("image %s: another pilot is unpacking it", source)
-            while not _try_to_lock(lock):  # noqa: ASYNC110 -- another process tells nobody
+            while not try_to_lock(lock):  # noqa: ASYNC110 -- another process tells nobody
                 await trio.sleep(LOCK_INTERVAL)
         yield lock
     finally:
         os.close(lock)
-
-
-def _try_to_lock(lock: int) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _build(env: Mapping[str, str]) -> list[str]:

@@ -80,6 +80,7 @@ class BubblewrapRuntime:
     mounts = True
     engine: Path | None = None
     leaves_some = False
+    images: Path | None = None
 
     def __init__(self, bwrap: str, kill_grace: float, limiter: Limiter) -> None:
         self._bwrap = bwrap

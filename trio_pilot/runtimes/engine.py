@@ -88,6 +88,7 @@ class EngineRuntime:
     """Runs containers at an engine."""
 
     mounts = True
+    images: Path | None = None
 
     def __init__(self, link: Link, dialect: Dialect, options: Options, nursery: trio.Nursery) -> None:
         self.name = dialect.name

@@ -36,6 +36,7 @@ class ProcessRuntime:
     mounts = False
     engine: Path | None = None
     leaves_some = False
+    images: Path | None = None
 
     def __init__(self, kill_grace: float, limiter: Limiter) -> None:
         self._kill_grace = kill_grace
