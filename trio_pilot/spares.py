@@ -20,7 +20,8 @@ from trio_pilot.staging import TaskFiles
 class Spares:
     """The directories that wait for a next task; never more than there were events at hand."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, any_user: bool = False) -> None:
+        self._any_user = any_user  # may write in them
         self._clean: list[TaskFiles] = []
 
     def make(self, files: TaskFiles) -> None:
@@ -30,13 +31,13 @@ class Spares:
             spare.root.rename(files.root)
             os.rename(f"{files.io}/{spare.infile}", files.infile_path)  # noqa: PTH104 -- a Path costs as much again
             return
-        staging.make(files)
+        staging.make(files, any_user=self._any_user)
 
     def take_back(self, files: TaskFiles) -> bool:
         """Keep the directory of a task for the next one, if nothing is in it that should not be; tell whether it is kept."""
         try:
             files.outfile_path.unlink(missing_ok=True)
-            is_clean = _is_as_new(files)
+            is_clean = _is_as_new(files, any_user=self._any_user)
         except OSError:
             return False
         if is_clean:
@@ -49,14 +50,16 @@ class Spares:
             staging.remove(self._clean.pop())
 
 
-def _is_as_new(files: TaskFiles) -> bool:
+def _is_as_new(files: TaskFiles, *, any_user: bool) -> bool:
     """Tell whether the directories hold what they should, and all can be written and entered as when it was made."""
-    mode = stat.S_IMODE(files.root.stat().st_mode)
+    mode = stat.S_IMODE(files.outputs.lstat().st_mode)
+    directories = dict.fromkeys((files.root, files.io, files.scratch, files.outputs), mode)
+    directories |= staging.modes(files) if any_user else {}
     return (
         mode & stat.S_IRWXU == stat.S_IRWXU
         and _names(files.io) == [files.infile]
         and not _names(files.scratch)
-        and all(_is_plain(path, stat.S_IFDIR | mode) for path in (files.io, files.scratch, files.outputs))
+        and all(_is_plain(path, stat.S_IFDIR | one) for path, one in directories.items())
         and all(_is_plain(path, stat.S_IFREG | mode & 0o666) for path in (files.infile_path, files.stdout, files.stderr))
     )
 

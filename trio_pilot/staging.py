@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,8 +62,10 @@ class TaskFiles:
         return self.outputs / "stderrfile"
 
 
-def make(files: TaskFiles) -> None:
+def make(files: TaskFiles, *, any_user: bool = False) -> None:
     """Make the directories of a task; the init container has no input file, and no place for one.
+
+    With `any_user`, a container may write in them whoever it is there, and nobody else of this machine may enter.
 
     Raises:
         NodeError: the disk does not take them.
@@ -70,6 +73,13 @@ def make(files: TaskFiles) -> None:
     with map_exceptions({OSError: NodeError}, f"cannot make the task directory {files.root}"):
         for directory in (files.root, files.scratch, files.outputs, *([files.io] if files.infile else [])):
             directory.mkdir()
+            if any_user and directory != files.outputs:
+                directory.chmod(modes(files)[directory])
+
+
+def modes(files: TaskFiles) -> Mapping[Path, int]:
+    """Give the modes of the directories that are for any user."""
+    return {files.root: 0o700, files.io: 0o777, files.scratch: 0o1777}
 
 
 def write_infile(files: TaskFiles, data: Any) -> None:

@@ -82,6 +82,15 @@ class Tools:
     runtime: Runtime
     sinks: Sequence[Sink]
 
+    @property
+    def any_user(self) -> bool:
+        """Whether a container may be another user than we are."""
+        return self.runtime.engine is not None
+
+    def make(self, files: TaskFiles) -> None:
+        """Make the directory of a container. Blocks; raises NodeError if the disk does not take it."""
+        staging.make(files, any_user=self.any_user)
+
 
 @dataclass(slots=True)
 class Event:
@@ -111,7 +120,7 @@ class Worker:
         self.outputs = Outputs(settings.max_output, self._disk)
         self.unsent = Unsent()
         self._pins = Pins(settings.max_concurrent_tasks if settings.pin_tasks else 0, settings.cpus_per_task or 1)
-        self._spares = Spares()
+        self._spares = Spares(any_user=tools.any_user)
         self._ledger = Ledger()
         self.canary = Canary(partial(run_canary, tools, settings))
         self.bench = Bench(settings.retry_delay)
@@ -351,7 +360,7 @@ async def run_once(tools: Tools, settings: Settings, data: Any) -> int:
     """
     files, disk, timeout = _task_files(tools, settings), Disk(), settings.task_timeout or math.inf
     try:
-        await disk.call(0, staging.make, files)
+        await disk.call(0, tools.make, files)
         await disk.call(math.inf, staging.write_infile, files, data)
         ended = None
         with trio.move_on_after(timeout):
@@ -397,7 +406,7 @@ async def _aside(tools: Tools, what: str, *, keep: bool) -> AsyncIterator[TaskFi
     name = f"{what}-{tools.workspace.new_name().replace('-', '')}"
     files, disk = TaskFiles(tools.workspace.root / name, infile="", outfile=""), Disk()
     try:
-        await disk.call(0, staging.make, files)
+        await disk.call(0, tools.make, files)
         yield files
     finally:
         if not keep:

@@ -2,6 +2,8 @@ import json
 import sqlite3
 from contextlib import closing
 
+import pytest
+
 from tests.integration.containment import Containment
 from tests.runtimes_support import PilotCommand
 
@@ -40,6 +42,16 @@ def test_an_output_file_that_is_none_is_refused(pilots: PilotCommand, containmen
         f"{plain}, not a directory, FIFO or device",
         f"{plain}, not a directory, FIFO or device",
     ]
+    assert not pilots.data.exists()
+
+
+@pytest.mark.parametrize("containment", ["docker", "podman"], indirect=True)
+def test_a_task_may_write_whoever_it_is_in_its_container(pilots: PilotCommand, containment: Containment) -> None:
+    pilots.send(1, 2)
+    write = ("sh", "-c", 'id -u > "$TMPDIR/file" && rm "$TMPDIR/file" && cat "$0" > "$1"', "{{INFILE}}", "{{OUTFILE}}")
+    pilot = pilots.run(*write, **containment.settings, task_user=1234, task_env_json='{"TMPDIR": "/tmp"}')
+    assert pilot.wait() == 0, pilot.stderr
+    assert sorted(map(int, map(str, pilots.receive()))) == [1, 2]
     assert not pilots.data.exists()
 
 

@@ -9,9 +9,9 @@ from trio_pilot.spares import Spares
 from trio_pilot.staging import TaskFiles
 
 
-@pytest.fixture
-def spares() -> Spares:
-    return Spares()
+@pytest.fixture(params=[False, True], ids=["our own user", "any user"])
+def spares(request: pytest.FixtureRequest) -> Spares:
+    return Spares(any_user=request.param)
 
 
 def files_of(directory: Path, name: str) -> TaskFiles:

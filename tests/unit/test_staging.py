@@ -32,6 +32,12 @@ def files(tmp_path: Path) -> TaskFiles:
     return task
 
 
+def test_where_any_user_may_write_nobody_else_of_this_machine_may_enter(tmp_path: Path) -> None:
+    files = TaskFiles(tmp_path / "task", infile="infile", outfile="outfile")
+    staging.make(files, any_user=True)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (files.root, files.io, files.scratch)] == [0o700, 0o777, 0o1777]
+
+
 # What goes in.
 
 
