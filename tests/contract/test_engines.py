@@ -652,9 +652,13 @@ def private(here: Engine, image: Path) -> Iterator[Registry]:
 
 @pytest.fixture
 def login(tmp_path: Path, private: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    log_in(private, tmp_path, monkeypatch)
+
+
+def log_in(server: Registry, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     auth = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
-    (tmp_path / "auth.json").write_text(json.dumps({"auths": {registry_of(private.image): {"auth": auth}}}))
-    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))
+    (directory / "auth.json").write_text(json.dumps({"auths": {registry_of(server.image): {"auth": auth}}}))
+    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(directory / "auth.json"))
 
 
 @at_both
@@ -693,3 +697,19 @@ async def test_a_pull_that_is_cancelled_ends_at_once_and_can_be_done_again(
     with trio.fail_after(PATIENCE):
         await runtime.prepare(private.image)
     assert here.has_image(private.image)
+
+
+@pytest.mark.parametrize("how", ["kill", "terminate"])
+async def test_a_pull_in_which_the_engine_is_restarted_is_done_again(
+    own_docker: Engine, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    with registry(image, own_docker.registry_port) as server, trio.fail_after(PATIENCE):
+        log_in(server, tmp_path, monkeypatch)
+        server.stalling.set()
+        async with docker.open_runtime(OPTIONS) as runtime, trio.open_nursery() as nursery:
+            nursery.start_soon(runtime.prepare, server.image)
+            await until(server.stalled.is_set)
+            await trio.to_thread.run_sync(getattr(own_docker, how))
+            server.stalling.clear()
+            own_docker.start()
+    assert own_docker.has_image(server.image)

@@ -166,9 +166,19 @@ async def test_an_error_is_told_in_the_engines_words_and_at_once(tmp_path: Path,
     assert len(engine.asked) == 2
 
 
-async def test_a_connection_that_drops_is_an_error(tmp_path: Path) -> None:
-    async with fake(tmp_path, lines(LAYER, end=b"")) as (_, link):
+DROPPED = lines(LAYER, end=b"")
+
+
+async def test_an_engine_that_is_restarted_in_the_middle_of_a_pull_pulls_again(tmp_path: Path) -> None:
+    async with fake(tmp_path, DROPPED, DROPPED, lines(DONE)) as (engine, link):
+        assert await prepare(link) == ID
+    assert len(engine.asked) == 1 + 3 + 1
+
+
+async def test_a_pull_in_which_the_engine_is_lost_each_time_is_an_error(tmp_path: Path) -> None:
+    async with fake(tmp_path, *[DROPPED] * 100) as (engine, link):
         assert "did not pull the image debian:12" in await failure(link)
+    assert len(engine.asked) == 1 + pull.MOST_ABSENCES + 1
 
 
 async def test_silence_is_an_error_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

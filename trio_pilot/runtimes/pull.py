@@ -10,7 +10,7 @@ import trio
 
 from trio_pilot.errors import NodeError
 from trio_pilot.log import LOGGER
-from trio_pilot.runtimes.engine_api import SHOWN, EngineApi, EngineRefusedError
+from trio_pilot.runtimes.engine_api import SHOWN, EngineApi, EngineAwayError, EngineRefusedError
 from trio_pilot.runtimes.engine_dialect import Dialect
 from trio_pilot.runtimes.engine_link import Link
 from trio_pilot.runtimes.registry import login_header
@@ -24,6 +24,8 @@ REPORT_INTERVAL = 10.0  # seconds between two lines of the log
 RATE_LIMIT_PATIENCE = 900.0  # seconds, in all
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 120.0
 RATE_LIMITED = "toomanyrequests"
+
+MOST_ABSENCES = 5  # of an engine in a pull, each for as long as it may be away; more may be the image's doing
 
 
 class RateLimitedError(NodeError):
@@ -41,7 +43,7 @@ async def ready_image(link: Link, dialect: Dialect, image: str) -> str:
     name = tagged(image)
     found = await link.persist(lambda: _inspect(link.api, name))
     if found is None:
-        await _pull_patiently(link.api, dialect, name)
+        await _pull_patiently(link, dialect, name)
         found = await link.persist(lambda: _inspect(link.api, name))
     if found is None:
         raise NodeError(f"{dialect.name} has pulled the image {name}, and does not have it")
@@ -61,16 +63,21 @@ async def _inspect(api: EngineApi, name: str) -> str | None:
     return None if answer.status == NOT_FOUND else str(answer.json()["Id"])
 
 
-async def _pull_patiently(api: EngineApi, dialect: Dialect, name: str) -> None:
-    deadline = trio.current_time() + RATE_LIMIT_PATIENCE
+async def _pull_patiently(link: Link, dialect: Dialect, name: str) -> None:
+    deadline, absences = trio.current_time() + RATE_LIMIT_PATIENCE, 0
     for pause in _pauses():
         try:
-            await _pull(api, dialect, name)
+            await _pull(link.api, dialect, name)
         except RateLimitedError as error:
             if trio.current_time() + pause > deadline:
                 raise
             LOGGER.warning("%s; trying again in %.0f s", error, pause)
             await trio.sleep(pause)
+        except EngineAwayError as error:
+            absences += 1
+            if absences > MOST_ABSENCES:
+                raise
+            await link.back(error)
         else:
             return
 
