@@ -35,6 +35,10 @@ class Registry(ThreadingHTTPServer):
         self.stalled = threading.Event()
         self.manifest = self._make(root)
 
+    def replace(self, root: Path) -> None:
+        """Have another image of the same name, which differs by its id."""
+        self.manifest = self._make(root)
+
     def _make(self, root: Path) -> bytes:
         layer = io.BytesIO()
         with tarfile.open(fileobj=layer, mode="w") as tar:

@@ -646,8 +646,12 @@ async def test_a_users_own_podman_does_the_same(image: Path, everybodys: Path, m
 def private(here: Engine, image: Path) -> Iterator[Registry]:
     with registry(image, here.registry_port) as server:
         yield server
-        if found := here.has_image(server.image):
-            here.api("DELETE", f"/v1.40/images/{found}?force=1")
+        if here.has_image(server.image):
+            remove_image(here, server.image)
+
+
+def remove_image(here: Engine, name: str) -> None:
+    here.api("DELETE", f"/v1.40/images/{here.has_image(name)}?force=1")
 
 
 @pytest.fixture
@@ -713,3 +717,60 @@ async def test_a_pull_in_which_the_engine_is_restarted_is_done_again(
             server.stalling.clear()
             own_docker.start()
     assert own_docker.has_image(server.image)
+
+
+# An image that somebody removes, or replaces, while a pilot has nothing to do.
+
+
+def count(proxy: EngineProxy, what: str) -> int:
+    return sum(what in request for request in proxy.requests)
+
+
+@at_both
+@pytest.mark.parametrize("is_replaced", [False, True])
+@pytest.mark.usefixtures("login")
+async def test_an_image_that_was_removed_is_pulled_again_once_for_all_tasks(
+    subject: Subject,
+    here: Engine,
+    runtime: Runtime,
+    proxy: EngineProxy,
+    private: Registry,
+    image: Path,
+    is_replaced: bool,
+) -> None:
+    ends = []
+
+    async def run() -> None:
+        ends.append(await end_of(runtime, replace(subject.container("true"), image=private.image)))
+
+    await runtime.prepare(private.image)
+    remove_image(here, private.image)
+    if is_replaced:
+        private.replace(image)
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(run)
+    assert ends == [Exit(0)] * 3
+    assert count(proxy, "/images/create") == 2
+
+
+@at_both
+@pytest.mark.usefixtures("login")
+async def test_an_image_that_was_removed_and_cannot_be_had_again_is_the_nodes_fault(
+    subject: Subject, here: Engine, runtime: Runtime, private: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await runtime.prepare(private.image)
+    remove_image(here, private.image)
+    monkeypatch.delenv("REGISTRY_AUTH_FILE")
+    with pytest.raises(NodeError, match=f"the image {private.image} could not be pulled"):
+        await end_of(runtime, replace(subject.container("true"), image=private.image))
+
+
+@at_both
+async def test_a_container_that_is_refused_for_another_reason_is_asked_for_once(
+    subject: Subject, runtime: Runtime, proxy: EngineProxy
+) -> None:
+    proxy.next(REQUESTS["create"], "fail").release.set()
+    with pytest.raises(NodeError, match="could not make the container: no more"):
+        await end_of(runtime, subject.container("true"))
+    assert count(proxy, "/containers/create") == 1

@@ -15,11 +15,11 @@ from trio_pilot.errors import ContainerLostError, NodeError, map_exceptions
 from trio_pilot.log import LOGGER
 from trio_pilot.outputs import open_output
 from trio_pilot.runtimes import Container, Exit, Options, cannot_run
-from trio_pilot.runtimes.engine_api import EngineApi
+from trio_pilot.runtimes.engine_api import EngineApi, EngineRefusedError
 from trio_pilot.runtimes.engine_container import FETCH_TIMEOUT, EngineContainer
-from trio_pilot.runtimes.engine_dialect import Dialect, Order
+from trio_pilot.runtimes.engine_dialect import Dialect, Order, Spec
 from trio_pilot.runtimes.engine_link import Link
-from trio_pilot.runtimes.pull import ready_image
+from trio_pilot.runtimes.pull import find_image, ready_image
 
 END_TIMEOUT = 10.0  # seconds to end and remove a container, beside its grace; then it is tried in the background
 MOST_BEHIND = 8  # containers that are removed beside the next tasks; more are waited for
@@ -100,10 +100,20 @@ class EngineRuntime:
         self._nursery = nursery  # removes what is not removed by the tasks
         self._behind: set[EngineContainer] = set()
         self._images: dict[str, str] = {}
+        self._preparing = trio.Lock()
 
     async def prepare(self, image: str) -> None:
-        """Have the image, which is pulled if it is not there. From then on it is this one, whatever becomes of its name."""
-        self._images[image] = await ready_image(self._link, self._dialect, image)
+        """Have the image, which is pulled if it is not there. From then on it is this one, whatever becomes of its name.
+
+        If somebody removes it, what has the name then takes its place.
+        """
+        await self._prepare(image, self._images.get(image))
+
+    async def _prepare(self, image: str, last: str | None) -> None:
+        """Have the image, unless another than the last one is here by now: many tasks may find at once that it is gone."""
+        async with self._preparing:
+            if self._images.get(image) == last:
+                self._images[image] = await ready_image(self._link, self._dialect, image)
 
     async def run(self, container: Container) -> Exit:
         """Run a container to its end; on every way out it is stopped and removed.
@@ -116,12 +126,11 @@ class EngineRuntime:
             for path in (container.stdout, container.stderr):
                 open_output(path).close()
             if container.image not in self._images:
-                await self.prepare(container.image)
+                await self._prepare(container.image, None)
             ours = EngineContainer(self._link, self._dialect, container)
             try:
                 await self._link.ready()
-                order = Order(container, ours.name, self._images[container.image], self._options)
-                await ours.create(self._dialect.spec(order))
+                await self._create(ours, container)
                 ended = await self._live(ours, container)
             except NodeError:
                 await self._end(ours)
@@ -135,6 +144,21 @@ class EngineRuntime:
             else:
                 await self._end(ours)
             return ended
+
+    async def _create(self, ours: EngineContainer, container: Container) -> None:
+        """Have the container made; if its image has been removed since it was prepared, it is got again, once."""
+        image = self._images[container.image]
+        try:
+            await ours.create(self._spec(ours, container))
+        except EngineRefusedError as error:
+            if await find_image(self._link, image):
+                raise
+            LOGGER.warning("%s; looking for %s again", error, container.image)
+            await self._prepare(container.image, image)
+            await ours.create(self._spec(ours, container))
+
+    def _spec(self, ours: EngineContainer, container: Container) -> Spec:
+        return self._dialect.spec(Order(container, ours.name, self._images[container.image], self._options))
 
     async def _live(self, ours: EngineContainer, container: Container) -> Exit:
         code = await ours.live()

@@ -41,10 +41,10 @@ async def ready_image(link: Link, dialect: Dialect, image: str) -> str:
     if not image or image.startswith((".", "/")):
         raise NodeError(f"the image {image} must be a name, such as debian:12: {dialect.name} runs no directories or files")
     name = tagged(image)
-    found = await link.persist(lambda: _inspect(link.api, name))
+    found = await find_image(link, name)
     if found is None:
         await _pull_patiently(link, dialect, name)
-        found = await link.persist(lambda: _inspect(link.api, name))
+        found = await find_image(link, name)
     if found is None:
         raise NodeError(f"{dialect.name} has pulled the image {name}, and does not have it")
     return found
@@ -56,10 +56,10 @@ def tagged(image: str) -> str:
     return image if has_tag else f"{image}:latest"
 
 
-async def _inspect(api: EngineApi, name: str) -> str | None:
-    answer = await api.call(
-        "GET", f"/images/{quote(name, safe='/:@')}/json", f"look for the image {name}", accepted=[NOT_FOUND]
-    )
+async def find_image(link: Link, name: str) -> str | None:
+    """Give the id of an image; None if it is not there."""
+    path, what = f"/images/{quote(name, safe='/:@')}/json", f"look for the image {name}"
+    answer = await link.persist(lambda: link.api.call("GET", path, what, accepted=[NOT_FOUND]))
     return None if answer.status == NOT_FOUND else str(answer.json()["Id"])
 
 
