@@ -245,6 +245,17 @@ async def test_no_more_than_some_containers_are_removed_beside_the_tasks(
 
 
 @at_both
+@pytest.mark.parametrize("form", ["{:.12}", "{}", "sha256:{}"])
+async def test_an_image_may_be_given_by_its_id(
+    subject: Subject, here: Engine, runtime: Runtime, proxy: EngineProxy, form: str
+) -> None:
+    found = here.has_image(IMAGE) or here.has_image(f"localhost/{IMAGE}")
+    given = form.format(str(found).removeprefix("sha256:"))
+    assert await end_of(runtime, replace(subject.container("sh", "-c", "exit 3"), image=given)) == Exit(3)
+    assert count(proxy, "/images/create") == 0
+
+
+@at_both
 async def test_a_container_says_whose_it_is(subject: Subject, here: Engine, runtime: Runtime) -> None:
     container = subject.container("sh", "-c", "touch ready; until test -e enough; do sleep 0.01; done")
     async with trio.open_nursery() as nursery:

@@ -140,6 +140,19 @@ def test_a_name_without_a_tag_means_the_latest(image: str, name: str) -> None:
     assert tagged(image) == name
 
 
+async def test_what_may_be_an_id_and_is_none_means_the_latest(tmp_path: Path) -> None:
+    async with fake(tmp_path, lines(DONE)) as (engine, link):
+        assert await prepare(link, "deadbeefcafe") == ID
+    given, look = "GET /images/deadbeefcafe/json", "GET /images/deadbeefcafe:latest/json"
+    assert engine.asked == [given, look, "POST /images/create?fromImage=deadbeefcafe%3Alatest", look]
+
+
+async def test_a_name_of_few_letters_is_no_id_of_an_image_that_begins_so(tmp_path: Path) -> None:
+    async with fake(tmp_path, lines(DONE)) as (engine, link):
+        assert await prepare(link, "cafe") == ID
+    assert "GET /images/cafe/json" not in engine.asked
+
+
 async def test_progress_is_told_now_and_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
@@ -16,6 +17,9 @@ from trio_pilot.runtimes.engine_link import Link
 from trio_pilot.runtimes.registry import login_header
 
 NOT_FOUND, TOO_MANY_REQUESTS = 404, 429
+
+# What may be an image's id, as `docker images -q` gives it, or whole. Fewer digits are a name: any image may begin so.
+MAYBE_ID = re.compile(r"[0-9a-f]{12,64}")
 
 SILENCE_TIMEOUT = 300.0  # seconds that a pull may make no progress; a large layer is unpacked without a word
 REPORT_INTERVAL = 10.0  # seconds between two lines of the log
@@ -40,6 +44,8 @@ async def ready_image(link: Link, dialect: Dialect, image: str) -> str:
     """
     if not image or image.startswith((".", "/")):
         raise NodeError(f"the image {image} must be a name, such as debian:12: {dialect.name} runs no directories or files")
+    if MAYBE_ID.fullmatch(image) and (found := await find_image(link, image)):
+        return found
     name = tagged(image)
     found = await find_image(link, name)
     if found is None:
