@@ -8,6 +8,7 @@ from pathlib import Path
 
 import trio
 
+NOTHING = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]"
 FAILURE = b'HTTP/1.1 500 Internal Server Error\r\nContent-Length: 22\r\n\r\n{"message": "no more"}'
 REQUEST_LINE = re.compile(rb"^(GET|POST|DELETE) (\S+) HTTP/1.1\r\n")
 
@@ -17,7 +18,8 @@ class Fault:
     """What becomes of the next request that matches, `METHOD PATH?QUERY`, or of its answer."""
 
     pattern: str
-    # fail: it, when released; lose: the answer; hold: the answer, until released; late: the request, until released
+    # fail: it, when released; lose: the answer; hold: the answer, until released; late: the request, until released;
+    # nothing: the answer is an empty list
     how: str
     begun: trio.Event = field(default_factory=trio.Event)
     release: trio.Event = field(default_factory=trio.Event)
@@ -116,6 +118,9 @@ class _Connection:
                     if fault.how == "lose":
                         break
                     await fault.release.wait()
+                if fault and fault.how == "nothing":
+                    await self._client.send_all(NOTHING)
+                    break
                 await self._client.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass

@@ -103,6 +103,7 @@ async def end_of(runtime: Runtime, container: Container) -> Exit:
 # Answers that are lost, and that do not come.
 
 REQUESTS = {
+    "image": r"^GET .*/images/",
     "create": r"^POST .*/containers/create",
     "start": r"^POST .*/start",
     "wait": r"^POST .*/wait",
@@ -127,6 +128,25 @@ async def test_an_answer_that_is_lost_costs_neither_the_result_nor_a_second_run(
     assert container.stdout.read_text() == "said\n"
     assert container.stderr.read_text() == "more\n"
     assert (container.scratch / "times").read_text() == "once\n"
+
+
+@at_both
+@pytest.mark.parametrize("request_", ["image", "create", "wait"])
+async def test_an_answer_that_no_engine_gives_is_the_nodes_fault(
+    subject: Subject, proxy: EngineProxy, request_: str
+) -> None:
+    async with subject.open(OPTIONS) as runtime:
+        proxy.next(REQUESTS[request_], "nothing")
+        with pytest.raises(NodeError, match=r"the engine does not speak as it should: it says b'\[\]'"):
+            await end_of(runtime, subject.container("sh", "-c", "exit 3"))
+
+
+@at_both
+async def test_a_failure_is_one_though_the_engine_does_not_say_how_it_is(
+    subject: Subject, runtime: Runtime, proxy: EngineProxy
+) -> None:
+    proxy.next(REQUESTS["inspect"], "nothing")
+    assert await end_of(runtime, subject.container("sh", "-c", "exit 3")) == Exit(3)
 
 
 @at_both

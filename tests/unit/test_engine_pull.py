@@ -170,6 +170,7 @@ async def test_progress_is_told_now_and_then(
         (lines(LAYER, {"error": "unauthorized: ask", "errorDetail": {"message": "unauthorized: ask"}}), "unauthorized: ask"),
         (refusal("404 Not Found", "pull access denied for debian"), "pull access denied for debian"),
         (refusal("500 Internal Server Error", "no such host"), "no such host"),
+        (lines({"error": 5}), "5"),
         (lines(["not", "an", "object"]), 'the engine says b\'["not", "an", "object"]'),
     ],
 )

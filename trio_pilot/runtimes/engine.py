@@ -179,13 +179,13 @@ class EngineRuntime:
             return Exit(code)
         if code in INIT_CODES and (reason := _refusal(container)):
             # As any shell would say it. Where podman's init is the program, the command is its argument, behind a --.
-            words = [facts["Path"], *facts["Args"]]
-            line = f"{words[words.index('--') + 1] if words[1:2] == ['--'] else words[0]}: {reason}"
+            words = facts.words
+            line = f"{words[words.index('--') + 1] if words[1:2] == ('--',) else words[0]}: {reason}"
             with open_output(container.stderr) as stderr:
                 stderr.write(os.fsencode(f"{line}\n"))
             return cannot_run(line)
         is_suspect = code == KILLED and container.limits.memory is not None and not self._dialect.tells_of_memory
-        return Exit(code, out_of_memory=bool(facts["State"].get("OOMKilled")) or is_suspect)
+        return Exit(code, out_of_memory=facts.is_out_of_memory or is_suspect)
 
     async def _end_early(self, ours: EngineContainer) -> None:
         """End it, and look meanwhile whether it was the engine that has kept it from its end.

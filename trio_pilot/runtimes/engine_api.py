@@ -1,12 +1,12 @@
 """The seam to a container engine: its HTTP API, over the Unix socket. Nobody else knows of httpx."""
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 import httpx
 import trio
@@ -19,6 +19,11 @@ SHOWN = 1000  # characters of what an engine says in an error
 
 HOST = "http://engine"  # which any name will do for
 JSON = {"Content-Type": "application/json"}
+
+# What goes wrong as an answer is read, if it is no JSON, or other than it should be.
+UNREADABLE = (ValueError, TypeError, AttributeError, LookupError)
+
+T = TypeVar("T")
 
 
 class EngineAwayError(NodeError):
@@ -50,10 +55,11 @@ class Answer:
     headers: Mapping[str, str]
     content: bytes
 
-    def json(self) -> Any:
-        """Read it as JSON; raises NodeError if it is none."""
-        with map_exceptions({ValueError: NodeError}, "the engine does not speak JSON"):
-            return json.loads(self.content)
+    def read(self, find: Callable[[Any], T]) -> T:
+        """Find something in what it says as JSON; raises NodeError if it is none, or has no such thing."""
+        text = f"the engine does not speak as it should: it says {self.content[:SHOWN]!r}"
+        with map_exceptions(dict.fromkeys(UNREADABLE, NodeError), text):
+            return find(json.loads(self.content))
 
 
 class EngineApi:

@@ -1,9 +1,10 @@
 """One container at an engine, from before it is made until it is no more."""
 
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import trio
 
@@ -47,6 +48,23 @@ LOOK_INTERVAL = 0.5  # seconds between two looks at the name
 REMOVE_INTERVAL = 0.1  # seconds to the next try, after the engine could not
 
 
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """How a container is."""
+
+    status: str
+    code: int  # with which it has ended, if it has
+    is_out_of_memory: bool
+    words: tuple[str, ...]  # what it runs
+
+    @classmethod
+    def of(cls, said: Any) -> Self:
+        """Find them in what an engine says."""
+        state = said["State"]
+        words = (said["Path"], *(said["Args"] or ()))
+        return cls(str(state["Status"]), int(state["ExitCode"]), bool(state.get("OOMKilled")), words)
+
+
 class EngineContainer:
     """A container, known by its name before it is made."""
 
@@ -72,7 +90,7 @@ class EngineContainer:
         self._in_flight += 1
         try:
             answer = await self._api.call("POST", path, what, body=spec, name=self.name)
-            self._link.pass_on(answer.json().get("Warnings") or [])
+            self._link.pass_on(answer.read(lambda said: list(said.get("Warnings") or [])))
         except EngineRefusedError as error:
             # It was made before, by a create whose answer was lost.
             if self._in_flight == 1 or await self.facts() is None:
@@ -126,7 +144,7 @@ class EngineContainer:
     async def _waits_for_its_start(self) -> bool:
         """Look, after the engine stood still as it was to be started. It is not to be waited for: docker would say 0."""
         facts = await self.facts()
-        return facts is not None and facts["State"]["Status"] in NOT_STARTED
+        return facts is not None and facts.status in NOT_STARTED
 
     async def _is_running(self) -> bool:
         """Look, after the engine was gone; if it has ended, judge what nobody saw: a success is one.
@@ -135,13 +153,13 @@ class EngineContainer:
             ContainerLostError: a failure may be the engine's; and one that is not there was not seen to end.
         """
         facts = await self.facts()
-        state = facts["State"] if facts else {"Status": "removed"}
-        if state["Status"] in GOING_ON:
+        status, code = (facts.status, facts.code) if facts else ("removed", None)
+        if status in GOING_ON:
             return True
         self._may_run = False
-        if state["Status"] in ENDED and state["ExitCode"] == 0:
+        if status in ENDED and code == 0:
             return False
-        how = f"exit code {state['ExitCode']}" if state["Status"] in ENDED else state["Status"]
+        how = f"exit code {code}" if status in ENDED else status
         raise ContainerLostError(f"the container {self.name} was lost with {self._dialect.name} ({how})")
 
     async def _wait(self) -> int:
@@ -150,11 +168,11 @@ class EngineContainer:
             pass
         return code
 
-    async def facts(self) -> Mapping[str, Any] | None:
+    async def facts(self) -> Facts | None:
         """Ask what there is to know of it; None if it is not there."""
         path, what = f"/containers/{self.name}/json", "tell how a container is"
         answer = await self._link.persist(lambda: self._api.call("GET", path, what, accepted=[NOT_FOUND]))
-        return None if answer.status == NOT_FOUND else answer.json()
+        return None if answer.status == NOT_FOUND else answer.read(Facts.of)
 
     async def fetch(self) -> None:
         """Get what it has said into its files."""
@@ -205,9 +223,8 @@ class EngineContainer:
             return DONE if answer.status < 300 else answer.status
         return None
 
-    async def _call(self, method: str, path: str, what: str, seconds: float = REQUEST_TIMEOUT, **params: Any) -> Any:
-        answer = await self._api.call(method, f"/containers/{self.name}{path}", what, seconds=seconds, **params)
-        return answer.json() if answer.content else None
+    async def _call(self, method: str, path: str, what: str, seconds: float = REQUEST_TIMEOUT, **params: Any) -> None:
+        await self._api.call(method, f"/containers/{self.name}{path}", what, seconds=seconds, **params)
 
 
 class _Waiting:
@@ -242,7 +259,7 @@ class _Waiting:
     async def _ask(self, params: Spec) -> None:
         path, what = f"/containers/{self._name}/wait", "wait for a container"
         answer = await self._api.call("POST", path, what, seconds=math.inf, **params)
-        self._code = self._dialect.exit_code(answer.json())
+        self._code = answer.read(self._dialect.exit_code)
 
     async def _see_to_the_engine(self, params: Spec) -> None:
         while self._params() == params:

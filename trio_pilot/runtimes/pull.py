@@ -66,7 +66,7 @@ async def find_image(link: Link, name: str) -> str | None:
     """Give the id of an image; None if it is not there."""
     path, what = f"/images/{quote(name, safe='/:@')}/json", f"look for the image {name}"
     answer = await link.persist(lambda: link.api.call("GET", path, what, accepted=[NOT_FOUND]))
-    return None if answer.status == NOT_FOUND else str(answer.json()["Id"])
+    return None if answer.status == NOT_FOUND else answer.read(lambda said: str(said["Id"]))
 
 
 async def _pull_patiently(link: Link, dialect: Dialect, name: str) -> None:
@@ -141,7 +141,7 @@ class Progress:
             return
         try:
             said = json.loads(line)
-            self.error = self.error or said.get("error", "")
+            self.error = self.error or str(said.get("error") or "")
             self._count(said)
         except (ValueError, TypeError, AttributeError):
             self.error = self.error or f"the engine says {line[:SHOWN]!r}"
