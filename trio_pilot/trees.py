@@ -2,11 +2,14 @@
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trio_pilot.log import LOGGER
+
+RM_TIMEOUT = 60.0  # seconds that rm may take for what nothing else removes
 
 
 @contextmanager
@@ -21,24 +24,44 @@ def opened(path: Path, flags: int) -> Iterator[int]:
 
 def remove_tree(root: Path) -> None:
     """Remove a directory with all that is in it, locked directories too; log what cannot be removed."""
+    for remove in (_remove, _unlock, _remove, _remove_by_rm):
+        if os.path.lexists(root):
+            remove(root)
+    if os.path.lexists(root):
+        LOGGER.warning("cannot remove all of %s", root)
+
+
+def _remove(root: Path) -> None:
     with suppress(RecursionError):  # a thousand directories in each other
         shutil.rmtree(root, ignore_errors=True)
-        if root.exists():
-            _unlock(root)
-            shutil.rmtree(root, ignore_errors=True)
-    if root.exists():
-        LOGGER.warning("cannot remove all of %s", root)
 
 
 def _unlock(root: Path) -> None:
     """Let us into the directories that a task has locked, from the top down."""
-    with suppress(OSError):
-        root.chmod(0o700)
-    for directory, names, _ in os.walk(root):
-        for path in (Path(directory, name) for name in names):
-            if not path.is_symlink():  # what it leads to is none of ours
-                with suppress(OSError):
-                    path.chmod(0o700)
+    directories = [root]
+    while directories:  # os.walk goes no deeper than a thousand of them
+        directory = directories.pop()
+        with suppress(OSError):
+            directory.chmod(0o700)
+        with suppress(OSError), os.scandir(directory) as entries:
+            # What a symbolic link leads to is none of ours.
+            directories += [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+
+
+def _remove_by_rm(root: Path) -> None:
+    """Remove what is nested deeper than Python goes."""
+    nothing = subprocess.DEVNULL
+    with suppress(OSError, subprocess.TimeoutExpired):
+        subprocess.run(
+            ["rm", "-rf", "--", str(root)],
+            env={},  # it is found by os.defpath then: the guardian has no PATH
+            stdin=nothing,
+            stdout=nothing,
+            stderr=nothing,
+            start_new_session=True,
+            timeout=RM_TIMEOUT,
+            check=False,
+        )
 
 
 def write_durably(path: Path, content: bytes) -> None:

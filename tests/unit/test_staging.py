@@ -266,17 +266,31 @@ def test_others_files_that_cannot_be_removed_are_only_logged(open_to_all: Path, 
     assert "cannot remove all of" in caplog.text
 
 
-def test_a_thousand_directories_in_each_other_do_not_fail_a_task(files: TaskFiles) -> None:
-    depth = 1500
-    subprocess.run(
-        [sys.executable, "-c", f"import os\nfor _ in range({depth}): os.mkdir('d'); os.chdir('d')"],
-        cwd=files.scratch,
-        check=True,
-    )
+@pytest.mark.parametrize("mode", [0o700, 0])
+def test_a_thousand_directories_in_each_other_are_removed(
+    open_to_all: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    monkeypatch.delenv("PATH")  # which the guardian does not have either
+    files = TaskFiles(open_to_all / "task", "in", "out")
     try:
-        staging.remove(files)
+        with as_nobody():
+            staging.make(files)
+            nest(files.scratch, monkeypatch)
+            Path("file").touch()
+            Path().chmod(mode)
+            staging.remove(files)
+        assert not files.root.exists()
+        assert caplog.text == ""
     finally:
         subprocess.run(["rm", "-rf", files.root], check=True)
+
+
+def nest(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make directories in each other, and go into the last."""
+    monkeypatch.chdir(directory)
+    for _ in range(1500):
+        Path("d").mkdir()
+        monkeypatch.chdir("d")
 
 
 def test_removing_what_is_gone_is_no_error(files: TaskFiles, caplog: pytest.LogCaptureFixture) -> None:
