@@ -9,6 +9,9 @@ from pathlib import Path
 
 from trio_pilot.log import LOGGER
 
+# Those of pathlib raise, before Python 3.14, where we may not look or a name is too long. These say no.
+exists, is_directory, is_file, is_link = os.path.exists, os.path.isdir, os.path.isfile, os.path.islink
+
 RM_TIMEOUT = 60.0  # seconds that rm may take for what nothing else removes
 
 

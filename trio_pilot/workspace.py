@@ -17,7 +17,7 @@ from trio_pilot import identity
 from trio_pilot.errors import NodeError, SettingsError
 from trio_pilot.identity import Identity
 from trio_pilot.runtimes import DATA_DIRECTORY, Mount
-from trio_pilot.trees import opened, remove_tree
+from trio_pilot.trees import is_directory, opened, remove_tree
 
 LOCK = ".lock"  # in a data directory that a pilot made; its pilots share a lock on it
 OWNER = ".pilot-"  # with what the names of its task directories begin with, and PILOT@NODE: a file that is locked
@@ -58,7 +58,12 @@ class Workspace:
 
 def root_in(parent: Path) -> Path:
     """Name the data directory."""
-    return parent.resolve() / DATA_DIRECTORY
+    return _real(parent) / DATA_DIRECTORY
+
+
+def _real(path: Path) -> Path:
+    """Follow all links. Of a circle of them, Path.resolve would end in a RuntimeError: who uses it finds out."""
+    return Path(os.path.realpath(path))
 
 
 @contextmanager
@@ -73,7 +78,7 @@ def open_workspace(parent: Path, external: Sequence[Path], *, keep: bool = False
     """
     mounts = _checked(external)
     root = root_in(parent)
-    _refuse(root.resolve(), NEVER_WRITABLE + FORBIDDEN, "task directories cannot be made below")
+    _refuse(_real(root), NEVER_WRITABLE + FORBIDDEN, "task directories cannot be made below")
     with _writing(root):
         lock = _enter(root)
     try:
@@ -91,7 +96,7 @@ def open_workspace(parent: Path, external: Sequence[Path], *, keep: bool = False
 def _checked(paths: Sequence[Path]) -> tuple[Mount, ...]:
     variable = "EWMS_PILOT_EXTERNAL_DIRECTORIES"
     for path in paths:
-        if not path.is_absolute() or ".." in path.parts or not path.is_dir():
+        if not path.is_absolute() or ".." in path.parts or not is_directory(path):
             raise SettingsError(f"{variable} must name absolute, existing directories, not {str(path)!r}")
         if path.resolve() == Path("/"):
             raise SettingsError(f"{variable} must not name all of this machine: {path}")

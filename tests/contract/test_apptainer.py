@@ -216,6 +216,7 @@ async def test_what_a_killed_pilot_has_half_unpacked_of_another_image_is_removed
     ("image", "line"),
     [
         ("docker-archive:/no/such.tar", "^cannot unpack the image {}: .*open /no/such.tar: no such file or directory$"),
+        pytest.param("x" * 300, "^the image {} is neither a directory nor a file", id="of a name too long"),
         ("busybox:latest", "^the image {} is neither a directory nor a file; of a registry it would be docker://{}$"),
         ("{directory}/text", "^the image {} is none that apptainer knows: .*image format not recognized$"),
     ],

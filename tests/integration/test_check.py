@@ -135,6 +135,7 @@ def test_a_command_is_looked_for_as_the_container_sees_it(
     image = str(tmp_path / "image")
     assert facts(check(RUNTIME="bubblewrap", TASK_IMAGE=image, TASK_ARGS="tool"), "command") == ["ok /usr/bin/tool"]
     assert check(RUNTIME="bubblewrap", TASK_IMAGE=image, TASK_ARGS="true")[0] == 4
+    assert check(RUNTIME="bubblewrap", TASK_ARGS=f"/{'x' * 300}")[0] == 4  # too long a name for a file
     hidden = f"{image}/usr/bin/tool"  # below /tmp, of which a container has its own
     assert check(RUNTIME="bubblewrap", TASK_ARGS=hidden)[0] == 4
     assert check(RUNTIME="bubblewrap", TASK_ARGS=hidden, EXTERNAL_DIRECTORIES=image)[0] == 0

@@ -262,9 +262,10 @@ def test_a_full_disk_is_told_and_nothing_is_lost(command: Run, tmp_path: Path) -
     assert lines(command("receive", "q", "--idle", "0.1")) == [1, 2]
 
 
-def test_a_directory_that_cannot_be_made_is_told(command: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["file/x", "x" * 300], ids=["below a file", "of a name too long"])
+def test_a_directory_that_cannot_be_made_is_told(command: Run, tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
-    done = command("receive", "q", "--to", "file/x")
+    done = command("receive", "q", "--to", name)
     assert (done.returncode, len(done.stderr.splitlines())) == (4, 1)
 
 

@@ -1,4 +1,8 @@
-from collections.abc import Callable
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,24 @@ from trio_pilot.disk import Disk
 @pytest.fixture
 def lab(tmp_path: Path) -> Lab:
     return Lab(tmp_path)
+
+
+@pytest.fixture
+def open_to_all() -> Iterator[Path]:
+    # pytest's own directories are closed to others.
+    directory = Path("/tmp") / f"trio-pilot-test-{os.getpid()}-{time.monotonic_ns()}"
+    directory.mkdir()
+    directory.chmod(0o777)
+    yield directory
+    subprocess.run(["chmod", "-R", "u+rwx", directory], check=False)
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def locked(open_to_all: Path) -> Path:
+    """A directory that only root may enter."""
+    (open_to_all / "locked").mkdir(mode=0)
+    return open_to_all / "locked"
 
 
 @pytest.fixture(autouse=True)

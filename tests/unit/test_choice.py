@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.runtimes_support import as_nobody
 from trio_pilot.errors import NodeError
 from trio_pilot.runtimes import Options, Runtime, choice
 from trio_pilot.runtimes.choice import NAMES, choose, open_runtime
@@ -83,6 +84,16 @@ async def test_a_runtime_that_is_named_is_not_replaced_by_another(broken: set[st
 async def test_an_image_that_is_no_directory_and_no_tag_is_asked_of_nobody() -> None:
     with pytest.raises(NodeError, match="there is no image /nonexistent"):
         await choose("auto", "/nonexistent", OPTIONS)
+
+
+@pytest.mark.usefixtures("broken")
+async def test_a_name_that_is_too_long_for_a_file_is_a_tag() -> None:
+    assert (await choose("auto", "x" * 300, OPTIONS)).name == "docker"
+
+
+async def test_an_image_where_we_may_not_look_is_not_there(locked: Path) -> None:
+    with as_nobody(), pytest.raises(NodeError, match=f"there is no image {locked}/image"):
+        await choose("auto", f"{locked}/image", OPTIONS)
 
 
 @pytest.mark.usefixtures("broken")

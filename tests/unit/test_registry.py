@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.runtimes_support import as_nobody
 from trio_pilot.errors import NodeError
 from trio_pilot.runtimes.registry import HUBS_ENTRY, login_header, registry_of
 
@@ -47,6 +48,13 @@ def test_without_a_login_nothing_is_said(home: Path) -> None:
     assert login_header("debian:12") == {}
     write(home / ".docker/config.json", {"auths": {"elsewhere.example.org": {"auth": ME}}})
     assert login_header("debian:12") == {}
+
+
+def test_a_home_that_we_may_not_enter_has_no_logins(locked: Path, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    del home
+    monkeypatch.setenv("HOME", str(locked))
+    with as_nobody():
+        assert login_header("debian:12") == {}
 
 
 @pytest.mark.parametrize("content", [{}, {"auths": {"docker.io": {}}}, {"credsStore": "secretservice"}])

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -207,17 +206,6 @@ def test_what_is_no_text_comes_out_as_bytes(content: bytes) -> None:
 # Cleaning up.
 
 
-@pytest.fixture
-def open_to_all() -> Iterator[Path]:
-    # pytest's own directories are closed to others.
-    directory = Path("/tmp") / f"trio-pilot-test-{os.getpid()}-{time.monotonic_ns()}"
-    directory.mkdir()
-    directory.chmod(0o777)
-    yield directory
-    subprocess.run(["chmod", "-R", "u+rwx", directory], check=False)
-    shutil.rmtree(directory)
-
-
 def test_locked_directories_are_removed(open_to_all: Path) -> None:
     files = TaskFiles(open_to_all / "task", "in", "out")
     with as_nobody():
@@ -403,6 +391,14 @@ def test_a_parent_that_is_a_file_is_said(tmp_path: Path) -> None:
         open_workspace(tmp_path / "file", []).__enter__()
 
 
+@pytest.mark.parametrize("name", ["parent", "parent/ewms-pilot-data"])
+def test_a_circle_of_links_is_said(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).symlink_to((tmp_path / name).name)
+    with pytest.raises(NodeError, match=r"cannot write the data directory .*/parent/ewms-pilot-data: "):
+        open_workspace(tmp_path / "parent", []).__enter__()
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_directory_that_cannot_be_written_is_said(open_to_all: Path, exists: bool) -> None:
     where = open_to_all / "ewms-pilot-data" if exists else open_to_all
@@ -455,6 +451,11 @@ def test_external_directories_must_be_absolute_and_exist(tmp_path: Path, path: s
     with pytest.raises(SettingsError, match="EWMS_PILOT_EXTERNAL_DIRECTORIES must name absolute, existing directories"):
         open_workspace(tmp_path, [Path(path)]).__enter__()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_external_directories_must_be_where_we_may_look(tmp_path: Path, locked: Path) -> None:
+    with as_nobody(), pytest.raises(SettingsError, match=f"absolute, existing directories, not '{locked}/data'"):
+        open_workspace(tmp_path, [locked / "data"]).__enter__()
 
 
 @pytest.mark.parametrize("path", ["/proc", "/proc/self/cwd", "/dev", "/sys", "/run"])

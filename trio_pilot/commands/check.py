@@ -23,6 +23,7 @@ from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import Runtime, bubblewrap
 from trio_pilot.runtimes.choice import ENGINES, OWN_ROOT, choose, open_runtime
 from trio_pilot.settings import FIELDS, Settings, flag_of
+from trio_pilot.trees import exists, is_directory, is_link
 from trio_pilot.workspace import open_workspace
 
 LEAST_FREE = 100 * 10**6  # bytes on the disk of the data directory
@@ -182,7 +183,7 @@ async def _local_queue(open_queue: Callable[..., Any], queue: QueueAddress) -> s
 
     file = await trio.Path(queue.address or DEFAULT_FILE).expanduser()
     file = await file.absolute()
-    if not await file.exists():  # which is no fault, and not ours to make
+    if not await trio.to_thread.run_sync(exists, file):  # which is no fault, and not ours to make
         if not os.access(file.parent, os.W_OK | os.X_OK):
             raise BrokerError(f"{queue.queue}: the queue file {file} cannot be made")
         return f"{queue.queue}, in the queue file {file}, which will be made"
@@ -256,7 +257,7 @@ async def _command(settings: Settings, image: str, args: Sequence[str]) -> str:
         except PilotError as error:
             raise UntoldError from error
     root = Path("/") if image in OWN_ROOT or not contained else Path(image)
-    if runtime.engine or not await trio.Path(root).is_dir():
+    if runtime.engine or not await trio.to_thread.run_sync(is_directory, root):
         return f"{name}: only the image knows"
     found = next((place for place in _places(name, root) if _is_there(place, root, settings, contained=contained)), None)
     if not found:
@@ -280,7 +281,7 @@ def _is_there(place: Path, root: Path, settings: Settings, *, contained: bool) -
         return False
     there = root / place.relative_to("/")
     # A link in an image may be meant for its own root: that cannot be followed from here.
-    return there.is_symlink() or (os.access(there, os.X_OK) and there.is_file())
+    return is_link(there) or (os.access(there, os.X_OK) and there.is_file())
 
 
 def _data(settings: Settings) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from trio_pilot import trees
 from trio_pilot.brokers.tokens import is_file
 from trio_pilot.errors import SettingsError
 from trio_pilot.parsing import AUTO, size
@@ -239,6 +240,6 @@ def _assigned(name: str, value: str) -> str:
 
 
 def _existing(file: Path) -> str:
-    if not file.is_file():
+    if not trees.is_file(file):
         raise SettingsError(f"there is no file {file} to go with the job")
     return str(file.absolute())

@@ -20,7 +20,7 @@ from trio_pilot.log import LOGGER
 from trio_pilot.pilot import next_delivery
 from trio_pilot.settings import Settings
 from trio_pilot.staging import STDOUT
-from trio_pilot.trees import write_all, write_durably
+from trio_pilot.trees import exists, is_directory, write_all, write_durably
 from trio_pilot.wire import WIRES
 
 AHEAD = 64  # messages to have at hand while one is written
@@ -38,7 +38,7 @@ def receive(settings: Settings, queue: str, to: Path | None, count: int | None, 
     if count is not None and count < 1:
         raise SettingsError(f"--count must be an integer ≥ 1, not {count}")
     if to:
-        if to.exists() and not to.is_dir():
+        if exists(to) and not is_directory(to):
             raise SettingsError(f"--to must be a directory, and {to} is none")
         with map_exceptions({OSError: NodeError}, f"cannot make the directory {to}"):
             to.mkdir(parents=True, exist_ok=True)

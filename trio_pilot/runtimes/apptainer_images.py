@@ -23,7 +23,7 @@ from trio_pilot.runtimes import Options
 from trio_pilot.runtimes.apptainer_program import Apptainer, environment
 from trio_pilot.runtimes.choice import OWN_ROOT
 from trio_pilot.settings import APPTAINER_BUILD, APPTAINER_IMAGE
-from trio_pilot.trees import remove_tree
+from trio_pilot.trees import exists, is_file, remove_tree
 
 # What an image can be made from, besides a file: apptainer-build(1).
 SOURCES = ("docker", "docker-archive", "docker-daemon", "oci", "oci-archive", "oras", "library", "shub", "http", "https")
@@ -97,7 +97,7 @@ class Images:
 
     async def _file(self, name: str) -> Image:
         path = Path(await trio.Path(name).absolute())
-        if not await trio.Path(path).is_file():
+        if not await trio.to_thread.run_sync(is_file, path):
             raise NodeError(f"the image {name} is neither a directory nor a file; of a registry it would be docker://{name}")
         reason = await self._cannot_run(path)
         if reason is None:
@@ -184,7 +184,7 @@ def _key(source: str) -> str:
     """Name a source by what it is; a file by its state, too."""
     said = [source]
     file = Path(source.partition(":")[2] if source.partition(":")[0] in SOURCES else source)
-    if file.exists():
+    if exists(file):
         facts = file.stat()
         said += [str(file.absolute()), str(facts.st_size), str(facts.st_mtime_ns)]
     return hashlib.sha256(os.fsencode("\0".join(said))).hexdigest()[:32]

@@ -4,12 +4,12 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Protocol, cast
 
 from trio_pilot.errors import NodeError
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import Options, Runtime
+from trio_pilot.trees import exists, is_directory
 
 ENGINES = ("docker", "podman")
 NAMES = (*ENGINES, "apptainer", "bubblewrap", "process")
@@ -57,12 +57,12 @@ def _candidates(image: str, options: Options) -> Sequence[str]:
     """List who may have the image: a tag for who can fetch it, a directory for who can run it; this machine is its own."""
     if image in OWN_ROOT:
         return ("bubblewrap", "process")
-    if Path(image).is_dir():
+    if is_directory(image):
         return ("apptainer", "bubblewrap")
-    if image.startswith(("/", "./", "../")) and not Path(image).exists():
+    if image.startswith(("/", "./", "../")) and not exists(image):
         raise NodeError(f"there is no image {image}: it must be an unpacked directory, /, or a tag")
     fetching = () if options.only_directories else ("apptainer",)
-    return fetching if "://" in image or Path(image).exists() else (*ENGINES, *fetching)
+    return fetching if "://" in image or exists(image) else (*ENGINES, *fetching)
 
 
 @asynccontextmanager

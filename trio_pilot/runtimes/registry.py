@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trio_pilot.errors import NodeError, map_exceptions
+from trio_pilot.trees import is_file
 
 HUB = "docker.io"
 NOT_THAT = (OSError, ValueError, TypeError, AttributeError)  # what a file of another kind ends in
@@ -25,7 +26,7 @@ def login_header(image: str) -> dict[str, str]:
         NodeError: a file of logins cannot be understood.
     """
     for path in _files():
-        if path.is_file():
+        if is_file(path):
             with map_exceptions(dict.fromkeys(NOT_THAT, NodeError), f"the logins in {path} cannot be read"):
                 if login := _login(json.loads(path.read_text()), registry_of(image)):
                     return {"X-Registry-Auth": base64.urlsafe_b64encode(json.dumps(login).encode()).decode()}
