@@ -31,6 +31,10 @@ NEVER_WRITABLE = tuple(
     )
 )
 
+HUB = "data-hub"  # in the data directory, here and in containers
+TASK_IO = "task-io"
+OF_CONTAINERS = ("tmp",), (DATA_DIRECTORY,), (DATA_DIRECTORY, HUB), (DATA_DIRECTORY, TASK_IO)  # what is mounted there anyway
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -47,12 +51,12 @@ class Workspace:
     @cached_property
     def data_hub(self) -> Path:
         """What the init container writes, and tasks read."""
-        return self.root / "data-hub"
+        return self.root / HUB
 
     def mounts(self, io: Path | None) -> tuple[Mount, ...]:
         """List the mounts of a container that reads and writes its files in `io`; the init container has none."""
-        hub = Mount(self.data_hub, f"/{DATA_DIRECTORY}/data-hub", writable=True)
-        own = [Mount(io, f"/{DATA_DIRECTORY}/task-io", writable=True)] if io else []
+        hub = Mount(self.data_hub, f"/{DATA_DIRECTORY}/{HUB}", writable=True)
+        own = [Mount(io, f"/{DATA_DIRECTORY}/{TASK_IO}", writable=True)] if io else []
         return (hub, *own, *self.external)
 
 
@@ -74,7 +78,7 @@ def open_workspace(parent: Path, external: Sequence[Path], *, keep: bool = False
 
     Raises:
         NodeError: it cannot be written.
-        SettingsError: a directory is not one that containers may see.
+        SettingsError: a directory is not one that containers may see, or write.
     """
     mounts = _checked(external)
     root = root_in(parent)
@@ -100,6 +104,8 @@ def _checked(paths: Sequence[Path]) -> tuple[Mount, ...]:
             raise SettingsError(f"{variable} must name absolute, existing directories, not {str(path)!r}")
         if path.resolve() == Path("/"):
             raise SettingsError(f"{variable} must not name all of this machine: {path}")
+        if path.parts[1:] in OF_CONTAINERS:
+            raise SettingsError(f"{variable} must not name {path}: that is each container's own")
         for side in (path, path.resolve()):
             _refuse(side, FORBIDDEN, f"{variable} must not name directories below")
     if len(set(paths)) < len(paths):
@@ -134,7 +140,7 @@ def _enter(root: Path) -> IO[bytes] | None:
 def _make_root(root: Path) -> None:
     with _made_beside(root) as new:
         try:
-            (new / "data-hub").mkdir()
+            (new / HUB).mkdir()
             (new / LOCK).touch()
             new.rename(root)
         except OSError as error:
@@ -218,7 +224,10 @@ def _writing(root: Path) -> Iterator[None]:
 
 def _try_to_write(root: Path) -> None:
     """Find out now, rather than with the first event, that the directory is read-only or the disk full."""
-    (root / "data-hub").mkdir(exist_ok=True)
+    hub = root / HUB
+    if hub.is_symlink():  # containers would write to where it leads
+        raise SettingsError(f"{hub} must be a directory, not a link: remove it")
+    hub.mkdir(exist_ok=True)
     with tempfile.TemporaryFile(dir=root) as file:
         file.write(b"!")
 
@@ -292,7 +301,7 @@ def _remove_of(root: Path, prefix: str) -> int:
 def _leave(root: Path, lock: IO[bytes]) -> None:
     """Remove the data directory, if no other pilot is in it, nor a task directory that was to be kept."""
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if another pilot is there
-    if {entry.name for entry in root.iterdir()} <= {LOCK, "data-hub"}:
+    if {entry.name for entry in root.iterdir()} <= {LOCK, HUB}:
         with opened(root, os.O_DIRECTORY) as directory:
             _hold(directory)  # no sweep is to remove it at the same time
             gone = _beside(root)

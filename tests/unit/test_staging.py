@@ -433,6 +433,19 @@ def test_a_link_to_such_a_place_is_seen_through(tmp_path: Path) -> None:
         open_workspace(tmp_path, []).__enter__()
 
 
+def test_a_data_hub_is_no_link(tmp_path: Path) -> None:
+    (tmp_path / "ewms-pilot-data").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    hub = tmp_path / "ewms-pilot-data/data-hub"
+    for target in ("elsewhere", "nonexistent"):
+        hub.symlink_to(tmp_path / target)
+        with pytest.raises(SettingsError, match=f"^{hub} must be a directory, not a link: remove it$"):
+            open_workspace(tmp_path, []).__enter__()
+        hub.unlink()
+    with open_workspace(tmp_path, []) as workspace:
+        assert workspace.data_hub == hub
+
+
 # External directories.
 
 
@@ -473,6 +486,26 @@ def test_links_to_them_are_seen_through(tmp_path: Path) -> None:
 def test_the_whole_machine_is_never_mounted(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="must not name all of this machine"):
         open_workspace(tmp_path, [Path("/")]).__enter__()
+
+
+@pytest.mark.parametrize("path", ["/tmp", "/tmp/", "//tmp"])
+def test_what_is_a_containers_own_is_not_mounted_over(tmp_path: Path, path: str) -> None:
+    with pytest.raises(SettingsError, match=r"must not name /+tmp: that is each container's own$"):
+        open_workspace(tmp_path, [Path(path)]).__enter__()
+
+
+@pytest.mark.parametrize("name", ["", "/data-hub", "/task-io"])
+def test_nor_are_its_data_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("trio_pilot.workspace.is_directory", lambda _: True)
+    with pytest.raises(SettingsError, match=f"must not name /ewms-pilot-data{name}: that is each container's own$"):
+        open_workspace(tmp_path, [Path(f"/ewms-pilot-data{name}")]).__enter__()
+
+
+def test_what_is_below_is_mounted(tmp_path: Path) -> None:
+    (below := tmp_path / "tmp").mkdir()
+    assert tmp_path.is_relative_to("/tmp")
+    with open_workspace(tmp_path, [below]) as workspace:
+        assert [mount.source for mount in workspace.mounts(None)[1:]] == [below]
 
 
 def test_no_directory_is_mounted_twice(tmp_path: Path) -> None:
