@@ -114,7 +114,7 @@ def make_apptainer(request: pytest.FixtureRequest, directory: Path) -> Subject:
     request.getfixturevalue("monkeypatch").setenv("PATH", f"{programs}:{os.environ['PATH']}")
     return Subject(
         "apptainer",
-        of(apptainer),
+        lambda options: apptainer.open_runtime(replace(options, data_parent=directory)),
         directory,
         image=str(request.getfixturevalue("image")),
         a_plain_file="/etc/this-is-the-image",
@@ -132,7 +132,7 @@ def make_apptainer_sif(request: pytest.FixtureRequest, directory: Path) -> Subje
     subject.name, subject.image = "apptainer-sif", str(request.getfixturevalue("sif"))
     subject.refusals = "is neither a directory nor a file", "is none that apptainer knows"
     subject.open = lambda options: apptainer.open_runtime(
-        replace(options, only_directories=False, build_directory=directory / "images")
+        replace(options, only_directories=False, build_directory=directory / "images", data_parent=directory)
     )
     return subject
 

@@ -447,6 +447,12 @@ async def test_where_it_is_not_it_is_said_what_helps(tmp_path: Path, monkeypatch
         await end_of(OPTIONS, new_container(tmp_path, ["true"]))
 
 
+@pytest.mark.usefixtures("subject")
+async def test_it_needs_no_directory_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
+    assert await apptainer.fault(replace(OPTIONS, data_parent=tmp_path)) is None
+
+
 async def test_one_that_hangs_is_no_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(tmp_path, monkeypatch, "apptainer", "sleep 1000")
     monkeypatch.setattr(apptainer, "PROBE_TIMEOUT", 0.2)

@@ -63,7 +63,7 @@ async def fault(options: Options) -> str | None:
     """Say what keeps apptainer from working here, if anything does."""
     with trio.move_on_after(PROBE_TIMEOUT):
         try:
-            apptainer = Apptainer.find()
+            apptainer = Apptainer.find(options.data_parent)
             await apptainer.check_version()
             reason = await _cannot_run(apptainer, options)
         except NodeError as error:
@@ -83,7 +83,7 @@ async def _cannot_run(apptainer: Apptainer, options: Options) -> str | None:
 @asynccontextmanager
 async def open_runtime(options: Options) -> AsyncIterator["ApptainerRuntime"]:
     """Open the runtime; `fault` says whether it works."""
-    apptainer = Apptainer.find()
+    apptainer = Apptainer.find(options.data_parent)
     await apptainer.check_version()
     async with open_limiter(APPTAINERS_OWN) as limiter:
         yield ApptainerRuntime(apptainer, options, limiter)

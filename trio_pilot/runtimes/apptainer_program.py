@@ -43,17 +43,19 @@ class Said:
 class Apptainer:
     """The program, and the children by which it is run."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, directory: Path) -> None:
         self.path = path
+        # What it says is in a file there: the one place that must be writable. Not every Python has os.memfd_create.
+        self._directory = directory
         self.children = Children()
 
     @classmethod
-    def find(cls) -> "Apptainer":
+    def find(cls, directory: Path) -> "Apptainer":
         """Find it on PATH; singularity is another name of it. Raises NodeError if it is not there."""
         found = shutil.which("apptainer") or shutil.which("singularity")
         if found is None:
             raise NodeError(NOT_FOUND)
-        return cls(str(Path(found).absolute()))
+        return cls(str(Path(found).absolute()), directory)
 
     async def check_version(self) -> None:
         """Raise NodeError if it is too old, or another program of that name."""
@@ -70,7 +72,8 @@ class Apptainer:
         Raises:
             NodeError: it cannot be started.
         """
-        with map_exceptions({OSError: NodeError}, f"cannot start {self.path}"), tempfile.TemporaryFile() as output:
+        starting = map_exceptions({OSError: NodeError}, f"cannot start {self.path}")
+        with starting, tempfile.TemporaryFile(dir=self._directory) as output:
             marker = f"apptainer-{uuid.uuid4()}"
             command = Command([*LEADER, self.path, *args], env, Path.cwd(), output, output, marker, pass_fds)
             code = await self.children.spawn(command).see_to_its_end(KILL_GRACE)
