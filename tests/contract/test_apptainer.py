@@ -424,7 +424,13 @@ async def test_singularity_is_another_name_of_it(tmp_path: Path, monkeypatch: py
     [
         ("apptainer", "echo apptainer version 1.0.3", "1.1 or later, but it says 'apptainer version 1.0.3': install"),
         ("singularity", "echo singularity-ce version 4.1.2", "1.1 or later, but it says 'singularity-ce version 4.1.2'"),
-        ("apptainer", "echo broken >&2; exit 1", "1.1 or later, but it says 'broken'"),
+        ("apptainer", "echo broken >&2; exit 1", "/apptainer fails: broken"),
+        ("apptainer", "exit 1", "/apptainer fails: exit code 1"),
+        (
+            "apptainer",
+            r"printf '\033[31mFATAL:  \033[0m unknown userid 5\n' >&2; exit 255",
+            "/apptainer fails: unknown userid 5",
+        ),
         (
             "apptainer",
             '[ "$1" = --version ] && echo apptainer version 1.4.5 || { echo "FATAL:   no user namespaces"; exit 255; }',

@@ -26,6 +26,8 @@ MOST_SAID = 65536  # bytes of output to look at
 # `FATAL:   why`, with the level in nine characters; with --debug `FATAL   [U=0,P=1]          StageTwo()           why`
 LINE = re.compile(r"(?P<level>[A-Z]+)(?:: {1,5}(?<=.{9})(?=\S)|\s+\[U=\d+,P=\d+\]\s+\S*?\(\)\s*)(?P<text>.*)", re.DOTALL)
 
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # which it puts in what it says before it has looked at its flags
+
 
 @dataclass(frozen=True, slots=True)
 class Said:
@@ -58,12 +60,14 @@ class Apptainer:
         return cls(str(Path(found).absolute()), directory)
 
     async def check_version(self) -> None:
-        """Raise NodeError if it is too old, or another program of that name."""
+        """Raise NodeError if it fails, is too old, or another program of that name."""
         said = await self.ask(["--version"], environment())
+        if said.code:
+            raise NodeError(f"{self.path} fails: {said.reason}")
         match = re.search(r"^apptainer version (\d+)\.(\d+)", said.text, re.MULTILINE)
         if match is None or (int(match[1]), int(match[2])) < LEAST_VERSION:
             least = ".".join(map(str, LEAST_VERSION))
-            found = said.text.strip()[:200] or f"exit code {said.code}"
+            found = said.text.strip()[:200]
             raise NodeError(f"{self.path} must be apptainer {least} or later, but it says {found!r}: install a newer one")
 
     async def ask(self, args: Sequence[str], env: Mapping[str, str], pass_fds: Sequence[int] = ()) -> Said:
@@ -79,7 +83,7 @@ class Apptainer:
             code = await self.children.spawn(command).see_to_its_end(KILL_GRACE)
             size = output.seek(0, os.SEEK_END)
             output.seek(max(0, size - MOST_SAID))
-            return Said(code, output.read().decode(errors="replace"))
+            return Said(code, COLOUR.sub("", output.read().decode(errors="replace")))
 
 
 def environment() -> dict[str, str]:
