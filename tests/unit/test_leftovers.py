@@ -141,7 +141,11 @@ def test_a_data_directory_that_somebody_died_making_is_removed(tmp_path: Path, s
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("said", [f"{own()}@{NODE}", f"{BEFORE}@another-machine", f"@{NODE}", "nonsense", ""])
+@pytest.mark.parametrize(
+    "said",
+    [f"{own()}@{NODE}", f"{BEFORE}@another-machine", f"@{NODE}", "nonsense", ""],
+    ids=["of one that lives", "of another machine", "of nobody here", "nonsense", "of nobody"],
+)
 def test_a_data_directory_that_somebody_may_be_making_is_left_alone(tmp_path: Path, said: str) -> None:
     directory = leave_beside(tmp_path, said)
     assert workspace.sweep(tmp_path / "ewms-pilot-data") == 0
