@@ -9,6 +9,7 @@ import os
 import resource
 import shlex
 import shutil
+import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -24,7 +25,7 @@ from trio_pilot.runtimes import NOT_EXECUTABLE, NOT_FOUND, Container, Limits
 NO_LIMITS = Limits()
 NOT_ENFORCED = "not enforced"
 
-SHELL, SHELL_NAME = "/bin/sh", "trio-pilot"  # the name is how the shell begins what it has to say
+SHELL, SHELL_NAME = "/bin/sh", "trio-pilot"
 NOT_ENTERED = 125  # the shell's exit code if it could not set a limit for itself
 OF_SHELLS = ("PWD", "OLDPWD", "SHLVL")  # variables that shells add
 
@@ -159,6 +160,7 @@ class _Confined(Confinement):
         self._limiter = limiter
         self._container = container
         self._extra_pids = extra_pids
+        self._name = f"{SHELL_NAME}-{uuid.uuid4().hex}"  # how the shell begins what it has to say, and no payload could
         self._steps: list[str] = []
         self._group: cgroups.Group | None = None
 
@@ -185,7 +187,7 @@ class _Confined(Confinement):
         """Have a shell set the limits for itself, and become the program."""
         theirs = " ".join(name for name in OF_SHELLS if name not in env)
         script = f'{" && ".join(self._steps) or ":"} || exit {NOT_ENTERED}; unset {theirs}; exec "$@"'
-        return [SHELL, "-c", script, SHELL_NAME, *argv]
+        return [SHELL, "-c", script, self._name, *argv]
 
     def refusal(self, code: int, stderr: Path) -> str | None:
         """Give the first line of what the shell has said; nothing if it was another who ended with such a code."""
@@ -194,7 +196,7 @@ class _Confined(Confinement):
         said = ""
         with suppress(OSError), stderr.open("rb") as file:
             said = file.readline(4096).decode(errors="replace").strip()
-        return said if said.startswith(f"{SHELL_NAME}: ") else None
+        return said.replace(self._name, SHELL_NAME) if said.startswith(f"{self._name}: ") else None
 
     @property
     def out_of_memory(self) -> bool:

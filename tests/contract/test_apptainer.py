@@ -332,7 +332,13 @@ async def test_what_an_image_has_in_run_is_not_seen(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["FATAL:   the disk is on fire", "FATAL: no", "some of its own\nFATAL:   container creation failed: of its own"]
+    "line",
+    [
+        "FATAL:   the disk is on fire",
+        "FATAL: no",
+        "FATAL:   container creation failed: of another in it",
+        "some of its own\nFATAL:   container creation failed: of its own",
+    ],
 )
 async def test_a_payload_that_speaks_as_apptainer_does_ended_by_itself(subject: Subject, line: str) -> None:
     container = subject.container("sh", "-c", f"echo '{line}' >&2; exit 255")

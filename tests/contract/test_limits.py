@@ -341,8 +341,11 @@ async def test_a_command_that_is_not_executable_is_the_tasks_fault(subject: Subj
 @children
 @pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("code", [125, 126, 127])
-async def test_what_a_shell_ends_with_may_be_the_tasks_own(subject: Subject, runtime: Runtime, code: int) -> None:
-    assert await end_of(runtime, limited(subject, "sh", "-c", f"echo no >&2; exit {code}", pids=50)) == Exit(code)
+@pytest.mark.parametrize("line", ["no", "trio-pilot: no"])
+async def test_what_a_shell_ends_with_may_be_the_tasks_own(subject: Subject, runtime: Runtime, code: int, line: str) -> None:
+    container = limited(subject, "sh", "-c", f"echo '{line}' >&2; exit {code}", pids=50)
+    assert await end_of(runtime, container) == Exit(code)
+    assert last_words(container.stderr) == line
 
 
 @children

@@ -50,7 +50,6 @@ CANNOT_EXECUTE = re.compile(
     r"(no such file or directory|not a directory|permission denied|is a directory|exec format error)",
     re.DOTALL,
 )
-CANNOT_MAKE = "container creation failed"  # how it begins what no payload would say
 REASONS = {
     "not a directory": errno.ENOTDIR,
     "permission denied": errno.EACCES,
@@ -180,7 +179,7 @@ class ApptainerRuntime:
             return Exit(FAILED)
         refused = CANNOT_EXECUTE.fullmatch(reason)
         if not refused and not NO_COMMAND.fullmatch(reason):
-            if not reason.startswith(CANNOT_MAKE) and await self._could_be_made(order):
+            if await self._could_be_made(order):
                 return Exit(FAILED)
             raise NodeError(f"apptainer could not make the container: {reason}")
         why = os.strerror(REASONS.get(refused[1], errno.ENOENT) if refused else errno.ENOENT)
