@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from trio_pilot import trees
 from trio_pilot.errors import DecodeError, NodeError, OutfileError, map_exceptions
 from trio_pilot.trees import opened, remove_tree, write_all
 
@@ -167,6 +168,11 @@ def outfile_size(files: TaskFiles) -> int:
 def remove(files: TaskFiles) -> None:
     """Remove the directory of a task. What cannot be removed is logged: no good task fails by it."""
     remove_tree(files.root)
+
+
+def try_to_remove(files: TaskFiles) -> bool:
+    """Remove it, and tell whether it is gone."""
+    return trees.try_to_remove(files.root)
 
 
 def dump(files: TaskFiles) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,18 +32,20 @@ from trio_pilot.ledger import Ledger, Life
 from trio_pilot.log import LOGGER
 from trio_pilot.outputs import Outputs
 from trio_pilot.pins import Pins
-from trio_pilot.runtimes import DATA_DIRECTORY, NOT_FOUND_REASONS, Container, Exit, Limits, Runtime
+from trio_pilot.runtimes import DATA_DIRECTORY, NOT_FOUND_REASONS, Container, Exit, Limits, Mount, Runtime
 from trio_pilot.scopes import Shelter
 from trio_pilot.settings import Settings
 from trio_pilot.slots import Slot
 from trio_pilot.spares import Spares
 from trio_pilot.staging import TaskFiles
 from trio_pilot.status import Status
+from trio_pilot.trees import is_directory
 from trio_pilot.unsent import Unsent
 from trio_pilot.wire import WIRES, Message
 from trio_pilot.workspace import Workspace
 
 CANARY, CANARY_TIMEOUT = ("true",), 60.0  # seconds, on a node that is merely busy
+CLEARING_TIMEOUT = 10.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +188,7 @@ class Worker:
         if self._settings.keep_all_task_files:
             return
         if not await self._disk.finish(staging.outfile_size(files), self._spares.take_back, files):
-            await self._disk.finish(math.inf, staging.remove, files)
+            await remove(self._tools, self._disk, files, self._order.image)
 
     def close(self) -> None:
         """Remove the directories that no task will need any more."""
@@ -267,7 +269,7 @@ class Worker:
 
     async def _remove(self, files: TaskFiles) -> None:
         if not self._settings.keep_all_task_files:
-            await self._disk.finish(math.inf, staging.remove, files)
+            await remove(self._tools, self._disk, files, self._order.image)
 
     async def _settle(self, life: Life, settlement: Settlement, cause: PilotError | None = None) -> None:
         life.is_settled = True
@@ -346,7 +348,7 @@ def _conclude(outputs: Outputs, files: TaskFiles, ended: Exit | None) -> str:
 
 async def run_init(tools: Tools, settings: Settings, outputs: Outputs) -> None:
     """Run the init container; raises what `run` raises."""
-    async with _aside(tools, "init", keep=settings.keep_all_task_files) as files:
+    async with _aside(tools, "init", settings.init_image, keep=settings.keep_all_task_files) as files:
         await tools.runtime.prepare(settings.init_image)
         await run(tools, Disk(), outputs, Order.init(settings), files)
 
@@ -368,7 +370,7 @@ async def run_once(tools: Tools, settings: Settings, data: Any) -> int:
         await trio.to_thread.run_sync(staging.dump, files, abandon_on_cancel=True)
     finally:
         if not settings.keep_all_task_files:
-            await disk.finish(math.inf, staging.remove, files)
+            await remove(tools, disk, files, settings.task_image)
     if ended is None:
         raise ContainerTimeoutError(f"task failed: [Timeout-Error] timed out after {timeout:g}s")
     return ended.code
@@ -381,7 +383,7 @@ async def run_canary(tools: Tools, settings: Settings, error: PilotError | None 
         NodeError: it does not work here. An image need not have such a command; but it must have this, or the task's own.
     """
     await Disk().call(math.inf, _look_at_node, tools.workspace.root)
-    async with _aside(tools, "canary", keep=False) as files:
+    async with _aside(tools, "canary", settings.task_image, keep=False) as files:
         order = replace(Order.task(settings), args=CANARY, env={})
         with trio.move_on_after(CANARY_TIMEOUT):
             ended = await tools.runtime.run(replace(_container(tools, order, files), plain=True))
@@ -401,7 +403,7 @@ def _look_at_node(root: Path) -> None:
 
 
 @asynccontextmanager
-async def _aside(tools: Tools, what: str, *, keep: bool) -> AsyncIterator[TaskFiles]:
+async def _aside(tools: Tools, what: str, image: str, *, keep: bool) -> AsyncIterator[TaskFiles]:
     """Make the directory of a container that is no task's, and remove it."""
     name = f"{what}-{tools.workspace.new_name().replace('-', '')}"
     files, disk = TaskFiles(tools.workspace.root / name, infile="", outfile=""), Disk()
@@ -410,7 +412,27 @@ async def _aside(tools: Tools, what: str, *, keep: bool) -> AsyncIterator[TaskFi
         yield files
     finally:
         if not keep:
-            await disk.finish(math.inf, staging.remove, files)
+            await remove(tools, disk, files, image)
+
+
+async def remove(tools: Tools, disk: Disk, files: TaskFiles, image: str) -> None:
+    """Remove the directory of a container, cancelled or not. What is another user's in it, another container removes."""
+    if await disk.finish(math.inf, staging.try_to_remove, files) is False:
+        if image and tools.any_user:
+            with trio.move_on_after(CLEARING_TIMEOUT, shield=True):
+                await _clear(tools, files, image)
+        await disk.finish(math.inf, staging.remove, files)
+
+
+async def _clear(tools: Tools, files: TaskFiles, image: str) -> None:
+    """Empty the directories that a container could write to, as whoever it was."""
+    mounts = [Mount(path, f"/{DATA_DIRECTORY}/{path.name}", writable=True) for path in (files.scratch, files.io)]
+    there = tuple(mount for mount in mounts if is_directory(mount.source))
+    async with _aside(tools, "clearing", "", keep=False) as own:
+        args = "rm", "-rf", *(mount.target for mount in there)
+        container = Container(own.root.name, image, args, {}, there, own.scratch, own.stdout, own.stderr, plain=True)
+        with suppress(NodeError):
+            await tools.runtime.run(container)
 
 
 INSIDE = (f"/{DATA_DIRECTORY}/task-io", f"/{DATA_DIRECTORY}/data-hub")  # where a container has its files mounted

@@ -27,11 +27,16 @@ def opened(path: Path, flags: int) -> Iterator[int]:
 
 def remove_tree(root: Path) -> None:
     """Remove a directory with all that is in it, locked directories too; log what cannot be removed."""
+    if not try_to_remove(root):
+        LOGGER.warning("cannot remove all of %s", root)
+
+
+def try_to_remove(root: Path) -> bool:
+    """Remove a directory as `remove_tree` does, and tell whether it is gone."""
     for remove in (_remove, _unlock, _remove, _remove_by_rm):
         if os.path.lexists(root):
             remove(root)
-    if os.path.lexists(root):
-        LOGGER.warning("cannot remove all of %s", root)
+    return not os.path.lexists(root)
 
 
 def _remove(root: Path) -> None:

@@ -22,6 +22,7 @@ from trio_pilot.trees import is_directory, opened, remove_tree
 LOCK = ".lock"  # in a data directory that a pilot made; its pilots share a lock on it
 OWNER = ".pilot-"  # with what the names of its task directories begin with, and PILOT@NODE: a file that is locked
 PREFIX_DIGITS = 8  # of a UUID
+ASIDES = "init", "canary", "clearing"  # how directories of containers begin that are no tasks'
 
 FORBIDDEN = tuple(map(Path, ("/proc", "/dev", "/sys", "/run", "/boot")))
 NEVER_WRITABLE = tuple(
@@ -292,7 +293,8 @@ def _is_orphaned(said: str, descriptor: int) -> bool:
 
 
 def _remove_of(root: Path, prefix: str) -> int:
-    directories = [*root.glob(f"{prefix}-*"), *root.glob(f"init-{prefix}*"), *root.glob(f"canary-{prefix}*")]
+    asides = [directory for what in ASIDES for directory in root.glob(f"{what}-{prefix}*")]
+    directories = [*root.glob(f"{prefix}-*"), *asides]
     for directory in directories:
         remove_tree(directory)
     return len(directories)

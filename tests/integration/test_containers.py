@@ -1,11 +1,13 @@
 import json
+import os
 import sqlite3
 from contextlib import closing
 
 import pytest
 
+from tests.engines import IMAGE, Engine
 from tests.integration.containment import Containment
-from tests.runtimes_support import PilotCommand
+from tests.runtimes_support import NOBODY, UNPRIVILEGED, PilotCommand, needs_root
 
 OUTFILES = """
 case "$(cat "$1")" in
@@ -51,6 +53,22 @@ def test_a_task_may_write_whoever_it_is_in_its_container(pilots: PilotCommand, c
     write = ("sh", "-c", 'id -u > "$TMPDIR/file" && rm "$TMPDIR/file" && cat "$0" > "$1"', "{{INFILE}}", "{{OUTFILE}}")
     pilot = pilots.run(*write, **containment.settings, task_user=1234, task_env_json='{"TMPDIR": "/tmp"}')
     assert pilot.wait() == 0, pilot.stderr
+    assert sorted(map(int, map(str, pilots.receive()))) == [1, 2]
+    assert not pilots.data.exists()
+
+
+@needs_root
+def test_what_a_task_leaves_as_another_user_is_removed(pilots: PilotCommand, docker: Engine) -> None:
+    pilots.variables["DOCKER_HOST"] = f"unix://{docker.socket}"
+    docker.socket.chmod(0o666)
+    pilots.send(1, 2)
+    for path in (pilots.directory, *pilots.directory.iterdir()):
+        os.chown(path, NOBODY, NOBODY)
+    leave = 'for one in /tmp "${1%/*}"; do mkdir -p $one/a/b; echo > $one/a/b/c; done; cat "$0" > "$1"'
+    task = ("sh", "-c", leave, "{{INFILE}}", "{{OUTFILE}}")
+    pilot = pilots.start(*task, runtime="docker", task_image=IMAGE, prefix=UNPRIVILEGED)
+    assert pilot.wait() == 0, pilot.stderr
+    assert "cannot remove" not in pilot.stderr
     assert sorted(map(int, map(str, pilots.receive()))) == [1, 2]
     assert not pilots.data.exists()
 
