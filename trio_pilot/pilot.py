@@ -20,6 +20,7 @@ from trio_util import wait_any
 
 from trio_pilot.brokers import Consumer, Delivery, Sink, Source
 from trio_pilot.condor.time_left import TimeLeft
+from trio_pilot.containers import Tools, run_canary, run_init
 from trio_pilot.errors import BrokerError, ContainerLostError, NodeError, PilotError, TasksFailedError, names
 from trio_pilot.guard import Guard, seen_to
 from trio_pilot.ledger import Life
@@ -29,7 +30,7 @@ from trio_pilot.scopes import Shelter
 from trio_pilot.settings import Settings
 from trio_pilot.slots import Slot, Slots
 from trio_pilot.status import State, Status
-from trio_pilot.task import Event, Tools, Worker, run_canary, run_init
+from trio_pilot.task import Event, Worker
 from trio_pilot.workspace import Workspace, open_workspace, root_in
 
 

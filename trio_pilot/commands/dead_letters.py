@@ -17,7 +17,7 @@ from typing import Any
 
 import trio
 
-from trio_pilot import task
+from trio_pilot import containers
 from trio_pilot.brokers import Delivery, Settlement, dead_letter_queue, dead_letters, open_sink, open_source
 from trio_pilot.children import end_strays
 from trio_pilot.commands.signals import report, run_until_signalled
@@ -118,10 +118,10 @@ async def _run(settings: Settings, event: Message) -> int:
             opening = open_runtime(settings.runtime, settings.task_image, settings.runtime_options)
             async with seen_to(opening, guard) as runtime:
                 await runtime.prepare(settings.task_image)
-                tools = task.Tools(guard, workspace, runtime, ())
+                tools = containers.Tools(guard, workspace, runtime, ())
                 if settings.init_image or settings.init_args:
-                    await task.run_init(tools, settings, Outputs(settings.max_output, Disk()))
-                return await task.run_once(tools, settings, event.data)
+                    await containers.run_init(tools, settings, Outputs(settings.max_output, Disk()))
+                return await containers.run_once(tools, settings, event.data)
 
 
 @asynccontextmanager

@@ -128,22 +128,25 @@ class EngineRuntime:
             if container.image not in self._images:
                 await self._prepare(container.image, None)
             ours = EngineContainer(self._link, self._dialect, container)
-            try:
-                await self._link.ready()
-                await self._create(ours, container)
-                ended = await self._live(ours, container)
-            except NodeError:
-                await self._end(ours)
-                raise
-            except BaseException:  # above all to be cancelled
-                await self._end_early(ours)
-                raise
+            ended = await self._run(ours, container)
             if ended == Exit(0) and len(self._behind) < MOST_BEHIND:
                 self._behind.add(ours)
                 self._nursery.start_soon(self._end, ours)
             else:
                 await self._end(ours)
             return ended
+
+    async def _run(self, ours: EngineContainer, container: Container) -> Exit:
+        try:
+            await self._link.ready()
+            await self._create(ours, container)
+            return await self._live(ours, container)
+        except NodeError:
+            await self._end(ours)
+            raise
+        except BaseException:  # above all to be cancelled
+            await self._end_early(ours)
+            raise
 
     async def _create(self, ours: EngineContainer, container: Container) -> None:
         """Have the container made; if its image has been removed since it was prepared, it is got again, once."""
@@ -225,7 +228,7 @@ class EngineRuntime:
                 await ours.end(0)
             if last.cancelled_caught:
                 self.leaves_some = True
-                LOGGER.error("the container %s is left behind: %s could not remove it", ours.name, self.name)
+                LOGGER.error("the container %s is left to the guardian: %s could not remove it", ours.name, self.name)
             raise
 
 
