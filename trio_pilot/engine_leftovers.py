@@ -49,14 +49,24 @@ def _containers(engine: Path) -> Iterable[Mapping[str, Any]]:
     if status != OK:
         raise ConnectionError(f"{engine} answers {status} when it is to list containers: {answer[:SHOWN]!r}")
     try:
-        listed: Iterable[Mapping[str, Any]] = json.loads(answer)
+        listed: list[Mapping[str, Any]] = json.loads(answer)
     except ValueError as error:
         raise ConnectionError(f"{engine} does not speak JSON: {answer[:SHOWN]!r}") from error
+    if not isinstance(listed, list) or not all(map(_is_container, listed)):
+        raise ConnectionError(f"{engine} does not list containers: {answer[:SHOWN]!r}")
     return listed
 
 
+def _is_container(one: object) -> bool:
+    return isinstance(one, dict) and isinstance(one.get("Id"), str) and isinstance(one.get("Labels"), dict | None)
+
+
+def _label(container: Mapping[str, Any], name: str) -> str:
+    return str((container.get("Labels") or {}).get(name, ""))
+
+
 def _owner(container: Mapping[str, Any]) -> Identity | None:
-    return Identity.parse(container.get("Labels", {}).get(LABEL, ""))
+    return Identity.parse(_label(container, LABEL))
 
 
 def _is_past(container: Mapping[str, Any], pilot: Identity) -> bool:

@@ -320,7 +320,15 @@ def test_the_containers_of_a_dead_pilot_are_removed_and_no_others(engine: Engine
     assert not {dead, past} & others
 
 
-@pytest.mark.parametrize("trouble", [(500, b'{"message": "stopping"}'), (500, b"stopping"), (200, b"no JSON")])
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        (500, b'{"message": "stopping"}'),
+        (500, b"stopping"),
+        (200, b"no JSON"),
+        *((200, body) for body in (b"null", b"1", b"[null]", b"[{}]", b'[{"Id": "an-id", "Labels": ["label"]}]')),
+    ],
+)
 def test_an_engine_in_trouble_is_an_error_and_its_containers_are_looked_for_again(
     engine: Engine, tmp_path: Path, trouble: tuple[int, bytes]
 ) -> None:
