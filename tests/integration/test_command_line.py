@@ -423,3 +423,13 @@ def test_a_broker_of_no_known_kind_is_refused(command: Run) -> None:
     done = command(*RUN, "--broker=ampq://host")
     assert done.returncode == 2
     assert done.stderr.endswith(b"amqp://, nats:// or pulsar://, or be a queue file, not begin with ampq://\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [RUN, ("check", *RUN[1:]), ("send", "q"), ("receive", "q")], ids=["run", "check", "send", "receive"]
+)
+def test_a_queue_file_in_a_home_that_nobody_has_is_refused(command: Run, arguments: Sequence[str]) -> None:
+    done = command(*arguments, "--broker=~nobody-of-that-name/q.sqlite", stdin=b"1")
+    assert done.returncode == 2
+    assert b"a home directory that is not known: ~nobody-of-that-name/q.sqlite" in done.stdout + done.stderr
+    assert b"Traceback" not in done.stderr

@@ -26,7 +26,7 @@ import inotify_simple
 import trio
 
 from trio_pilot.brokers import LONGEST_LEASE, Delivery, Patience, QueueAddress, Settlement, dead_letter_queue, dead_letters
-from trio_pilot.errors import BrokerError, DeliveryLostError, map_exceptions
+from trio_pilot.errors import BrokerError, DeliveryLostError, SettingsError, map_exceptions
 
 DEFAULT_FILE = "trio-pilot-queues.sqlite"
 
@@ -172,9 +172,21 @@ def _bell_path(path: Path) -> Path:
     return path.with_name(path.name + "-bell")
 
 
+def file_of(queue: QueueAddress) -> Path:
+    """Tell where the file of a queue is.
+
+    Raises:
+        SettingsError: nobody knows.
+    """
+    try:
+        return Path(queue.address or DEFAULT_FILE).expanduser().absolute()
+    except RuntimeError:
+        raise SettingsError(f"a queue file must not be below a home directory that is not known: {queue.address}") from None
+
+
 @asynccontextmanager
 async def _open_file(address: QueueAddress) -> AsyncIterator[_QueueFile]:
-    path = Path(address.address or DEFAULT_FILE).expanduser().absolute()  # noqa: ASYNC240 -- a name, not a file
+    path = file_of(address)
     with map_exceptions({OSError: BrokerError}, f"cannot open the queue file {path}, or what is beside it"):
         bell = os.open(_bell_path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:

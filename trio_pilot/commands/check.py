@@ -179,10 +179,9 @@ def _warning(found: Source | Sink, lease: float) -> str:
 
 
 async def _local_queue(open_queue: Callable[..., Any], queue: QueueAddress) -> str:
-    from trio_pilot.brokers.local import DEFAULT_FILE
+    from trio_pilot.brokers.local import file_of
 
-    file = await trio.Path(queue.address or DEFAULT_FILE).expanduser()
-    file = await file.absolute()
+    file = file_of(queue)
     if not await trio.to_thread.run_sync(exists, file):  # which is no fault, and not ours to make
         if not os.access(file.parent, os.W_OK | os.X_OK):
             raise BrokerError(f"{queue.queue}: the queue file {file} cannot be made")
