@@ -17,8 +17,10 @@ from urllib.parse import quote
 
 from trio_pilot.identity import Identity, own
 from trio_pilot.leftovers import Theirs
+from trio_pilot.workspace import has_orphaned
 
 LABEL = "trio-pilot.pilot"  # the label of a container that says whose it is
+DATA_LABEL = "trio-pilot.data"  # and the one that says where its pilot has left word of that
 AT_ONCE = 8  # containers that are removed at once: each takes an engine some 0.2 s
 OK = 200
 SHOWN = 200  # bytes of an answer in an error
@@ -26,12 +28,12 @@ ENGINE_TIMEOUT = 10.0  # seconds for an engine to answer, and to remove a contai
 
 
 def remove_containers(engine: Path, theirs: Theirs) -> int:
-    """Remove the containers of some pilots from an engine; give their number.
+    """Remove the containers of some pilots, and of all that are dead by their word, from an engine; give their number.
 
     Raises:
         OSError: it does not answer.
     """
-    found = [one["Id"] for one in _containers(engine) if (pilot := _owner(one)) and (theirs(pilot) or _is_past(one, pilot))]
+    found = [one["Id"] for one in _containers(engine) if _is_left(one, theirs)]
     with ThreadPoolExecutor(AT_ONCE) as threads:
         list(threads.map(partial(_remove, engine), found))
     return len(found)
@@ -65,8 +67,15 @@ def _label(container: Mapping[str, Any], name: str) -> str:
     return str((container.get("Labels") or {}).get(name, ""))
 
 
-def _owner(container: Mapping[str, Any]) -> Identity | None:
-    return Identity.parse(_label(container, LABEL))
+def _is_left(container: Mapping[str, Any], theirs: Theirs) -> bool:
+    pilot = Identity.parse(_label(container, LABEL))
+    return pilot is not None and (theirs(pilot) or _is_past(container, pilot) or _is_orphaned(container, pilot))
+
+
+def _is_orphaned(container: Mapping[str, Any], pilot: Identity) -> bool:
+    """Tell whether a container's pilot has died, were it in another PID namespace: that takes a pilot's guardian with it."""
+    root = Path(_label(container, DATA_LABEL))
+    return root.is_absolute() and has_orphaned(root, pilot)
 
 
 def _is_past(container: Mapping[str, Any], pilot: Identity) -> bool:

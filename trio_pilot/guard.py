@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
@@ -172,9 +172,11 @@ def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _sweep(watched: Iterable[tuple[str, Path]]) -> None:
+def _sweep(watched: Collection[tuple[str, Path]]) -> None:
     found = {"process(es)": leftovers.end_processes(_is_dead), "control group(s)": cgroups.sweep(_is_dead)}
-    for what, path in watched:
+    # Engines first: there, it is by its word that a pilot may be known to be dead. Who dies meanwhile keeps his.
+    dead = {path: workspace.words_of_dead(path) for what, path in watched if what == "data"}
+    for what, path in sorted(watched, key=lambda one: one[0] != "engine"):
         try:
             if what == "engine":
                 from trio_pilot import engine_leftovers
@@ -183,8 +185,10 @@ def _sweep(watched: Iterable[tuple[str, Path]]) -> None:
             elif what == "images":
                 found["half-unpacked image(s)"] = image_leftovers.remove_halves(path)
             else:
-                found["task directory(ies)"] = workspace.sweep(path)
+                found["task directory(ies)"] = workspace.sweep(path, forget=dead.get(path, ()))
         except OSError as error:
+            if what == "engine":
+                dead.clear()
             LOGGER.warning("cannot look for what dead pilots have left at %s: %s", path, error)
     for what, number in found.items():
         if number:

@@ -9,7 +9,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -46,13 +46,14 @@ def parsed(line: str) -> tuple[str, Path]:
     return what, Path(os.fsdecode(bytes.fromhex(name)))
 
 
-def clean_up(pilot: Identity, engines: Iterable[Path], data: Iterable[Path], images: Iterable[Path] = ()) -> None:
+def clean_up(pilot: Identity, engines: Collection[Path], data: Iterable[Path], images: Iterable[Path] = ()) -> None:
     """Remove all that a pilot has left. Directories do not wait for an engine that is away."""
     begun = time.monotonic()
     for seconds in CLEAN_TIMEOUTS:
+        dead = {directory: workspace.words_of_dead(directory, pilot) for directory in data}
         is_clean = _cleaned(pilot, engines, begun + seconds)
-        for directory in data:
-            _found(workspace.sweep, directory)
+        for directory, words in dead.items():
+            _found(partial(workspace.sweep, forget=words if is_clean or not engines else ()), directory)
         for directory in images:  # now that nobody builds one for that pilot, and has its lock
             _found(image_leftovers.remove_halves, directory)
         if is_clean:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -237,28 +237,33 @@ def _try_to_write(root: Path) -> None:
 def _owning(workspace: Workspace) -> Iterator[None]:
     """Leave word of whose the task directories are, for when we have no time to remove them."""
     owner = workspace.root / f"{OWNER}{workspace.prefix}-{_us()}"
-    with _writing(workspace.root):
-        file = owner.open("xb")
-    with file:
-        _try_to_lock(file)
+    with ExitStack() as stack:
+        with _writing(workspace.root):
+            # A sweep may come between that and the lock, and one in another PID namespace takes us for dead.
+            while not owner.exists():
+                _try_to_lock(stack.enter_context(owner.open("xb")))
         try:
             yield
         finally:
             owner.unlink(missing_ok=True)
 
 
-def sweep(root: Path) -> int:
+def sweep(root: Path, forget: Collection[Path] | None = None) -> int:
     """Remove what pilots that are no more have left in a data directory, and itself if they were the last.
 
     Gives the number of task directories.
+
+    Args:
+        root: the data directory.
+        forget: words of the dead whose containers are gone, for which others are needed still; None: all of them.
     """
     removed = 0
-    for owner in root.glob(f"{OWNER}*"):
+    for owner, prefix, said in _owners(root):
         with suppress(OSError), owner.open("rb") as file:
-            prefix, _, said = owner.name.removeprefix(OWNER).partition("-")
             if _is_orphaned(said, file.fileno()):
                 removed += _remove_of(root, prefix)
-                owner.unlink()
+                if forget is None or owner in forget:
+                    owner.unlink()
     with suppress(OSError), (root / LOCK).open("r+b") as lock:
         _leave(root, lock)
     for directory in root.parent.glob(f".{root.name}-*"):
@@ -268,19 +273,53 @@ def sweep(root: Path) -> int:
     return removed
 
 
-def _is_orphaned(said: str, descriptor: int) -> bool:
+def words_of_dead(root: Path, dead: Identity | None = None) -> set[Path]:
+    """List the words that pilots which are dead by now have left in a data directory.
+
+    One of them may be known to be: a thread of it may still hold its lock for a moment.
+    """
+    found: set[Path] = set()
+    with suppress(OSError):
+        found.update(owner for owner, _, said in _owners(root) if _is_of(dead, said) or _is_word_of_dead(owner, said))
+    return found
+
+
+def has_orphaned(root: Path, pilot: Identity) -> bool:
+    """Tell whether a pilot is dead by the word that it has left in a data directory. If there is none here, nobody knows."""
+    return any(_is_of(pilot, said) and _is_word_of_dead(owner, said) for owner, _, said in _owners(root))
+
+
+def _is_of(pilot: Identity | None, said: str) -> bool:
+    return said.partition("@")[0] == str(pilot)
+
+
+def _is_word_of_dead(owner: Path, said: str) -> bool:
+    with suppress(OSError), owner.open("rb") as file:
+        return _is_orphaned(said, file.fileno(), fcntl.LOCK_SH)  # many may ask at once
+    return False
+
+
+def _owners(root: Path) -> Iterator[tuple[Path, str, str]]:
+    """List the words that pilots have left, each with what the names of its task directories begin with, and PILOT@NODE."""
+    for owner in root.glob(f"{OWNER}*"):
+        prefix, _, said = owner.name.removeprefix(OWNER).partition("-")
+        yield owner, prefix, said
+
+
+def _is_orphaned(said: str, descriptor: int, how: int = fcntl.LOCK_EX) -> bool:
     """Tell whether the pilot that made a file or a directory is dead: it would hold the lock, which a crash takes from it.
 
     Args:
         said: who and where it is, as the name says: PILOT@NODE.
         descriptor: of what it made.
+        how: to lock it, which keeps others from doing the same, or not.
     """
     who, _, node = said.partition("@")
     pilot = Identity.parse(who)
     if pilot is None:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
-from tests.integration.containment import Containment
+from tests.integration.containment import CONTAINMENTS, Containment
 from tests.runtimes_support import PilotCommand, Running, command_line, needs_root, processes_with, until_sync
 from trio_pilot.cgroups import Groups, hierarchies
 from trio_pilot.identity import PARENT, STATE, stat_of
+from trio_pilot.workspace import words_of_dead
 
 IN_PROCESS = Containment("process")
+IN_PID_NAMESPACE = "unshare", "--pid", "--fork", "--kill-child", "--mount-proc"
 
 PROMISE = 10.0  # seconds after which nothing is left
 
@@ -179,14 +181,53 @@ def test_what_a_pilot_leaves_that_dies_with_its_pid_namespace_is_swept_by_the_ne
     image, tried = pilots.directory / "image", pilots.directory / "tried"
     image.mkdir()
     stand_in_for_apptainer(pilots, mark, f"touch {tried}; sleep 1000; :")
-    container = "unshare", "--pid", "--fork", "--kill-child", "--mount-proc"
-    pilot = pilots.start(mark, prefix=container, runtime="apptainer", task_image=str(image))
+    pilot = pilots.start(mark, prefix=IN_PID_NAMESPACE, runtime="apptainer", task_image=str(image))
     until_sync(tried.exists)
     pilot.kill()
     until_sync(lambda: not living(mark))
     assert leftovers(pilots)
     all_events_can_be_done(pilots, IN_PROCESS, range(0))
     assert leftovers(pilots) == []
+
+
+@needs_root
+@pytest.mark.parametrize("engine", ["docker", "podman"])
+def test_the_containers_of_a_pilot_that_dies_with_its_pid_namespace_are_swept_by_the_next_and_no_others(
+    pilots: PilotCommand, request: pytest.FixtureRequest, engine: str
+) -> None:
+    containment = CONTAINMENTS[engine](request)
+    pilots.variables.update(containment.variables)
+    with elsewhere(pilots, "dying") as dying, elsewhere(pilots, "living") as living:
+        killed, left = start_in_pid_namespace(dying, containment), start_in_pid_namespace(living, containment)
+        killed.kill()
+        until_sync(lambda: words_of_dead(dying.data))
+        assert len(containment.containers()) == 2
+        assert pilots.run("true", **containment.settings).wait() == 0
+        (container,) = containment.containers()
+        assert (living.data / container.removeprefix("trio-pilot-")).exists()
+        left.signal(signal.SIGKILL)
+        until_sync(lambda: words_of_dead(living.data))
+        pilots.run("true", **containment.settings)
+        assert containment.containers() == []
+
+
+def elsewhere(pilots: PilotCommand, name: str) -> PilotCommand:
+    """Give the command in another directory."""
+    directory = pilots.directory / name
+    directory.mkdir()
+    other = PilotCommand(directory)
+    other.variables.update(pilots.variables)
+    return other
+
+
+def start_in_pid_namespace(pilots: PilotCommand, containment: Containment) -> Running:
+    """Start a pilot in a PID namespace of its own, and wait until its task runs."""
+    pilots.send("event")
+    script = "sh", "-c", "touch /tmp/ready; sleep 1000"
+    pilot = pilots.start(*script, prefix=IN_PID_NAMESPACE, timeout_queue_incoming=60, **containment.settings)
+    until_sync(lambda: pilot.ended or list(pilots.data.glob("*/scratch/ready")), "a task to start")
+    assert not pilot.ended, pilot.stderr
+    return pilot
 
 
 def test_the_control_groups_of_a_pilot_that_is_killed_are_gone(pilots: PilotCommand, mark: str) -> None:

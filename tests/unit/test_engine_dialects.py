@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from trio_pilot.errors import NodeError
+from trio_pilot.identity import own
 from trio_pilot.runtimes import Container, Limits, Options, docker, podman
 from trio_pilot.runtimes.engine import socket_of
 from trio_pilot.runtimes.engine_dialect import Order
@@ -17,6 +18,13 @@ def order(options: Options, limits: Limits = NO_LIMITS) -> Order:
     here = Path("/task")
     container = Container("name", "image", ("true",), {"A": "1=2,3"}, (), here, here / "out", here / "err", limits)
     return Order(container, "trio-pilot-name", "sha256:0", options)
+
+
+def test_a_container_says_whose_it_is_and_where_word_of_that_is_left(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(".")
+    ordered = order(Options(data_parent=tmp_path / "link"))
+    labels = {"trio-pilot.pilot": str(own()), "trio-pilot.data": f"{tmp_path}/ewms-pilot-data", "trio-pilot.event": "name"}
+    assert docker.spec(ordered)["Labels"] == podman.spec(ordered)["labels"] == labels
 
 
 @pytest.mark.parametrize(("said", "prefix"), [("1.40", "/v1.40"), ("1.41", "/v1.41"), ("1.51", "/v1.51"), ("2.0", "/v1.51")])

@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import json
 import os
@@ -6,19 +7,19 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import UnixStreamServer
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
 from tests.runtimes_support import until_sync
-from trio_pilot import cgroups, guardian, identity, workspace
-from trio_pilot.engine_leftovers import LABEL, remove_containers
+from trio_pilot import cgroups, engine_leftovers, guard, guardian, identity, leftovers, workspace
+from trio_pilot.engine_leftovers import DATA_LABEL, LABEL, remove_containers
 from trio_pilot.identity import Identity, own
 from trio_pilot.image_leftovers import remove_halves
 from trio_pilot.leftovers import MARKER, end_processes
@@ -169,6 +170,27 @@ def test_what_a_pilot_starts_does_not_hold_a_directory_that_this_uses_for_a_mome
         assert directory.name not in listed.stdout
 
 
+@pytest.mark.parametrize("maker", [ELSEWHERE, own()], ids=["which removes it", "which looks at it"])
+def test_a_pilot_leaves_its_word_again_when_a_sweep_was_quicker_to_lock_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, maker: Identity
+) -> None:
+    lock = workspace._try_to_lock
+
+    def be_late(file: IO[Any], how: int = fcntl.LOCK_EX) -> None:
+        if how == fcntl.LOCK_EX:
+            monkeypatch.undo()
+            workspace.sweep(tmp_path / "ewms-pilot-data")
+        lock(file, how)
+
+    monkeypatch.setattr(identity, "own", lambda: maker)
+    monkeypatch.setattr(workspace, "_try_to_lock", be_late)
+    with open_workspace(tmp_path, []) as mine:
+        (word,) = mine.root.glob(f".pilot-{mine.prefix}-*")
+        workspace.sweep(mine.root)
+        assert word.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_data_directory_that_is_being_removed_is_left_to_who_does_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,9 +282,10 @@ class Engine:
     containers: dict[str, dict[str, Any]] = field(default_factory=dict)
     trouble: tuple[int, bytes] | None = None  # what it answers instead of a list
 
-    def add(self, pilot: object, **facts: Any) -> str:
+    def add(self, pilot: object, data: object = None, **facts: Any) -> str:
         name = uuid.uuid4().hex
-        self.containers[name] = {"Id": name, "Labels": {LABEL: str(pilot)}, "State": "running", "Created": 0, **facts}
+        labels = {LABEL: str(pilot), **({} if data is None else {DATA_LABEL: str(data)})}
+        self.containers[name] = {"Id": name, "Labels": labels, "State": "running", "Created": 0, **facts}
         return name
 
 
@@ -318,6 +341,123 @@ def test_the_containers_of_a_dead_pilot_are_removed_and_no_others(engine: Engine
     assert remove_containers(engine.socket, is_dead) == 2
     assert engine.containers.keys() == others
     assert not {dead, past} & others
+
+
+@pytest.mark.parametrize("pilot", [ELSEWHERE, BEFORE], ids=["of another PID namespace", "of the time before a start anew"])
+def test_a_container_is_removed_if_its_pilot_has_left_word_and_does_not_hold_it_any_more(
+    engine: Engine, tmp_path: Path, pilot: Identity
+) -> None:
+    leave(tmp_path, "01234567", f"{pilot}@{NODE}")
+    root = tmp_path / "ewms-pilot-data"
+    engine.add(pilot, data=root)
+    with (root / f".pilot-01234567-{pilot}@{NODE}").open() as word:
+        fcntl.flock(word, fcntl.LOCK_EX)
+        assert remove_containers(engine.socket, is_dead) == 0
+    assert remove_containers(engine.socket, is_dead) == 1
+
+
+def test_a_container_is_left_alone_if_its_pilot_has_left_no_word_that_can_be_seen_from_here(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(tmp_path, "01234567", f"{ELSEWHERE}@{NODE}")
+    monkeypatch.chdir(tmp_path)
+    for data in (None, "", ".", "ewms-pilot-data", tmp_path, tmp_path / "none", "/a\0b"):
+        engine.add(ELSEWHERE, data=data)
+    engine.add(replace(ELSEWHERE, pid=1), data=tmp_path / "ewms-pilot-data")
+    assert remove_containers(engine.socket, is_dead) == 0
+
+
+def test_a_container_is_left_alone_if_its_pilot_s_file_system_has_no_locks(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    leave(tmp_path, "01234567", f"{ELSEWHERE}@{NODE}")
+    engine.add(ELSEWHERE, data=tmp_path / "ewms-pilot-data")
+    monkeypatch.setattr(fcntl, "flock", fail)
+    assert remove_containers(engine.socket, is_dead) == 0
+
+
+def sweep(engine: Engine, root: Path) -> None:
+    """Be a pilot that starts."""
+    guard._sweep([("data", root), ("engine", engine.socket)])
+
+
+def guard_another(engine: Engine, root: Path) -> None:
+    """Be the guardian of a pilot that has died."""
+    guardian.clean_up(NOBODY, [engine.socket], [root])
+
+
+@pytest.fixture
+def _engines_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no other test's processes swept, and no engine waited for."""
+    monkeypatch.setattr(leftovers, "end_processes", lambda _theirs: 0)
+    monkeypatch.setattr(cgroups, "sweep", lambda _theirs: 0)
+    monkeypatch.setattr(guardian, "CLEAN_TIMEOUTS", (1.0,))
+
+
+@pytest.mark.usefixtures("_engines_alone")
+@pytest.mark.parametrize("clean_up", [sweep, guard_another])
+def test_the_word_that_a_pilot_has_left_goes_with_the_last_of_its_containers(
+    engine: Engine, tmp_path: Path, clean_up: Callable[[Engine, Path], None]
+) -> None:
+    directory = leave(tmp_path / "parent", "01234567", f"{ELSEWHERE}@{NODE}")
+    engine.add(ELSEWHERE, data=directory.parent)
+    engine.trouble = (500, b"stopping")
+    clean_up(engine, directory.parent)
+    assert engine.containers
+    assert not directory.exists()
+    engine.trouble = None
+    clean_up(engine, directory.parent)
+    assert not engine.containers
+    assert list((tmp_path / "parent").iterdir()) == []
+
+
+@pytest.mark.usefixtures("_engines_alone")
+@pytest.mark.parametrize("clean_up", [sweep, guard_another])
+def test_the_word_of_a_pilot_that_dies_while_an_engine_is_swept_is_kept_for_the_next_sweep(
+    engine: Engine, tmp_path: Path, clean_up: Callable[[Engine, Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def come_too_early(_engine: Path, _theirs: leftovers.Theirs) -> int:
+        held.close()
+        return 0
+
+    directory = leave(tmp_path, "01234567", f"{ELSEWHERE}@{NODE}")
+    (word,) = directory.parent.glob(".pilot-*")
+    monkeypatch.setattr(engine_leftovers, "remove_containers", come_too_early)
+    with word.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        clean_up(engine, directory.parent)
+    assert not directory.exists()
+    assert word.exists()
+
+
+@pytest.mark.usefixtures("_engines_alone")
+def test_the_word_of_a_pilot_is_removed_by_its_guardian_though_a_thread_of_it_has_held_it_for_a_moment_more(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def let_go(_theirs: leftovers.Theirs) -> int:
+        held.close()
+        return 0
+
+    directory = leave(tmp_path / "parent", "01234567", f"{NOBODY}@{NODE}")
+    (word,) = directory.parent.glob(".pilot-*")
+    with word.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        monkeypatch.setattr(cgroups, "sweep", let_go)
+        guard_another(engine, directory.parent)
+    assert list((tmp_path / "parent").iterdir()) == []
+
+
+def test_many_may_ask_at_once_whether_a_pilot_is_dead_by_its_word(tmp_path: Path) -> None:
+    leave(tmp_path, "01234567", f"{ELSEWHERE}@{NODE}")
+    root = tmp_path / "ewms-pilot-data"
+    (word,) = root.glob(".pilot-*")
+    with word.open() as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        assert workspace.words_of_dead(root) == {word}
+        assert workspace.has_orphaned(root, ELSEWHERE)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def spec(order: Order) -> Spec:
         **({"Entrypoint": container.args} if container.plain else {"Cmd": container.args}),
         "Env": [f"{name}={value}" for name, value in container.env.items()],
         "User": options.user,
-        "Labels": labels(container),
+        "Labels": labels(order),
         "HostConfig": {
             "Init": True,
             "Mounts": [

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trio_pilot.engine_leftovers import LABEL
+from trio_pilot.engine_leftovers import DATA_LABEL, LABEL
 from trio_pilot.identity import own
 from trio_pilot.runtimes import Container, Options
+from trio_pilot.workspace import root_in
 
 EVENT_LABEL = "trio-pilot.event"
 
@@ -49,6 +50,6 @@ class Dialect:
     tells_of_memory: bool  # whether OOMKilled can be relied on
 
 
-def labels(container: Container) -> Mapping[str, str]:
+def labels(order: Order) -> Mapping[str, str]:
     """Say whose a container is: given as it is made, they are there from its first moment to its last."""
-    return {LABEL: str(own()), EVENT_LABEL: container.name}
+    return {LABEL: str(own()), DATA_LABEL: str(root_in(order.options.data_parent)), EVENT_LABEL: order.container.name}

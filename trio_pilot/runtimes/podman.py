@@ -61,7 +61,7 @@ def spec(order: Order) -> Spec:
         **({"entrypoint": container.args} if container.plain else {"command": container.args}),
         "env": dict(container.env),
         "user": options.user,
-        "labels": labels(container),
+        "labels": labels(order),
         "init": True,
         "mounts": [
             _mount(container.scratch, SCRATCH, writable=True),
