@@ -64,8 +64,9 @@ def living(mark: str) -> list[int]:
 
 
 def sleepers(mark: str) -> list[int]:
-    """List the processes of tasks that do nothing any more: two a task."""
-    return [pid for pid in living(mark) if command_line(pid)[2].startswith("sleep")]
+    """List the processes of tasks that do nothing any more: two a task. What they have just forked is none of them."""
+    shells = [pid for pid in living(mark) if "".join(command_line(pid)[2:3]).startswith("sleep")]
+    return [pid for pid in shells if ["sleep", "1000"] in map(command_line, children(pid))]
 
 
 def guardians(pilot: int) -> list[int]:
