@@ -194,10 +194,11 @@ async def _aside(tools: Tools, what: str, image: str, *, keep: bool) -> AsyncIte
 
 async def remove(tools: Tools, disk: Disk, files: TaskFiles, image: str) -> None:
     """Remove the directory of a container, cancelled or not. What is another user's in it, another container removes."""
-    if await disk.finish(math.inf, staging.try_to_remove, files) is False:
-        if image and tools.any_user:
-            with trio.move_on_after(CLEARING_TIMEOUT, shield=True):
-                await _clear(tools, files, image)
+    if not (image and tools.any_user):
+        await disk.finish(math.inf, staging.remove, files)
+    elif await disk.finish(math.inf, staging.try_to_remove, files) is False:
+        with trio.move_on_after(CLEARING_TIMEOUT, shield=True):
+            await _clear(tools, files, image)
         await disk.finish(math.inf, staging.remove, files)
 
 
