@@ -150,6 +150,17 @@ async def test_a_failure_is_one_though_the_engine_does_not_say_how_it_is(
 
 
 @at_both
+async def test_what_a_container_says_is_asked_for_once_if_the_disk_does_not_take_it(
+    subject: Subject, proxy: EngineProxy, runtime: Runtime
+) -> None:
+    container = subject.container("sh", "-c", "echo said; exit 3")
+    container.stdout.symlink_to("/dev/full")
+    with pytest.raises(NodeError, match=r"^cannot write what a container says: .*No space left on device"):
+        await end_of(runtime, container)
+    assert count(proxy, "/logs") == 1
+
+
+@at_both
 @pytest.mark.parametrize("code", [0, 3])
 async def test_what_nobody_wants_to_hear_is_asked_for_of_a_failure_only(
     subject: Subject, runtime: Runtime, proxy: EngineProxy, code: int

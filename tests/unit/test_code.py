@@ -40,6 +40,8 @@ def test_each_foreign_library_is_imported_in_one_place() -> None:
     assert modules_that_import("sqlite3") == modules_that_import("inotify_simple") == {"brokers/local.py"}
     assert modules_that_import("pulsar") == {"brokers/pulsar_session.py"}
     assert modules_that_import("zstandard") == {"wire.py"}
+    assert modules_that_import("httpx") == {"runtimes/engine_api.py"}
+    assert modules_that_import("h11") == {"runtimes/engine_connection.py"}
     assert modules_that_import("htchirp") == {"condor/chirp.py"}
     assert modules_that_import("cyclopts") == {"cli.py"}
 

@@ -13,7 +13,7 @@ ENDED = b'{"State": {"Status": "exited", "ExitCode": 3, "OOMKilled": true}, "Pat
 
 
 def answer(content: bytes) -> Answer:
-    return Answer(200, {}, content)
+    return Answer(200, content)
 
 
 @pytest.mark.parametrize("find", [Facts.of, DOCKER.exit_code, PODMAN.exit_code])

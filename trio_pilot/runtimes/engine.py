@@ -60,7 +60,7 @@ async def fault_of(dialect: Dialect) -> str | None:
 async def _open(api: EngineApi, dialect: Dialect) -> None:
     """Agree on a version of the API. Raises NodeError if there is nobody to agree with."""
     try:
-        api.prefix = dialect.prefix((await api.ping()).headers)
+        api.prefix = dialect.prefix(await api.ping())
     except NodeError as error:
         raise NodeError(f"{error}: {dialect.cure}") from error
 

@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
+from urllib.parse import urlencode
 
 import httpx
 import trio
 
 from trio_pilot.errors import NodeError, map_exceptions
+from trio_pilot.runtimes.engine_connection import HOST, Connections, NoConnectionError
 
 REQUEST_TIMEOUT = 60.0  # seconds; an engine that starts a hundred containers at once takes its time for each
 PING_TIMEOUT = 3.0
 SHOWN = 1000  # characters of what an engine says in an error
-
-HOST = "http://engine"  # which any name will do for
-JSON = {"Content-Type": "application/json"}
 
 # What goes wrong as an answer is read, if it is no JSON, or other than it should be.
 UNREADABLE = (ValueError, TypeError, AttributeError, LookupError)
@@ -52,7 +51,6 @@ class Answer:
     """What an engine says."""
 
     status: int
-    headers: Mapping[str, str]
     content: bytes
 
     def read(self, find: Callable[[Any], T]) -> T:
@@ -63,15 +61,14 @@ class Answer:
 
 
 class EngineApi:
-    """A connection to an engine."""
+    """An engine, and how to ask it."""
 
     def __init__(self, name: str, socket: Path) -> None:
         self.name = name
         self.socket = socket
         self.prefix = ""  # of all paths: the version of the API that is spoken
-        self._connections = _connections(socket, kept=None)
-        # An engine that is being stopped still answers on the connections that it has.
-        self._pinger = _connections(socket, kept=0)
+        self._connections = Connections(socket)
+        self._client = _client(socket)
 
     async def __aenter__(self) -> Self:
         return self
@@ -79,12 +76,19 @@ class EngineApi:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self._connections.aclose()
-        await self._pinger.aclose()
+        self._connections.close()
+        await self._client.aclose()
 
-    async def ping(self) -> Answer:
-        """Ask whether it is there, and takes new connections. Raises EngineAwayError."""
-        return await self._request(self._pinger, "GET", "/_ping", "answer", seconds=PING_TIMEOUT)
+    async def ping(self) -> Mapping[str, str]:
+        """Ask whether it is there, and takes new connections; give the headers of its answer. Raises EngineAwayError.
+
+        It has to be a new one: an engine that is being stopped still answers on those that it has.
+        """
+        with self._seam("answer"), trio.fail_after(PING_TIMEOUT):
+            said = await self._client.handle_async_request(_request("GET", "/_ping"))
+            answer = Answer(said.status_code, await said.aread())
+        self._check(answer, "answer", ())
+        return said.headers
 
     async def call(
         self,
@@ -113,26 +117,9 @@ class EngineApi:
             EngineSlowError: it says nothing in time.
             EngineAwayError: it is not there, or the connection was lost.
         """
-        return await self._request(
-            self._connections, method, self.prefix + path, what, body=body, seconds=seconds, accepted=accepted, params=params
-        )
-
-    async def _request(
-        self,
-        connections: httpx.AsyncHTTPTransport,
-        method: str,
-        path: str,
-        what: str,
-        *,
-        body: Any = None,
-        seconds: float,
-        accepted: Collection[int] = (),
-        params: Mapping[str, Any] | None = None,
-    ) -> Answer:
+        target = self.prefix + path + (f"?{urlencode(params)}" if params else "")
         with self._seam(what), trio.fail_after(seconds):
-            request = httpx.Request(method, HOST + path, params=params, content=_json(body), headers=JSON)
-            said = await connections.handle_async_request(request)
-            answer = Answer(said.status_code, said.headers, await said.aread())
+            answer = Answer(*await self._connections.ask(method, target, _json(body)))
         self._check(answer, what, accepted)
         return answer
 
@@ -147,12 +134,10 @@ class EngineApi:
             EngineAwayError: it is not there, or the connection was lost.
         """
         with self._seam(what):
-            said = await self._connections.handle_async_request(
-                httpx.Request(method, HOST + path, params=params, headers=headers)
-            )
+            said = await self._client.handle_async_request(_request(method, path, params=params, headers=headers))
             async with aclosing(said):
                 if said.status_code >= 400:
-                    self._check(Answer(said.status_code, said.headers, await said.aread()), what, ())
+                    self._check(Answer(said.status_code, await said.aread()), what, ())
                 async with aclosing(cast(AsyncGenerator[bytes], said.aiter_raw())) as pieces:
                     yield pieces
 
@@ -165,27 +150,31 @@ class EngineApi:
         text = f"{self.name} at {self.socket} did not {what}"
         theirs: dict[type[Exception], type[NodeError]] = {
             httpx.ConnectError: EngineUnreachableError,
+            NoConnectionError: EngineUnreachableError,
             httpx.HTTPError: EngineAwayError,
-            OSError: EngineAwayError,
+            trio.BrokenResourceError: EngineAwayError,
         }
         with map_exceptions(theirs, text), map_exceptions({trio.TooSlowError: EngineSlowError}, f"{text} in time"):
             yield
 
 
-def _connections(socket: Path, kept: int | None) -> httpx.AsyncHTTPTransport:
-    """Make the connections to a socket, of which so many are kept, or all.
+def _client(socket: Path) -> httpx.AsyncHTTPTransport:
+    """Make what is asked for long answers, each on a connection of its own. Each timeout is the caller's.
 
-    It is httpx's client without the client: redirects, cookies and the like, which no engine has, cost a third of a request.
-    Each timeout is the caller's.
+    It is httpx's client without the client: no engine has redirects, cookies and the like.
     """
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=kept)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     return httpx.AsyncHTTPTransport(uds=str(socket), verify=False, limits=limits)  # nothing is encrypted
 
 
-def _json(body: Any) -> bytes | None:
+def _request(method: str, path: str, **more: Any) -> httpx.Request:
+    return httpx.Request(method, f"http://{HOST}{path}", **more)
+
+
+def _json(body: Any) -> bytes:
     """Write as JSON what is not None. Go would read an escaped half of a surrogate pair as a question mark."""
     with map_exceptions({UnicodeEncodeError: NodeError}, "arguments and variables must be UTF-8 for an engine"):
-        return None if body is None else json.dumps(body, ensure_ascii=False).encode()
+        return b"" if body is None else json.dumps(body, ensure_ascii=False).encode()
 
 
 def _message(answer: Answer) -> str:

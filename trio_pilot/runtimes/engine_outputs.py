@@ -18,29 +18,41 @@ class Sink(Protocol):
 
 
 class Ends:
-    """The beginning and the end of a stream, without what is between if it is too long."""
+    """The beginning and the end of a stream, without what is between if it is too long.
+
+    What the sink does not take is told at the end: a stream is read to its end, whatever becomes of it.
+    """
 
     def __init__(self, sink: Sink, most: int = MOST, most_tail: int = MOST_TAIL) -> None:
         self._sink = sink
         self._room = most
         self._most_tail = most_tail
         self._tail = bytearray()
+        self._failure: OSError | None = None
 
     def write(self, data: bytes) -> None:
         """Take some of the stream."""
         head, rest = data[: self._room], data[self._room :]
         self._room -= len(head)
         if head:
-            self._sink.write(head)
+            self._put(head)
         self._tail += rest
         if len(self._tail) > 2 * self._most_tail:
             self._cut()
 
     def close(self) -> None:
-        """Take note that this is the end."""
+        """Take note that this is the end. Raises OSError if the sink did not take all."""
         self._cut()
         if self._tail:
-            self._sink.write(bytes(self._tail))
+            self._put(bytes(self._tail))
+        if self._failure:
+            raise self._failure
+
+    def _put(self, data: bytes) -> None:
+        try:
+            self._sink.write(data)
+        except OSError as error:
+            self._failure = error
 
     def _cut(self) -> None:
         del self._tail[: max(0, len(self._tail) - self._most_tail)]
