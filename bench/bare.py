@@ -25,6 +25,7 @@ from trio_pilot.engine_leftovers import UnixConnection
 from trio_pilot.staging import TaskFiles
 
 TASK = "@task@"  # in the place of a task's name
+API = "Engine API"
 DATA = "/ewms-pilot-data"
 TIMEOUT = 60.0  # seconds for an answer
 
@@ -34,7 +35,7 @@ Notes = Mapping[str, Any]  # of `bench.noted`
 def ways(runtime: Runtime) -> Sequence[str]:
     """Name the ways to start a task of that runtime without a pilot."""
     return {"process": ("xargs",), "bubblewrap": ("bwrap",), "apptainer": ("apptainer",)}.get(
-        runtime.name, (f"{runtime.name} run", "Engine API")
+        runtime.name, (f"{runtime.name} run", API)
     )
 
 
@@ -47,11 +48,11 @@ def notes(settings: Mapping[str, Any], env: Mapping[str, str], server: RabbitSer
 
 def rate(way: str, runtime: Runtime, noted: Notes, slots: int, tasks: int) -> float:
     """Do that many tasks, so many at once, in that way; give the tasks a second."""
-    with _directories(tasks) as (root, all_files):
-        same = _for_tasks_in(root, noted)
+    with directories(tasks) as (root, all_files):
+        same = for_tasks_in(root, noted)
         started = time.monotonic()
-        if way == "Engine API":
-            _by_api(Path(runtime.env["DOCKER_HOST"].removeprefix("unix://")), same["requests"], slots, tasks)
+        if way == API:
+            _by_api(runtime.socket, same["requests"], slots, tasks)
         elif way.endswith(" run"):
             _by_xargs(_run(runtime, root), {**os.environ, **runtime.env}, slots, tasks)
         else:
@@ -63,7 +64,7 @@ def rate(way: str, runtime: Runtime, noted: Notes, slots: int, tasks: int) -> fl
 
 
 @contextmanager
-def _directories(tasks: int) -> Iterator[tuple[Path, Sequence[TaskFiles]]]:
+def directories(tasks: int) -> Iterator[tuple[Path, Sequence[TaskFiles]]]:
     """Make the directories of tasks, which are named by numbers."""
     with tempfile.TemporaryDirectory(prefix="trio-pilot-bench-bare-") as directory:
         root = Path(directory)
@@ -75,7 +76,7 @@ def _directories(tasks: int) -> Iterator[tuple[Path, Sequence[TaskFiles]]]:
         yield root, all_files
 
 
-def _for_tasks_in(root: Path, noted: Notes) -> Notes:
+def for_tasks_in(root: Path, noted: Notes) -> Notes:
     """Put these directories in the place of those that were noted, and TASK in that of the task's name."""
     same: Notes = json.loads(json.dumps(noted).replace(noted["root"], str(root)).replace(noted["name"], TASK))
     return same
@@ -112,12 +113,15 @@ def _worker(socket: Path, requests: str, numbers: Iterator[int]) -> None:
     """Run containers one after the other, on one connection; `next` is atomic."""
     with closing(UnixConnection(socket, TIMEOUT)) as engine:
         for number in numbers:
-            for method, path, query, body in json.loads(requests.replace(TASK, str(number))):
-                _ask(engine, method, f"{path}?{urlencode(query)}", body)
+            for request in json.loads(requests.replace(TASK, str(number))):
+                ask(engine, *request)
 
 
-def _ask(engine: UnixConnection, method: str, path: str, body: Any) -> None:
-    engine.request(method, path, json.dumps(body) if body else None, {"Content-Type": "application/json"})
+def ask(engine: UnixConnection, method: str, path: str, query: Mapping[str, str], body: Any) -> None:
+    """Ask an engine for something. Raises AssertionError if it says no."""
+    engine.request(
+        method, f"{path}?{urlencode(query)}", json.dumps(body) if body else None, {"Content-Type": "application/json"}
+    )
     answer = engine.getresponse()
-    content = answer.read()
-    assert answer.status < 400, f"{method} {path}: {content!r}"
+    said = answer.read()
+    assert answer.status < 400, f"{method} {path}: {said!r}"

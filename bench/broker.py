@@ -19,7 +19,7 @@ WIRE = EwmsWire()
 LARGEST = 2**26  # bytes of a result
 PATIENCE = 60.0  # seconds for messages to arrive
 
-__all__ = ["Queues", "RabbitServer", "open_queues", "rabbitmq"]
+__all__ = ["Queues", "RabbitServer", "open_hand", "open_queues", "rabbitmq"]
 
 
 class Queues:
@@ -75,6 +75,36 @@ def open_queues(server: RabbitServer) -> Iterator[Queues]:
             with _channel(server) as channel:  # the server may have been restarted
                 for queue in (queues.incoming, queues.outgoing):
                     channel.queue_delete(queue)
+
+
+class Hand:
+    """Takes one event after the other, and gives a result for each."""
+
+    def __init__(self, channel: Any, queues: Queues) -> None:
+        self._channel = channel
+        self._outgoing = queues.outgoing
+        self._events = channel.consume(queues.incoming)
+        self._tag = 0
+
+    def take(self) -> Any:
+        """Wait for an event."""
+        method, _, body = next(self._events)
+        self._tag = method.delivery_tag
+        return WIRE.decode(body, LARGEST).data
+
+    def give(self, result: Any) -> None:
+        """Publish the result, and once the broker has it acknowledge the event."""
+        self._channel.basic_publish("", self._outgoing, WIRE.encode(Message(result)), PERSISTENT)
+        self._channel.basic_ack(self._tag)
+
+
+@contextmanager
+def open_hand(server: RabbitServer, queues: Queues) -> Iterator[Hand]:
+    """Connect, as who does one thing at a time and loses nothing."""
+    with _channel(server) as channel:
+        channel.confirm_delivery()
+        channel.basic_qos(prefetch_count=1)
+        yield Hand(channel, queues)
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Figures: what was measured, several times, and how far the samples lie apart."""
 
+import os
 import statistics
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -43,11 +45,16 @@ class Figure:
         return cls(facts["labels"], facts["unit"], facts["samples"])
 
 
-def alternate(rounds: int, sides: Mapping[Side, Callable[[], float]]) -> dict[Side, list[float]]:
-    """Measure each side once a round, every other round backwards: what else happens to the machine happens to all."""
+def alternate(rounds: int, sides: Mapping[Side, Callable[[], float]], pause: float = 0) -> dict[Side, list[float]]:
+    """Measure each side once a round, every other round backwards: what else happens to the machine happens to all.
+
+    In the pause, in seconds, the kernel does what one side has left to it, and not in the time of the next.
+    """
     samples: dict[Side, list[float]] = {side: [] for side in sides}
     for number in range(rounds):
         for side in list(sides)[:: 1 if number % 2 == 0 else -1]:
+            os.sync()
+            time.sleep(pause)
             samples[side].append(sides[side]())
     return samples
 

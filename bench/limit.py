@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from bench import bare
+from bench import bare, fed
 from bench.broker import RabbitServer
 from bench.figures import Figure, alternate, compared
 from bench.load import Load
@@ -21,12 +21,13 @@ class Plan:
 
     runtimes: tuple[str, ...] = ("process", "bubblewrap", "docker")
     slots: tuple[int, ...] = (1, 4)
-    rounds: int = 5
-    length: float = 3  # seconds that a run is to take, roughly
+    rounds: int = 7
+    length: float = 8  # seconds that a run is to take, roughly
+    pause: float = 1  # seconds before each
 
 
 FULL = Plan()
-QUICK = Plan(runtimes=("process", "bubblewrap"), slots=(4,), rounds=2, length=1)
+QUICK = Plan(runtimes=("process", "bubblewrap"), slots=(4,), rounds=2, length=1, pause=0)
 
 
 def measure(plan: Plan, server: RabbitServer) -> Report:
@@ -47,8 +48,10 @@ def _figures(plan: Plan, runtime: Runtime, server: RabbitServer, slots: int) -> 
     sides: dict[str, Callable[[], float]] = {
         way: partial(bare.rate, way, runtime, notes, slots, tasks) for way in bare.ways(runtime)
     }
+    if bare.API in sides:
+        sides[fed.WAY] = partial(fed.rate, runtime, notes, slots, tasks, server)
     sides[OURS] = lambda: Load(tasks).done_by(start, server).rate
-    samples = alternate(plan.rounds, sides)
+    samples = alternate(plan.rounds, sides, plan.pause)
     for figure in compared({"runtime": runtime.name, "slots": slots}, "1/s", samples, OURS):
         say(f"{dict(figure.labels)}: {figure.median:.3g} {figure.unit}")
         yield figure

@@ -29,6 +29,11 @@ class Runtime:
     env: Mapping[str, str] = field(default_factory=dict)
     image: str = "/"
 
+    @property
+    def socket(self) -> Path:
+        """Where its engine is."""
+        return Path(self.env["DOCKER_HOST"].removeprefix("unix://"))
+
 
 @contextmanager
 def open_runtime(name: str) -> Iterator[Runtime]:

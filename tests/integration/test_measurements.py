@@ -39,7 +39,7 @@ def test_throughput(rabbitmq: RabbitServer, tmp_path: Path) -> None:
 
 def test_the_limit(rabbitmq: RabbitServer, tmp_path: Path, need: Callable[[str, str], None]) -> None:
     need("bwrap", "bubblewrap")
-    found = limit.measure(limit.Plan(("process", "bubblewrap"), slots=(2,), rounds=1, length=0.01), rabbitmq)
+    found = limit.measure(limit.Plan(("process", "bubblewrap"), slots=(2,), rounds=1, length=0.01, pause=0), rabbitmq)
     for runtime, way in (("process", "xargs"), ("bubblewrap", "bwrap")):
         ours, bare = (found.find(runtime=runtime, what=what).median for what in ("trio-pilot", way))
         assert found.find(runtime=runtime, what=f"trio-pilot / {way}").median == ours / bare

@@ -1,0 +1,51 @@
+"""The least that does what a pilot does with an engine: threads that take events, run containers, publish and acknowledge.
+
+What the broker on the same cores costs is in it, and nothing else: nobody sees to a task that fails, an engine that is away,
+a signal, or what is left behind.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+from bench import bare
+from bench.broker import Queues, RabbitServer, open_hand, open_queues
+from bench.load import Load
+from bench.runtimes import Runtime
+from trio_pilot import staging
+from trio_pilot.engine_leftovers import UnixConnection
+from trio_pilot.staging import TaskFiles
+
+WAY = "Engine API and RabbitMQ"
+
+Tasks = Iterator[tuple[int, TaskFiles]]
+
+
+def rate(runtime: Runtime, noted: bare.Notes, slots: int, tasks: int, server: RabbitServer) -> float:
+    """Do that many tasks, so many at once; give the tasks a second, as of a pilot: from the first event that is taken."""
+    with bare.directories(tasks) as (root, all_files), open_queues(server) as queues:
+        queues.fill(Load(tasks).bodies())
+        requests = json.dumps(bare.for_tasks_in(root, noted)["requests"])
+        left = enumerate(all_files)  # to take the next of it is atomic
+        with ThreadPoolExecutor(slots) as threads:
+            working = [threads.submit(_work, runtime.socket, requests, left, server, queues) for _ in range(slots)]
+        spans = [each.result() for each in working]
+        assert queues.ready(queues.outgoing) == tasks
+    return tasks / (max(ended for _, ended in spans) - min(begun for begun, _ in spans))
+
+
+def _work(socket: Path, requests: str, left: Tasks, server: RabbitServer, queues: Queues) -> tuple[float, float]:
+    """Do one task after the other; tell when the first event was there, and when the last was settled."""
+    begun = None
+    with closing(UnixConnection(socket, bare.TIMEOUT)) as engine, open_hand(server, queues) as hand:
+        for number, files in left:
+            event = hand.take()
+            begun = begun or time.monotonic()
+            staging.write_infile(files, event)
+            for request in json.loads(requests.replace(bare.TASK, str(number))):
+                bare.ask(engine, *request)
+            hand.give(files.outfile_path.read_text())
+        return begun or time.monotonic(), time.monotonic()
