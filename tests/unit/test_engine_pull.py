@@ -140,6 +140,13 @@ def test_a_name_without_a_tag_means_the_latest(image: str, name: str) -> None:
     assert tagged(image) == name
 
 
+async def test_an_image_whose_name_no_engine_can_be_told_is_not_asked_for(tmp_path: Path) -> None:
+    async with fake(tmp_path) as (engine, link):
+        with pytest.raises(NodeError, match=r"^the image 'a\\udcff' must have a name in UTF-8: "):
+            await prepare(link, "a\udcff")
+    assert engine.asked == []
+
+
 async def test_what_may_be_an_id_and_is_none_means_the_latest(tmp_path: Path) -> None:
     async with fake(tmp_path, lines(DONE)) as (engine, link):
         assert await prepare(link, "deadbeefcafe") == ID

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import trio
 
-from trio_pilot.errors import NodeError
+from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes.engine_api import SHOWN, EngineApi, EngineAwayError, EngineRefusedError
 from trio_pilot.runtimes.engine_dialect import Dialect
@@ -44,6 +44,8 @@ async def ready_image(link: Link, dialect: Dialect, image: str) -> str:
     """
     if not image or image.startswith((".", "/")):
         raise NodeError(f"the image {image} must be a name, such as debian:12: {dialect.name} runs no directories or files")
+    with map_exceptions({UnicodeEncodeError: NodeError}, f"the image {image!r} must have a name in UTF-8"):
+        image.encode()
     if MAYBE_ID.fullmatch(image) and (found := await find_image(link, image)):
         return found
     name = tagged(image)
