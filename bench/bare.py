@@ -113,12 +113,16 @@ def _worker(socket: Path, requests: str, numbers: Iterator[int]) -> None:
     """Run containers one after the other, on one connection; `next` is atomic."""
     with closing(UnixConnection(socket, TIMEOUT)) as engine:
         for number in numbers:
-            for request in json.loads(requests.replace(TASK, str(number))):
-                ask(engine, *request)
+            run_by_api(engine, requests, number)
 
 
-def ask(engine: UnixConnection, method: str, path: str, query: Mapping[str, str], body: Any) -> None:
-    """Ask an engine for something. Raises AssertionError if it says no."""
+def run_by_api(engine: UnixConnection, requests: str, number: int) -> None:
+    """Run the container of a task. Raises AssertionError if the engine says no."""
+    for request in json.loads(requests.replace(TASK, str(number))):
+        _ask(engine, *request)
+
+
+def _ask(engine: UnixConnection, method: str, path: str, query: Mapping[str, str], body: Any) -> None:
     engine.request(
         method, f"{path}?{urlencode(query)}", json.dumps(body) if body else None, {"Content-Type": "application/json"}
     )

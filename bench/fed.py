@@ -26,26 +26,27 @@ Tasks = Iterator[tuple[int, TaskFiles]]
 
 def rate(runtime: Runtime, noted: bare.Notes, slots: int, tasks: int, server: RabbitServer) -> float:
     """Do that many tasks, so many at once; give the tasks a second, as of a pilot: from the first event that is taken."""
+    load = Load(tasks)
     with bare.directories(tasks) as (root, all_files), open_queues(server) as queues:
-        queues.fill(Load(tasks).bodies())
+        queues.fill(load.bodies())
         requests = json.dumps(bare.for_tasks_in(root, noted)["requests"])
         left = enumerate(all_files)  # to take the next of it is atomic
         with ThreadPoolExecutor(slots) as threads:
             working = [threads.submit(_work, runtime.socket, requests, left, server, queues) for _ in range(slots)]
-        spans = [each.result() for each in working]
-        assert queues.ready(queues.outgoing) == tasks
-    return tasks / (max(ended for _, ended in spans) - min(begun for begun, _ in spans))
+        load.check(queues)
+    moments = [moment for each in working for moment in each.result()]
+    return tasks / (max(moments) - min(moments))
 
 
-def _work(socket: Path, requests: str, left: Tasks, server: RabbitServer, queues: Queues) -> tuple[float, float]:
-    """Do one task after the other; tell when the first event was there, and when the last was settled."""
-    begun = None
+def _work(socket: Path, requests: str, left: Tasks, server: RabbitServer, queues: Queues) -> list[float]:
+    """Do one task after the other; tell when each event was there, and when it was settled."""
+    moments = []
     with closing(UnixConnection(socket, bare.TIMEOUT)) as engine, open_hand(server, queues) as hand:
         for number, files in left:
             event = hand.take()
-            begun = begun or time.monotonic()
+            moments.append(time.monotonic())
             staging.write_infile(files, event)
-            for request in json.loads(requests.replace(bare.TASK, str(number))):
-                bare.ask(engine, *request)
+            bare.run_by_api(engine, requests, number)
             hand.give(files.outfile_path.read_text())
-        return begun or time.monotonic(), time.monotonic()
+            moments.append(time.monotonic())
+    return moments

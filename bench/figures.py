@@ -48,13 +48,14 @@ class Figure:
 def alternate(rounds: int, sides: Mapping[Side, Callable[[], float]], pause: float = 0) -> dict[Side, list[float]]:
     """Measure each side once a round, every other round backwards: what else happens to the machine happens to all.
 
-    In the pause, in seconds, the kernel does what one side has left to it, and not in the time of the next.
+    In a pause, in seconds, the kernel does what one side has left to it, and not in the time of the next.
     """
     samples: dict[Side, list[float]] = {side: [] for side in sides}
     for number in range(rounds):
         for side in list(sides)[:: 1 if number % 2 == 0 else -1]:
-            os.sync()
-            time.sleep(pause)
+            if pause:
+                os.sync()
+                time.sleep(pause)
             samples[side].append(sides[side]())
     return samples
 

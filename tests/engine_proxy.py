@@ -8,6 +8,8 @@ from pathlib import Path
 
 import trio
 
+from tests.runtimes_support import serving
+
 NOTHING = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]"
 FAILURE = b'HTTP/1.1 500 Internal Server Error\r\nContent-Length: 22\r\n\r\n{"message": "no more"}'
 REQUEST_LINE = re.compile(rb"^(GET|POST|DELETE) (\S+) HTTP/1.1\r\n")
@@ -134,10 +136,5 @@ class _Connection:
 @asynccontextmanager
 async def engine_proxy(target: Path, directory: Path) -> AsyncIterator[EngineProxy]:
     proxy = EngineProxy(target, directory / "proxy.sock")
-    listener = trio.socket.socket(trio.socket.AF_UNIX)
-    await listener.bind(str(proxy.socket))
-    listener.listen(100)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.serve_listeners, proxy.forward, [trio.SocketListener(listener)])
+    async with serving(proxy.forward, proxy.socket):
         yield proxy
-        nursery.cancel_scope.cancel()

@@ -6,6 +6,7 @@ import pytest
 import trio
 import trio.testing
 
+from tests.runtimes_support import serving
 from trio_pilot.runtimes.engine_connection import Connections, NoConnectionError
 
 ANSWER = b'HTTP/1.1 201 Created\r\nContent-Length: 9\r\n\r\n{"Id": 1}'
@@ -39,16 +40,11 @@ class Server:
 
 @asynccontextmanager
 async def talking_to(server: Server, directory: Path) -> AsyncIterator[Connections]:
-    socket = trio.socket.socket(trio.socket.AF_UNIX)
-    await socket.bind(str(directory / "socket"))
-    socket.listen()
     connections = Connections(directory / "socket")
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.serve_listeners, server.serve, [trio.SocketListener(socket)])
+    async with serving(server.serve, directory / "socket"):
         with trio.fail_after(10):
             yield connections
         connections.close()
-        nursery.cancel_scope.cancel()
 
 
 async def test_one_connection_serves_one_request_after_the_other(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.runtimes_support import until
+from tests.runtimes_support import serving, until
 from trio_pilot.errors import NodeError
 from trio_pilot.runtimes import pull
 from trio_pilot.runtimes.docker import DOCKER
@@ -82,13 +82,8 @@ class FakeEngine:
 @asynccontextmanager
 async def fake(directory: Path, *replies: Reply) -> AsyncIterator[tuple[FakeEngine, Link]]:
     engine = FakeEngine(replies)
-    listener = trio.socket.socket(trio.socket.AF_UNIX)
-    await listener.bind(str(directory / "sock"))
-    listener.listen(10)
-    async with trio.open_nursery() as nursery, EngineApi("docker", directory / "sock") as api:
-        nursery.start_soon(trio.serve_listeners, engine.serve, [trio.SocketListener(listener)])
+    async with serving(engine.serve, directory / "sock"), EngineApi("docker", directory / "sock") as api:
         yield engine, Link(api, patience=5)
-        nursery.cancel_scope.cancel()
 
 
 async def prepare(link: Link, image: str = "debian:12") -> str:
