@@ -182,7 +182,7 @@ class Nats:
                 state = (await streams.stream_info(place.stream)).state
             except NotFoundError:
                 return []
-            numbers = range(state.first_seq, state.last_seq + 1)
+            numbers = range(state.first_seq or 1, state.last_seq + 1)  # 0 of a stream that never had any
             found = [await streams.get_msg(place.stream, number) for number in numbers]
             return [(message.headers or {}, message.data or b"") for message in found]
 

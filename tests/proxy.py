@@ -1,5 +1,7 @@
 """A TCP forwarder that can misbehave, and servers that are no brokers."""
 
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -29,6 +31,12 @@ class Proxy:
         """Cut every connection: both ends see the other's end."""
         for stream in list(self._open):
             stream.socket.close()
+
+    def reset(self) -> None:
+        """Cut every connection with a reset, as a machine does that was started anew."""
+        for stream in self._open:
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.cut()
 
     def half_open(self) -> None:
         """Have the server see the other end of every connection, and nobody tell the clients."""

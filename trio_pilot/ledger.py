@@ -25,6 +25,7 @@ class Life:
     def __init__(self, delivery: Delivery) -> None:
         self.delivery = delivery
         self.is_settled = False  # or tried to be
+        self.is_over = False  # nobody will settle another delivery for it any more
 
 
 class Ledger:
@@ -66,7 +67,7 @@ class Ledger:
     def adopt(self, delivery: Delivery) -> bool:
         """Give a new delivery to the event that is run already, if its own is lost; tell whether there was one."""
         for life in self._running.get(_key(delivery), ()) if delivery.redelivered else ():
-            if life.delivery.source.has_lost(life.delivery):
+            if not life.is_over and life.delivery.source.has_lost(life.delivery):
                 life.delivery = delivery
                 return True
         return False

@@ -222,6 +222,7 @@ class Worker:
         with trio.move_on_after(self._settings.settle_grace, shield=True) as patience:
             while not await self._try_to_settle(life, life.delivery, settlement, cause):
                 pass  # it has come again meanwhile
+        life.is_over = True
         if patience.cancelled_caught:
             LOGGER.warning("event %s not settled (%s) in time", life.delivery.message_id, settlement.value)
 

@@ -1,6 +1,7 @@
 # What NATS does beyond the contract: leases, lost connections and servers, refusals, and oms-mqclient on the other side.
 
 import asyncio
+import gc
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from mqclient.queue import Queue
 from nats.js.api import ConsumerConfig
 
 from tests.brokers import LONG, Nats, eventually, failure_of, new_name, nothing_comes, send, take
-from tests.pilot_process import COMMAND, assert_nothing_left, cp, run_pilot
+from tests.pilot_process import COMMAND, assert_nothing_left, cp, pilot, run_pilot
 from tests.proxy import hang_up, proxy, server, silence, speak_http, speak_ssh
 from tests.servers import MAX_MESSAGE_SIZE, NATS_USERS, NatsServer, running
 from trio_pilot.brokers import Delivery, Settlement, Source
@@ -203,6 +204,7 @@ async def test_a_server_that_is_restarted_has_lost_nothing_and_nothing_has_lost_
     async with broker.source(queue) as source, broker.sink(queue) as sink, source.consume(2) as consumer:
         await sink.ready()
         taken = await take(consumer)
+        await eventually(lambda: own_server.deliveries(place_of(queue)) == 2, "the server has written it down")
         own_server.stop(number)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(sink.send, b"sent meanwhile", "id-m")
@@ -217,6 +219,62 @@ async def test_a_server_that_is_restarted_has_lost_nothing_and_nothing_has_lost_
     assert bodies == [b"ahead", b"rest", b"sent meanwhile"]
     assert broker.counts(queue) == (0, 0)
     assert len([record for record in caplog.records if record.name == "trio_pilot"]) == 2  # one line a connection
+
+
+async def test_what_a_killed_server_does_not_know_to_have_delivered_comes_again_and_is_known(
+    own_server: NatsServer, queue: str
+) -> None:
+    broker = Nats(own_server)
+    await send(broker, queue, b"acked", b"taken")
+    async with broker.source(queue) as source, source.consume(2) as consumer:
+        before = await take(consumer), await take(consumer)
+        await source.settle(before[0], Settlement.ACK)
+        own_server.stop()
+        own_server.forget_deliveries(place_of(queue))
+        own_server.start()
+        for first in before:
+            again = await take(consumer)
+            assert (again.body, again.redelivered) == (first.body, True)
+            assert source.has_lost(first)
+            await source.settle(again, Settlement.ACK)
+    assert broker.counts(queue) == (0, 0)
+
+
+async def test_a_pilot_runs_nothing_again_that_a_killed_server_does_not_know_to_have_delivered(
+    own_server: NatsServer, tmp_path: Path
+) -> None:
+    broker, directory = Nats(own_server), tmp_path / "pilot"
+    directory.mkdir()
+    incoming, outgoing = new_name("in"), new_name("out")
+    send_theirs(broker, incoming, range(12))
+    task = "/bin/sh -c 'sleep 0.5; cp {{INFILE}} {{OUTFILE}}'"
+    given = settings(broker, incoming, outgoing, MAX_CONCURRENT_TASKS=4, TASK_ARGS=task)
+    with pilot(directory, given) as child:
+        await eventually(lambda: 4 <= len(broker.messages(outgoing)) < 12, "some are done, and some are run")
+        own_server.stop()
+        own_server.forget_deliveries(place_of(incoming))
+        own_server.start()
+        _, said = await trio.to_thread.run_sync(child.communicate)
+    assert child.returncode == 0, said
+    assert len(broker.messages(outgoing)) == 12
+    assert sorted(receive_theirs(broker, outgoing)) == list(range(12))
+    assert broker.counts(incoming) == (0, 0)
+
+
+async def test_a_connection_that_is_reset_is_made_again_at_once_and_in_one_line(
+    broker: Nats, queue: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with (
+        proxy(broker.server.port) as way,
+        broker.source(queue, server=way.address) as source,
+        source.consume(1) as consumer,
+    ):
+        await nothing_comes(consumer)
+        way.reset()
+        await send(broker, queue, b"a")
+        await source.settle(await take(consumer), Settlement.ACK)
+    gc.collect()  # asyncio tells of an error that nobody has asked for when it forgets it
+    assert [record.name for record in caplog.records] == ["trio_pilot"]
 
 
 async def test_what_a_killed_pilot_had_comes_back_when_its_lease_has_run_out(broker: Nats, tmp_path: Path) -> None:

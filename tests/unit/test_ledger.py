@@ -5,10 +5,11 @@ import trio
 
 from tests.unit.pilots import WIRE, Lab
 from trio_pilot import ledger
-from trio_pilot.brokers import Delivery, amqp
+from trio_pilot.brokers import Delivery, Settlement, amqp
 from trio_pilot.errors import TasksFailedError
 from trio_pilot.ledger import Ledger
 from trio_pilot.runtimes import Container
+from trio_pilot.task import Event, Worker
 from trio_pilot.testing import FakeBroker, FakeSource, copy
 from trio_pilot.wire import Message
 
@@ -105,6 +106,30 @@ async def test_an_ack_that_a_lost_connection_may_have_lost_is_made_up_for(lab: L
     assert not known.was_done(delivery(source, "a", redelivered=False))
     assert known.was_done(delivery(source, "a"))
     assert not known.was_done(delivery(source, "a"))
+
+
+async def test_an_event_that_comes_again_while_its_files_are_removed_is_settled_and_not_run(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle, discard = FakeSource.settle, Worker.discard
+
+    async def lose_the_first_ack(source: FakeSource, delivery: Delivery, settlement: Settlement, *said: str) -> None:
+        if delivery.redelivered:
+            await settle(source, delivery, settlement, *said)
+
+    async def discard_slowly(worker: Worker, event: Event) -> None:
+        lab.broker.lose_connections()
+        await trio.sleep(5)
+        await discard(worker, event)
+
+    monkeypatch.setattr(FakeSource, "settle", lose_the_first_ack)
+    monkeypatch.setattr(Worker, "discard", discard_slowly)
+    lab.put(1)
+    await lab.run(max_concurrent_tasks=2, timeout_queue_incoming=100.0)
+    assert len(lab.runtime.ran) == 1
+    assert lab.outputs() == ["1"]
+    assert lab.broker.bodies("in") == []
+    lab.assert_the_promise([1])
 
 
 async def test_an_ack_of_long_ago_has_arrived(lab: Lab) -> None:

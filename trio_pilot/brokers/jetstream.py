@@ -11,9 +11,11 @@ import json
 import re
 import ssl
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -88,19 +90,20 @@ class Place:
     consumer: str
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Arrival:
     """A message as the server delivers it."""
 
     sequence: int  # in its stream
-    deliveries: int  # how often it was delivered, with this one
+    stored: datetime  # when its stream got it
+    redelivered: bool
     answer_to: str = field(repr=False)
     headers: Mapping[str, str]
     body: bytes = field(repr=False)
     held_until: float  # seconds of time.monotonic: until then nobody else is given it
     settled: bool = False
     late_answer: bytes = b""  # how it is to be settled, where nobody waits for that any more
-    is_lost: bool = False  # its lease has run out
+    is_lost: bool = False  # its lease has run out, or it has come again
 
 
 class Held:
@@ -109,15 +112,21 @@ class Held:
     def __init__(self) -> None:
         self.aside = 0  # how many of them do not count towards the prefetch
         self._arrivals: dict[int, Arrival] = {}
+        self._known = weakref.WeakValueDictionary[int, Arrival]()  # those too that were settled, while others know them
 
     def __len__(self) -> int:
         return len(self._arrivals)
 
     def add(self, arrival: Arrival) -> None:
-        """Hold an arrival; one of the same message is lost by that."""
-        if old := self._arrivals.get(arrival.sequence):
+        """Hold an arrival; one of the same message is lost by that, even if it was settled.
+
+        A server that was killed may have forgotten what it had delivered in its last tenth of a second, and what came of it.
+        To it, the message comes for the first time.
+        """
+        if old := self._known.get(arrival.sequence):
             old.is_lost = True
-        self._arrivals[arrival.sequence] = arrival
+            arrival.redelivered |= old.stored == arrival.stored  # else the stream is another
+        self._arrivals[arrival.sequence] = self._known[arrival.sequence] = arrival
 
     def drop(self, arrival: Arrival) -> None:
         """Hold an arrival no longer."""
@@ -154,6 +163,7 @@ class Connection:
         self._asking: dict[str, dict[asyncio.Task[None], Reply]] = {}  # by the subject, in small letters
         self.listeners: set[Listener] = set()
         self._over = asyncio.Event()
+        self._was_connected = False
         self._is_closed = False
         self._last_will: Callable[[], Awaitable[None]] | None = None
         self._error: Exception = LostError("the connection is closed")
@@ -248,6 +258,7 @@ class Connection:
             options = _options(self._address, self._secret)
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 await self.client.connect(**options, error_cb=self._on_error, closed_cb=self._on_close)
+            self._was_connected = True
             self._check_tls()
             self.tell(self.opened.tell)
         except Exception as error:  # whatever it was, nobody may wait for ever
@@ -265,7 +276,7 @@ class Connection:
 
     async def _on_error(self, error: Exception) -> None:
         """Take note of an error. With one that comes before it is connected, nats-py would go on for ever."""
-        if not self.client.is_connected:
+        if not self._was_connected:
             raise error
         refused = FORBIDDEN.search(str(error))
         askers = self._asking.pop(refused[1], {}) if refused else {}
@@ -499,7 +510,9 @@ class Listener:
     def _on_arrival(self, message: Msg, headers: Mapping[str, str]) -> None:
         facts = message.metadata
         until = time.monotonic() + self._lease
-        arrival = Arrival(facts.sequence.stream, facts.num_delivered, message.reply, headers, message.data, until)
+        again = facts.num_delivered > 1
+        place, stored = facts.sequence.stream, facts.timestamp
+        arrival = Arrival(place, stored, again, message.reply, headers, message.data, until)
         self._held.add(arrival)
         self._connection.tell(partial(self._arrived, arrival))
 

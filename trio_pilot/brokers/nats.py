@@ -324,7 +324,7 @@ class NatsConsumer(PrefetchConsumer):
             message_id=str(facts.get(MESSAGE_ID) or facts.get(ONCE) or f"{source.place.stream}.{arrival.sequence}"),
             attempt=attempt(facts),
             tag=arrival,
-            redelivered=arrival.deliveries > 1,
+            redelivered=arrival.redelivered,
             headers=facts,
         )
 
