@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +22,7 @@ from tests.condor.pool import Pool, open_pool
 from tests.runtimes_support import make_image
 
 SERVICES: list[str] = []
+SHOWN = 4000  # characters of a log, with a test that fails
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,6 +43,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     SERVICES.extend(getattr(node, "workeroutput", {}).get("services", ()))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With a test that fails, show what the servers said last."""
+    report = yield
+    if report.failed:
+        logs = (log for server in servers.RUNNING for log in server.logs)
+        report.sections.extend((f"end of {log}", log.read_text(errors="replace")[-SHOWN:]) for log in logs)
+    return report
 
 
 def cannot(reason: str) -> NoReturn:

@@ -84,16 +84,19 @@ def need(program: str, package: str) -> None:
 
 
 S = TypeVar("S", "RabbitServer", "NatsServer")
+RUNNING: "list[RabbitServer | NatsServer]" = []
 
 
 @contextmanager
 def running(server: S) -> Iterator[S]:
     """Run a server."""
+    RUNNING.append(server)
     try:
         server.start()
         yield server
     finally:
         server.stop()
+        RUNNING.remove(server)
 
 
 @contextmanager
@@ -161,6 +164,10 @@ class RabbitServer:
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
+
+    @property
+    def logs(self) -> list[Path]:
+        return [self._log, *(self.directory / "log").glob("*.log")]
 
     def start(self) -> None:
         self.launch()
@@ -323,6 +330,10 @@ class NatsServer:
     def version(self) -> str:
         done = subprocess.run([self._program(), "--version"], capture_output=True, text=True, check=True)
         return done.stdout.split()[-1].removeprefix("v")
+
+    @property
+    def logs(self) -> list[Path]:
+        return [self._log]
 
     def start(self) -> None:
         command = ["setpriv", "--pdeathsig", "KILL", self._program(), "-c", str(self.directory / "nats.conf")]

@@ -128,7 +128,7 @@ async def test_an_expired_token_in_a_file_is_waited_for(broker: Rabbit, issuer: 
         await trio.sleep(2)
         file.write_text(issuer.token(60))
         _, stderr = await trio.to_thread.run_sync(child.communicate)
-    assert child.returncode == 0, "\n".join([stderr, *(log[-3000:] for log in logs_of(broker))])
+    assert child.returncode == 0, stderr
     assert "our token expired at" in stderr
     assert broker.ready(f"{queue}-out") == 1
 
