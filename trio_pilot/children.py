@@ -38,6 +38,9 @@ DEATH_INTERVAL = 0.01  # the same, while one is seen to be dying: bubblewrap's, 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 PF_EXITING = 0x4  # linux/sched.h
 
+# By these HTCondor's condor_procd knows the processes of a job that it is to kill, whoever their parents are by then.
+_OF_CONDOR = {name: value for name, value in os.environ.items() if name.startswith("_CONDOR_ANCESTOR_")}
+
 
 @dataclass(frozen=True, slots=True)
 class Command:
@@ -204,7 +207,7 @@ def _popen(command: Command) -> "subprocess.Popen[bytes]":
             stdin=subprocess.DEVNULL,
             stdout=command.stdout,
             stderr=command.stderr,
-            env={**command.env, MARKER: mark(command.marker)},
+            env={**command.env, **_OF_CONDOR, MARKER: mark(command.marker)},
             cwd=command.cwd,
             pass_fds=command.pass_fds,
             start_new_session=True,

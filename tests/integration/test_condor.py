@@ -132,7 +132,8 @@ def mark() -> str:
 
 
 def long_tasks(mark: str) -> Sequence[str]:
-    task = ("--runtime=bubblewrap", "--task-image=/", f"--task-args=sh -c 'sleep 1000; : {mark}'")
+    # Should its `sleep` alone be killed, as the first of a job's processes, it has failed: it is not one that is done.
+    task = ("--runtime=bubblewrap", "--task-image=/", f"--task-args=sh -c 'sleep 1000 && : {mark}'")
     return *task, "--max-concurrent-tasks=2", "--prefetch=4", "--grace=1", "--kill-grace=0.5", "--timeout-queue-incoming=100"
 
 

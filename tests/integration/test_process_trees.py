@@ -304,3 +304,12 @@ def test_the_pilots_own_secrets_are_not_in_a_tasks_environment(pilots: PilotComm
     said = str(pilots.receive()[0])
     assert "a-secret" not in said
     assert "EWMS_TASK_INFILE=" in said
+
+
+def test_htcondor_knows_a_tasks_processes_as_it_knows_the_pilots(pilots: PilotCommand, runtime: str) -> None:
+    pilots.send("event")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("_CONDOR_ANCESTOR_47", "47:1795890748:1")
+        pilot = pilots.run("sh", "-c", 'env > "$0"', "{{OUTFILE}}", runtime=runtime)
+    assert pilot.wait() == 0
+    assert "_CONDOR_ANCESTOR_47=47:1795890748:1\n" in str(pilots.receive()[0])
