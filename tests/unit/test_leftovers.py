@@ -23,6 +23,7 @@ from trio_pilot.engine_leftovers import DATA_LABEL, LABEL, remove_containers
 from trio_pilot.identity import Identity, own
 from trio_pilot.image_leftovers import remove_halves
 from trio_pilot.leftovers import MARKER, end_processes
+from trio_pilot.runtimes import Options, bubblewrap
 from trio_pilot.trees import opened, remove_tree
 from trio_pilot.workspace import open_workspace
 
@@ -50,6 +51,17 @@ def start(pilot: object, script: str) -> Iterator["subprocess.Popen[bytes]"]:
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+async def test_the_processes_by_which_bubblewrap_is_tried_are_known_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bwrap, said = tmp_path / "bwrap", tmp_path / "environment"
+    bwrap.write_text(f"#!/bin/sh\nenv > {said}\n")
+    bwrap.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert await bubblewrap.fault(Options()) is None
+    assert f"{MARKER}={own()}/" in said.read_text()
 
 
 @pytest.mark.alone  # any pilot that starts sweeps after the dead

@@ -13,6 +13,7 @@ import trio
 from trio_pilot.children import Child, Children, Command
 from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.last_words import last_words
+from trio_pilot.leftovers import MARKER, mark
 from trio_pilot.limits import NOT_ENTERED, Confinement, Limiter, open_limiter
 from trio_pilot.outputs import open_output
 from trio_pilot.runtimes import DATA_DIRECTORY, NOT_EXECUTABLE, NOT_FOUND, Container, Exit, Options, cannot_run
@@ -52,6 +53,7 @@ def _fault() -> str | None:
             timeout=PROBE_TIMEOUT,
             check=False,
             start_new_session=True,
+            env={**os.environ, MARKER: mark("probe")},  # by which it is found if we are killed just now
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
