@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trio_pilot.brokers import DEAD_LETTERS, KINDS, LONGEST_LEASE, QueueAddress
-from trio_pilot.errors import SettingsError
+from trio_pilot.errors import SettingsError, map_exceptions
 from trio_pilot.parsing import (
     Parse,
     arguments,
@@ -304,6 +304,8 @@ class Settings:
 
     def _queue_address(self, queue: str, kind: str, address: str, token: str) -> QueueAddress:
         kind = kind or _kind_of_broker(address)
+        with map_exceptions({UnicodeEncodeError: SettingsError}, f"a queue's name must be UTF-8, not {queue!r}"):
+            queue.encode()
         return QueueAddress(queue, kind, address or ("" if kind == "local" else "localhost"), token, self.dead_letters)
 
 

@@ -407,6 +407,7 @@ def test_the_address_tells_the_kind_of_a_broker(address: str, kind: str) -> None
         ({}, "EWMS_PILOT_QUEUE_OUTGOING must name a queue: set it, or give --queue-outgoing"),
         ({"": "a;;b"}, "EWMS_PILOT_QUEUE_OUTGOING must name a queue at each of its 3 positions"),
         ({"": "a;b;c", "_AUTH_TOKEN": "t;u"}, "EWMS_PILOT_QUEUE_OUTGOING_AUTH_TOKEN must have 1 or 3 values"),
+        ({"": "a;b\udcff"}, "a queue's name must be UTF-8, not 'b\\udcff'"),
     ],
 )
 def test_queues_that_are_not_told_are_an_error(environ: Mapping[str, str], message: str) -> None:
