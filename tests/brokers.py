@@ -14,6 +14,7 @@ import nats
 import pika
 import pulsar
 import trio
+from nats.js.api import ConsumerConfig
 from nats.js.errors import NotFoundError
 
 from tests.servers import NatsServer, RabbitServer
@@ -133,6 +134,10 @@ class Rabbit:
         with self.channel() as channel:
             return int(channel.queue_declare(queue, passive=True).method.message_count)
 
+    def counts(self, queue: str) -> tuple[int, int]:
+        """Tell how many messages are ready, and how many delivered and unsettled."""
+        return self.server.counts(queue)
+
     def consumers(self, queue: str) -> int:
         """Tell how many consumers a queue has."""
         with self.channel() as channel:
@@ -173,6 +178,17 @@ class Nats:
             for headers, body in found
         ]
 
+    def lease(self, queue: str, seconds: float) -> None:
+        """Make a queue whose leases are short."""
+
+        async def make(streams: Any) -> None:
+            place = place_of(queue)
+            await streams.add_stream(name=place.stream, subjects=[place.subject])
+            wanted = ConsumerConfig(durable_name=place.consumer, filter_subject=place.subject, ack_wait=seconds)
+            await streams.add_consumer(place.stream, wanted)
+
+        self.ask(make)
+
     def messages(self, queue: str) -> list[tuple[dict[str, str], bytes]]:
         """Read all that is in the stream of a queue, whoever has acknowledged it: headers and body."""
 
@@ -187,6 +203,13 @@ class Nats:
             return [(message.headers or {}, message.data or b"") for message in found]
 
         return self.ask(read)
+
+    def ready(self, queue: str) -> int:
+        """Tell how many messages of a queue nobody has settled; of one that nobody has read, how many there are."""
+        try:
+            return sum(self.counts(queue))
+        except NotFoundError:
+            return len(self.messages(queue))
 
     def counts(self, queue: str) -> tuple[int, int]:
         """Tell how many messages are ready, and how many delivered and unsettled."""

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import trio
 from mqclient.queue import Queue
-from nats.js.api import ConsumerConfig
 
 from tests.brokers import LONG, Nats, eventually, failure_of, new_name, nothing_comes, send, take
 from tests.pilot_process import COMMAND, assert_nothing_left, cp, pilot, run_pilot
@@ -40,18 +39,6 @@ def strict(tmp_path: Path) -> Iterator[Nats]:
     """A server that asks who we are."""
     with running(NatsServer(tmp_path, NATS_USERS)) as server:
         yield Nats(server)
-
-
-def lease(broker: Nats, queue: str, seconds: float) -> None:
-    """Make a queue whose leases are short."""
-
-    async def make(streams: Any) -> None:
-        place = place_of(queue)
-        await streams.add_stream(name=place.stream, subjects=[place.subject])
-        wanted = ConsumerConfig(durable_name=place.consumer, filter_subject=place.subject, ack_wait=seconds)
-        await streams.add_consumer(place.stream, wanted)
-
-    broker.ask(make)
 
 
 def theirs(broker: Nats, queue: str) -> Any:
@@ -120,7 +107,7 @@ async def test_send_receive_and_check_work_with_nats(broker: Nats, tmp_path: Pat
 
 
 async def test_a_delivery_is_ours_however_long_it_takes_and_whatever_trio_does(broker: Nats, queue: str) -> None:
-    lease(broker, queue, 0.6)
+    broker.lease(queue, 0.6)
     await send(broker, queue, b"long", b"ahead")
     async with broker.source(queue) as source, source.consume(2) as consumer, broker.source(queue) as other:
         delivery = await take(consumer)
@@ -142,7 +129,7 @@ def time_passes_and_trio_is_stuck(seconds: float) -> None:
 
 
 async def test_an_event_whose_lease_ran_out_comes_again_and_is_known(broker: Nats, queue: str) -> None:
-    lease(broker, queue, 1)
+    broker.lease(queue, 1)
     await send(broker, queue, b"a")
     async with (
         proxy(broker.server.port) as way,
@@ -279,7 +266,7 @@ async def test_a_connection_that_is_reset_is_made_again_at_once_and_in_one_line(
 
 async def test_what_a_killed_pilot_had_comes_back_when_its_lease_has_run_out(broker: Nats, tmp_path: Path) -> None:
     incoming, outgoing = new_name("in"), new_name("out")
-    lease(broker, incoming, 2)
+    broker.lease(incoming, 2)
     send_theirs(broker, incoming, ["a"])
     given = settings(broker, incoming, outgoing, TASK_ARGS="/bin/sleep 30")
     env = {"PATH": str(Path(COMMAND).parent)} | {

@@ -14,7 +14,7 @@ import trio
 
 from tests import proxy as proxies
 from tests import servers
-from tests.brokers import Rabbit, new_name
+from tests.brokers import Nats, Rabbit, new_name
 from tests.conftest import open_rabbitmq
 from tests.integration.test_broker_faults import send_all, settings
 from tests.pilot_process import COMMAND, assert_nothing_left, environment, pilot
@@ -62,8 +62,9 @@ async def proxy(server: servers.RabbitServer) -> AsyncIterator[proxies.Proxy]:
 class Campaign:
     """One pilot and its events, while something goes wrong again and again."""
 
-    def __init__(self, broker: Rabbit, directory: Path, count: int, seconds: str) -> None:
+    def __init__(self, broker: Rabbit | Nats, directory: Path, count: int, seconds: str) -> None:
         self.broker, self.count, self.seconds = broker, count, seconds
+        self.scheme = "nats" if isinstance(broker, Nats) else "amqp"
         self.queue = new_name()
         self.directory, self.log = directory / "slot", directory / "log"
         self.pauses: list[float] = []  # seconds from each broker that was there again to the next event that was started
@@ -105,7 +106,7 @@ class Campaign:
 
     def _state(self, child: "subprocess.Popen[str]") -> str:
         """Say what is known of a pilot that has started nothing for long."""
-        ready, delivered = self.broker.server.counts(self.queue)
+        ready, delivered = self.broker.counts(self.queue)
         said = self.directory.with_name("said").read_text().splitlines()[-20:]
         return f"exit code {child.poll()}; {self.started()} started, {ready} ready, {delivered} delivered; {said}"
 
@@ -129,9 +130,8 @@ class Campaign:
 
     def _receive(self) -> list[int]:
         command = [COMMAND, "receive", f"{self.queue}-out", "--unique"]
-        done = subprocess.run(
-            command, env=environment({"BROKER": f"amqp://{self.broker.server.address}"}), capture_output=True, text=True
-        )
+        env = environment({"BROKER": f"{self.scheme}://{self.broker.server.address}"})
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return [
             json.loads(json.loads(line)) if line.startswith('"') else json.loads(line) for line in done.stdout.splitlines()
@@ -152,6 +152,26 @@ async def test_a_broker_that_is_killed_again_and_again_costs_no_result_and_no_se
 
     campaign = Campaign(broker, tmp_path, count, seconds)
     campaign.check(await campaign.run(broker.server.address, [crash] * kills))
+
+
+@pytest.mark.usefixtures("nats")  # which installs it
+@pytest.mark.parametrize(
+    ("kills", "count", "seconds"), [(5, 100, BRIEFLY), pytest.param(200, 1000, LONGER, marks=pytest.mark.soak)]
+)
+async def test_a_nats_server_that_is_killed_again_and_again_costs_no_result_and_no_second_run(
+    tmp_path: Path, kills: int, count: int, seconds: str
+) -> None:
+    with servers.running(servers.NatsServer(tmp_path)) as one:
+
+        async def crash() -> None:
+            one.stop()
+            await trio.sleep(random.uniform(0, 1))
+            one.start()
+
+        broker = Nats(one)
+        campaign = Campaign(broker, tmp_path, count, seconds)
+        broker.lease(campaign.queue, 2)  # in which what it has forgotten to be settled comes again
+        campaign.check(await campaign.run(one.address, [crash] * kills, TIMEOUT_QUEUE_INCOMING=4))
 
 
 @pytest.mark.parametrize(

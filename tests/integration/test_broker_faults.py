@@ -13,7 +13,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from tests import proxy as proxies
-from tests.brokers import LONG, Broker, Local, Rabbit, eventually, failure_of, leaves, new_name, nothing_comes, take
+from tests.brokers import LONG, Broker, Local, Nats, Rabbit, eventually, failure_of, leaves, new_name, nothing_comes, take
 from tests.integration.gate import Gate
 from tests.pilot_process import Ended, assert_nothing_left, pilot, run_pilot
 from tests.servers import RabbitServer, free_port
@@ -300,8 +300,8 @@ def settings(broker: Broker, queue: str, **more: object) -> dict[str, object]:
     for direction in ("INCOMING", "OUTGOING"):
         if isinstance(broker, Local):
             address |= {f"QUEUE_{direction}_BROKER_TYPE": "local", f"QUEUE_{direction}_BROKER_ADDRESS": broker.file}
-        elif isinstance(broker, Rabbit):
-            address[f"QUEUE_{direction}_BROKER_TYPE"] = "rabbitmq"
+        elif isinstance(broker, Rabbit | Nats):
+            address[f"QUEUE_{direction}_BROKER_TYPE"] = "nats" if isinstance(broker, Nats) else "rabbitmq"
             address[f"QUEUE_{direction}_BROKER_ADDRESS"] = broker.server.address
     return {
         "TASK_IMAGE": "/",
