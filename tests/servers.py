@@ -94,6 +94,10 @@ def running(server: S) -> Iterator[S]:
     try:
         server.start()
         yield server
+    except BaseException:
+        for log in server.logs:
+            print(f"--- end of {log}:", log.read_text(errors="replace")[-2000:], sep="\n")
+        raise
     finally:
         server.stop()
         RUNNING.remove(server)
@@ -346,6 +350,20 @@ class NatsServer:
             self._process.send_signal(number)
             self._process.wait(STOP_TIMEOUT)
             self._process = None
+
+    def kill(self, place: Place) -> None:
+        """End the server at once, but not in the moment in which it writes down what it has delivered of a queue.
+
+        2.9 empties the file first: killed just then (once in some 200 times), it begins anew with all that there ever was.
+        """
+        assert self._process
+        while True:
+            self._process.send_signal(signal.SIGSTOP)
+            os.waitpid(self._process.pid, os.WUNTRACED)
+            if self._deliveries_of(place).stat().st_size:
+                break
+            self._process.send_signal(signal.SIGCONT)
+        self.stop()
 
     def deliveries(self, place: Place) -> int:
         """Count the deliveries that are on the disk, of those of one queue (nats-server's store.go, encodeConsumerState)."""

@@ -19,6 +19,7 @@ from tests.conftest import open_rabbitmq
 from tests.integration.test_broker_faults import send_all, settings
 from tests.pilot_process import COMMAND, assert_nothing_left, environment, pilot
 from trio_pilot.brokers.link import RETRY_DELAY_MOST
+from trio_pilot.brokers.nats import place_of
 from trio_pilot.wire import EwmsWire, Message
 
 RESUME = 15.0  # seconds from a broker that is there again to events that flow again
@@ -164,7 +165,7 @@ async def test_a_nats_server_that_is_killed_again_and_again_costs_no_result_and_
     with servers.running(servers.NatsServer(tmp_path)) as one:
 
         async def crash() -> None:
-            one.stop()
+            one.kill(place_of(campaign.queue))
             await trio.sleep(random.uniform(0, 1))
             one.start()
 
