@@ -100,6 +100,7 @@ class Local:
 
 class Rabbit:
     counts_losses = False
+    scheme = "amqp"
 
     def __init__(self, server: RabbitServer, directory: Path | None = None, spare: int = 0) -> None:
         self.server = server
@@ -156,6 +157,7 @@ class Rabbit:
 
 class Nats:
     counts_losses = False
+    scheme = "nats"
 
     def __init__(self, server: NatsServer) -> None:
         self.server = server

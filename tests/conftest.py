@@ -22,7 +22,6 @@ from tests.condor.pool import Pool, open_pool
 from tests.runtimes_support import make_image
 
 SERVICES: list[str] = []
-SHOWN = 4000  # characters of a log, with a test that fails
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,8 +49,8 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     """With a test that fails, show what the servers said last."""
     report = yield
     if report.failed:
-        logs = (log for server in servers.RUNNING for log in server.logs)
-        report.sections.extend((f"end of {log}", log.read_text(errors="replace")[-SHOWN:]) for log in logs)
+        for server in servers.RUNNING:
+            report.sections.extend(servers.last_words(server))
     return report
 
 

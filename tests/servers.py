@@ -21,6 +21,8 @@ from trio_pilot.brokers.jetstream import Place
 START_TIMEOUT = 90.0  # seconds; it takes 3 to 10 on an idle machine
 STOP_TIMEOUT = 15.0
 
+SHOWN = 4000  # characters of a log, with a test that fails
+
 # The package's /usr/sbin/rabbitmq-server goes through su; this is what it calls.
 RABBITMQ_SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 SOURCES = Path("/etc/apt/sources.list.d/debian.sources"), Path("/etc/apt/sources.list")
@@ -95,12 +97,19 @@ def running(server: S) -> Iterator[S]:
         server.start()
         yield server
     except BaseException:
-        for log in server.logs:
-            print(f"--- end of {log}:", log.read_text(errors="replace")[-2000:], sep="\n")
+        for title, text in last_words(server):
+            print(title, text, sep="\n")
         raise
     finally:
         server.stop()
         RUNNING.remove(server)
+
+
+def last_words(server: "RabbitServer | NatsServer") -> Iterator[tuple[str, str]]:
+    """Give the end of each of its logs, with a title; one that did not come to writing it has none."""
+    for log in server.logs:
+        if log.exists():
+            yield f"end of {log}", log.read_text(errors="replace")[-SHOWN:]
 
 
 @contextmanager

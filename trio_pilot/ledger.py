@@ -24,8 +24,7 @@ class Life:
 
     def __init__(self, delivery: Delivery) -> None:
         self.delivery = delivery
-        self.is_settled = False  # or tried to be
-        self.is_over = False  # nobody will settle another delivery for it any more
+        self.is_settled = False  # or it was tried for long enough: nobody settles another delivery for it any more
 
 
 class Ledger:
@@ -67,7 +66,7 @@ class Ledger:
     def adopt(self, delivery: Delivery) -> bool:
         """Give a new delivery to the event that is run already, if its own is lost; tell whether there was one."""
         for life in self._running.get(_key(delivery), ()) if delivery.redelivered else ():
-            if not life.is_over and life.delivery.source.has_lost(life.delivery):
+            if not life.is_settled and life.delivery.source.has_lost(life.delivery):
                 life.delivery = delivery
                 return True
         return False

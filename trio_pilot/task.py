@@ -218,11 +218,10 @@ class Worker:
             await remove(self._tools, self._disk, files, self._order.image)
 
     async def _settle(self, life: Life, settlement: Settlement, cause: PilotError | None = None) -> None:
-        life.is_settled = True
         with trio.move_on_after(self._settings.settle_grace, shield=True) as patience:
             while not await self._try_to_settle(life, life.delivery, settlement, cause):
                 pass  # it has come again meanwhile
-        life.is_over = True
+        life.is_settled = True
         if patience.cancelled_caught:
             LOGGER.warning("event %s not settled (%s) in time", life.delivery.message_id, settlement.value)
 

@@ -65,7 +65,6 @@ class Campaign:
 
     def __init__(self, broker: Rabbit | Nats, directory: Path, count: int, seconds: str) -> None:
         self.broker, self.count, self.seconds = broker, count, seconds
-        self.scheme = "nats" if isinstance(broker, Nats) else "amqp"
         self.queue = new_name()
         self.directory, self.log = directory / "slot", directory / "log"
         self.pauses: list[float] = []  # seconds from each broker that was there again to the next event that was started
@@ -131,7 +130,7 @@ class Campaign:
 
     def _receive(self) -> list[int]:
         command = [COMMAND, "receive", f"{self.queue}-out", "--unique"]
-        env = environment({"BROKER": f"{self.scheme}://{self.broker.server.address}"})
+        env = environment({"BROKER": f"{self.broker.scheme}://{self.broker.server.address}"})
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return [

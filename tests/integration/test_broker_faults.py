@@ -296,13 +296,12 @@ async def test_a_broker_that_stays_away_is_waited_for_while_there_is_patience(
 
 
 def settings(broker: Broker, queue: str, **more: object) -> dict[str, object]:
+    assert isinstance(broker, Local | Rabbit | Nats)
+    where = broker.address(queue)
     address: dict[str, object] = {}
     for direction in ("INCOMING", "OUTGOING"):
-        if isinstance(broker, Local):
-            address |= {f"QUEUE_{direction}_BROKER_TYPE": "local", f"QUEUE_{direction}_BROKER_ADDRESS": broker.file}
-        elif isinstance(broker, Rabbit | Nats):
-            address[f"QUEUE_{direction}_BROKER_TYPE"] = "nats" if isinstance(broker, Nats) else "rabbitmq"
-            address[f"QUEUE_{direction}_BROKER_ADDRESS"] = broker.server.address
+        address[f"QUEUE_{direction}_BROKER_TYPE"] = where.broker
+        address[f"QUEUE_{direction}_BROKER_ADDRESS"] = where.address
     return {
         "TASK_IMAGE": "/",
         "TASK_ARGS": "cp {{INFILE}} {{OUTFILE}}",

@@ -295,21 +295,22 @@ def test_what_the_init_container_writes_the_tasks_read(pilots: PilotCommand, run
     nothing_is_left(pilots)
 
 
-def test_the_pilots_own_secrets_are_not_in_a_tasks_environment(pilots: PilotCommand, runtime: str) -> None:
+def environment_of_a_task(pilots: PilotCommand, runtime: str, name: str, value: str) -> str:
+    """Have a task tell its environment, with a variable in that of the pilot."""
     pilots.send("event")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SECRET_OF_THE_PILOT", "a-secret")
+        patch.setenv(name, value)
         pilot = pilots.run("sh", "-c", 'env > "$0"', "{{OUTFILE}}", runtime=runtime)
     assert pilot.wait() == 0
-    said = str(pilots.receive()[0])
+    return str(pilots.receive()[0])
+
+
+def test_the_pilots_own_secrets_are_not_in_a_tasks_environment(pilots: PilotCommand, runtime: str) -> None:
+    said = environment_of_a_task(pilots, runtime, "SECRET_OF_THE_PILOT", "a-secret")
     assert "a-secret" not in said
     assert "EWMS_TASK_INFILE=" in said
 
 
 def test_htcondor_knows_a_tasks_processes_as_it_knows_the_pilots(pilots: PilotCommand, runtime: str) -> None:
-    pilots.send("event")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("_CONDOR_ANCESTOR_47", "47:1795890748:1")
-        pilot = pilots.run("sh", "-c", 'env > "$0"', "{{OUTFILE}}", runtime=runtime)
-    assert pilot.wait() == 0
-    assert "_CONDOR_ANCESTOR_47=47:1795890748:1\n" in str(pilots.receive()[0])
+    said = environment_of_a_task(pilots, runtime, "_CONDOR_ANCESTOR_47", "47:1795890748:1")
+    assert "_CONDOR_ANCESTOR_47=47:1795890748:1\n" in said

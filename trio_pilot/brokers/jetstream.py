@@ -511,8 +511,7 @@ class Listener:
         facts = message.metadata
         until = time.monotonic() + self._lease
         again = facts.num_delivered > 1
-        place, stored = facts.sequence.stream, facts.timestamp
-        arrival = Arrival(place, stored, again, message.reply, headers, message.data, until)
+        arrival = Arrival(facts.sequence.stream, facts.timestamp, again, message.reply, headers, message.data, until)
         self._held.add(arrival)
         self._connection.tell(partial(self._arrived, arrival))
 
