@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import LOAD, RESULTS, ROOT
-from tests.servers import ERLANG_FLAGS, UnavailableError
-from trio_pilot.runtimes.choice import NAMES
+from tests.support.servers import ERLANG_FLAGS, UnavailableError
+from trio_pilot.runtimes.selection import NAMES
 
 MEASUREMENTS = {
     "throughput": "events a second, over runtimes, slots, task times and event sizes",

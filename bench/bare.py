@@ -20,9 +20,9 @@ from bench.broker import RabbitServer
 from bench.load import Load
 from bench.pilot import telling
 from bench.runtimes import Runtime
-from trio_pilot import staging
-from trio_pilot.engine_leftovers import UnixConnection
-from trio_pilot.staging import TaskFiles
+from trio_pilot.cleanup.engine_containers import UnixConnection
+from trio_pilot.files import task_directory
+from trio_pilot.files.task_directory import TaskFiles
 
 TASK = "@task@"  # in the place of a task's name
 API = "Engine API"
@@ -71,8 +71,8 @@ def directories(tasks: int) -> Iterator[tuple[Path, Sequence[TaskFiles]]]:
         (root / "data-hub").mkdir()
         all_files = [TaskFiles(root / f"{each}", f"infile-{each}.in", f"outfile-{each}.out") for each in range(tasks)]
         for files, event in zip(all_files, Load(tasks).bodies(), strict=True):
-            staging.make(files)
-            staging.write_infile(files, event)
+            task_directory.make(files)
+            task_directory.write_infile(files, event)
         yield root, all_files
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pika
 from pika.exceptions import AMQPError
 
-from tests.servers import RabbitServer, rabbitmq
+from tests.support.servers import RabbitServer, rabbitmq
 from trio_pilot.wire import EwmsWire, Message
 
 QUORUM = {"x-queue-type": "quorum"}

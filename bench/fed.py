@@ -15,9 +15,9 @@ from bench import bare
 from bench.broker import Queues, RabbitServer, open_hand, open_queues
 from bench.load import Load
 from bench.runtimes import Runtime
-from trio_pilot import staging
-from trio_pilot.engine_leftovers import UnixConnection
-from trio_pilot.staging import TaskFiles
+from trio_pilot.cleanup.engine_containers import UnixConnection
+from trio_pilot.files import task_directory
+from trio_pilot.files.task_directory import TaskFiles
 
 WAY = "Engine API and RabbitMQ"
 
@@ -45,7 +45,7 @@ def _work(socket: Path, requests: str, left: Tasks, server: RabbitServer, queues
         for number, files in left:
             event = hand.take()
             moments.append(time.monotonic())
-            staging.write_infile(files, event)
+            task_directory.write_infile(files, event)
             bare.run_by_api(engine, requests, number)
             hand.give(files.outfile_path.read_text())
             moments.append(time.monotonic())

@@ -10,11 +10,11 @@ from typing import TypeVar
 
 import trio
 
+from trio_pilot.allocation.resources import find_allocation, fitted
 from trio_pilot.brokers import Sink, Source, open_sinks, open_sources
-from trio_pilot.children import end_strays
-from trio_pilot.condor.slot import find_slot, fitted
-from trio_pilot.guard import Guard
-from trio_pilot.pilot import serve
+from trio_pilot.cleanup.client import Guardian
+from trio_pilot.pilot.serve import serve
+from trio_pilot.processes.children import end_strays
 from trio_pilot.runtimes import Runtime
 from trio_pilot.settings import Settings, load
 from trio_pilot.status import Status
@@ -26,7 +26,7 @@ Sinks = AbstractAsyncContextManager[list[Sink]]
 
 def settings(file: str) -> Settings:
     """Read the settings that are given in a file; each task has its share of this machine."""
-    return fitted(load(json.loads(Path(file).read_text()), {}, Path.cwd()), find_slot(os.environ))
+    return fitted(load(json.loads(Path(file).read_text()), {}, Path.cwd()), find_allocation(os.environ))
 
 
 def as_it_is(part: T) -> T:
@@ -36,7 +36,7 @@ def as_it_is(part: T) -> T:
 
 def run(
     settings: Settings,
-    guard: AbstractAsyncContextManager[Guard],
+    guard: AbstractAsyncContextManager[Guardian],
     runtime: AbstractAsyncContextManager[Runtime],
     sources: Callable[[Sources], Sources] = as_it_is,
     sinks: Callable[[Sinks], Sinks] = as_it_is,

@@ -10,7 +10,7 @@ from bench.broker import RabbitServer
 from bench.figures import Figure
 from bench.report import Report, versions
 from bench.runtimes import Runtime, UnavailableError, open_runtime
-from tests.servers import ERLANG_FLAGS
+from tests.support.servers import ERLANG_FLAGS
 
 
 def report(name: str, figures: list[Figure], plan: Any, server: RabbitServer, **programs: str) -> Report:

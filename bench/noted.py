@@ -12,11 +12,11 @@ from typing import Any
 
 from bench import inside
 from bench.timed import wrapped
-from trio_pilot.children import Child, Children, Command
-from trio_pilot.guard import open_guard
+from trio_pilot.cleanup.client import open_guardian
+from trio_pilot.processes.children import Child, Children, Command
 from trio_pilot.runtimes import Container, Exit, Runtime
-from trio_pilot.runtimes.choice import open_runtime
 from trio_pilot.runtimes.engine_api import Answer, EngineApi
+from trio_pilot.runtimes.selection import open_runtime
 
 Notes = dict[str, Any]
 
@@ -44,7 +44,7 @@ def main() -> None:
     _note_commands(notes)
     _note_requests(notes)
     runtime = open_runtime(settings.runtime, settings.task_image, settings.runtime_options)
-    inside.run(settings, open_guard(), wrapped(runtime, partial(NotedRuntime, notes=notes)))
+    inside.run(settings, open_guardian(), wrapped(runtime, partial(NotedRuntime, notes=notes)))
     Path(sys.argv[2]).write_text(json.dumps(notes))
 
 

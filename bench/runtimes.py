@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests import engines
-from tests.apptainer import open_apptainer
-from tests.runtimes_support import make_image
-from tests.servers import UnavailableError, need
+from tests.support import engines
+from tests.support.apptainer import open_apptainer
+from tests.support.runtimes import make_image
+from tests.support.servers import UnavailableError, need
 
 __all__ = ["Runtime", "UnavailableError", "open_runtime"]
 

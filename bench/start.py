@@ -19,12 +19,10 @@ from bench.report import Report
 
 # All that a run with RabbitMQ and a container has imported before its first event: with its settings in the environment, and
 # with flags.
-RUN = (
-    "trio_pilot.commands.run, trio_pilot.commands.settings_here, trio_pilot.brokers.rabbitmq, trio_pilot.runtimes.bubblewrap"
-)
+RUN = "trio_pilot.cli.run, trio_pilot.cli.load_settings, trio_pilot.brokers.rabbitmq, trio_pilot.runtimes.bubblewrap"
 IMPORTS = {
-    "import of all that a run needs": f"import trio_pilot.program, {RUN}",
-    "import of all that a run with flags needs": f"import trio_pilot.program, trio_pilot.cli, {RUN}",
+    "import of all that a run needs": f"import trio_pilot.cli.main, {RUN}",
+    "import of all that a run with flags needs": f"import trio_pilot.cli.main, trio_pilot.cli.app, {RUN}",
 }
 
 IDLE = 1.0  # seconds after which an idle pilot ends

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench import inside
 from trio_pilot.runtimes import Container
-from trio_pilot.testing import FakeGuard, FakeRuntime
+from trio_pilot.testing import FakeGuardian, FakeRuntime
 
 
 async def copy(container: Container) -> int:
@@ -20,7 +20,7 @@ async def copy(container: Container) -> int:
 
 def main() -> None:
     """Serve until SIGTERM."""
-    inside.run(inside.settings(sys.argv[1]), FakeGuard().open(), FakeRuntime(copy).open())
+    inside.run(inside.settings(sys.argv[1]), FakeGuardian().open(), FakeRuntime(copy).open())
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ import trio
 
 from bench import inside
 from trio_pilot.brokers import Delivery, Source
-from trio_pilot.guard import open_guard
+from trio_pilot.cleanup.client import open_guardian
 from trio_pilot.runtimes import Container, Exit
-from trio_pilot.runtimes.choice import open_runtime
+from trio_pilot.runtimes.selection import open_runtime
 
 STAGES = ("queued", "staged", "started", "ran", "read", "published", "acked")
 
@@ -171,7 +171,7 @@ def main() -> None:
     times = Times(settings.max_concurrent_tasks)
     inside.run(
         settings,
-        open_guard(),
+        open_guardian(),
         wrapped(
             open_runtime(settings.runtime, settings.task_image, settings.runtime_options),
             lambda runtime: TimedRuntime(runtime, times),

@@ -23,7 +23,7 @@ def main() -> None:
     from onefile.extensions import Extensions
 
     sys.meta_path.append(Extensions(archive, folder))
-    from trio_pilot.program import main
+    from trio_pilot.cli.main import main
 
     main()
 

@@ -1,7 +1,7 @@
 """Servers that tests share, each started when it is first needed.
 
 `.ci/test` runs several tests at once. One that measures time, or looks at all that runs on the machine, says
-`@pytest.mark.alone`; the fixture of a new server is added to SHARED in tests/sharing.py.
+`@pytest.mark.alone`; the fixture of a new server is added to SHARED in tests/support/worker_groups.py.
 """
 
 import os
@@ -16,16 +16,16 @@ from typing import Any, NoReturn
 import pytest
 
 from onefile.__main__ import found_pythons, make
-from tests import engines, servers, sharing
-from tests.apptainer import open_apptainer
-from tests.condor.pool import Pool, open_pool
-from tests.runtimes_support import make_image
+from tests.support import engines, servers, worker_groups
+from tests.support.apptainer import open_apptainer
+from tests.support.condor.pool import Pool, open_pool
+from tests.support.runtimes import make_image
 
 SERVICES: list[str] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(sharing)
+    config.pluginmanager.register(worker_groups)
     # Ended by a `timeout`, pytest would leave all that its fixtures have started; an interrupt ends them.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
@@ -35,7 +35,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if sharing.is_worker(session.config):
+    if worker_groups.is_worker(session.config):
         session.config.workeroutput["services"] = SERVICES  # type: ignore[attr-defined]
 
 

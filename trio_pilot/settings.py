@@ -38,7 +38,7 @@ from trio_pilot.parsing import (
     words,
 )
 from trio_pilot.runtimes import Limits, Options
-from trio_pilot.runtimes.choice import NAMES
+from trio_pilot.runtimes.selection import NAMES
 
 ENVFILE = "ewms_htcondor_envfile.sh"
 CONFIG_FILE = "trio-pilot.toml"

@@ -222,7 +222,7 @@ class FakeSink:
 
 
 @dataclass(slots=True)
-class FakeGuard:
+class FakeGuardian:
     """Takes note of what it is to see to."""
 
     watched: list[tuple[str, Path]] = field(default_factory=list)
@@ -231,7 +231,7 @@ class FakeGuard:
     fault: Fault = no_fault
 
     @asynccontextmanager
-    async def open(self) -> AsyncIterator["FakeGuard"]:
+    async def open(self) -> AsyncIterator["FakeGuardian"]:
         """Open the guard."""
         self.fault("guard.open")
         yield self

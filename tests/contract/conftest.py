@@ -5,9 +5,9 @@ from pathlib import Path
 import pulsar
 import pytest
 
-from tests.brokers import new_name
-from tests.contract.subjects import SUBJECTS, Subject
-from tests.pulsar_stand_in import StandIn
+from tests.contract.runtimes.subjects import SUBJECTS, Subject
+from tests.support.brokers import new_name
+from tests.support.pulsar_stand_in import StandIn
 
 
 @pytest.fixture(scope="session")

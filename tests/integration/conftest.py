@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.containment import CONTAINMENTS, Containment
-from tests.runtimes_support import PilotCommand, bubblewrap_fault
+from tests.support.containment import CONTAINMENTS, Containment
+from tests.support.runtimes import PilotCommand, bubblewrap_fault
 
 
 @pytest.fixture(params=["process", "bubblewrap"])

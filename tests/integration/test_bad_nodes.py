@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtimes_support import PilotCommand, until_sync
+from tests.support.runtimes import PilotCommand, until_sync
 from trio_pilot.errors import NodeError
 
 EVENTS = 60

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.brokers import Rabbit, eventually, new_name, nothing_comes, take
 from tests.conftest import open_rabbitmq
-from tests.integration.gate import Gate
 from tests.integration.test_broker_faults import receive_all, send_all, settings
-from tests.pilot_process import assert_nothing_left, pilot
-from tests.servers import RabbitServer
-from trio_pilot.brokers import Settlement, amqp
+from tests.support.brokers import Rabbit, eventually, new_name, nothing_comes, take
+from tests.support.gate import Gate
+from tests.support.pilot_process import assert_nothing_left, pilot
+from tests.support.servers import RabbitServer
+from trio_pilot.brokers import Settlement, rabbitmq_connection
 from trio_pilot.wire import EwmsWire, Message
 
 
@@ -118,7 +118,7 @@ async def test_a_pilot_told_to_end_while_its_outputs_wait_gives_their_events_bac
 async def test_a_broker_in_need_is_not_hung_up_on_for_giving_no_answers(
     broker: Rabbit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, alarm: Alarm
 ) -> None:
-    monkeypatch.setattr(amqp, "ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr(rabbitmq_connection, "ANSWER_TIMEOUT", 0.5)
     queue = new_name()
     await send_all(broker, queue, b"a", b"b")
     async with broker.source(queue) as source, source.consume(2) as consumer, trio.open_nursery() as nursery:

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests import proxy as proxies
-from tests import servers
-from tests.brokers import Nats, Rabbit, new_name
 from tests.conftest import open_rabbitmq
 from tests.integration.test_broker_faults import send_all, settings
-from tests.pilot_process import COMMAND, assert_nothing_left, environment, pilot
-from trio_pilot.brokers.link import RETRY_DELAY_MOST
+from tests.support import network_proxy as proxies
+from tests.support import servers
+from tests.support.brokers import Nats, Rabbit, new_name
+from tests.support.pilot_process import COMMAND, assert_nothing_left, environment, pilot
 from trio_pilot.brokers.nats import place_of
+from trio_pilot.brokers.reconnecting import RETRY_DELAY_MOST
 from trio_pilot.wire import EwmsWire, Message
 
 RESUME = 15.0  # seconds from a broker that is there again to events that flow again
@@ -226,7 +226,7 @@ async def test_a_task_that_takes_longer_than_the_server_likes_is_run_once_and_it
 
 
 def test_a_restarting_broker_is_given_time_by_a_thousand_pilots() -> None:
-    from trio_pilot.brokers.link import _retry_delay
+    from trio_pilot.brokers.reconnecting import _retry_delay
 
     for failures in range(1, 12):
         delays = sorted(_retry_delay(failures) for _ in range(1000))

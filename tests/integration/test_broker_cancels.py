@@ -7,11 +7,11 @@ from time import sleep
 
 import pytest
 
-from tests.brokers import Rabbit, eventually, new_name
-from tests.integration.gate import Gate
 from tests.integration.test_broker_faults import receive_all, send_all, settings
-from tests.pilot_process import assert_nothing_left, pilot
-from tests.servers import RabbitServer
+from tests.support.brokers import Rabbit, eventually, new_name
+from tests.support.gate import Gate
+from tests.support.pilot_process import assert_nothing_left, pilot
+from tests.support.servers import RabbitServer
 from trio_pilot.wire import EwmsWire, Message
 
 NEWER = [pytest.param(name, marks=pytest.mark.soak) for name in ("rabbitmq_trixie", "rabbitmq_sid")]

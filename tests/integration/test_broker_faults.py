@@ -12,17 +12,28 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from tests import proxy as proxies
-from tests.brokers import LONG, Broker, Local, Nats, Rabbit, eventually, failure_of, leaves, new_name, nothing_comes, take
-from tests.integration.gate import Gate
-from tests.pilot_process import Ended, assert_nothing_left, pilot, run_pilot
-from tests.servers import RabbitServer, free_port
-from trio_pilot.brokers import Delivery, Settlement, amqp
-from trio_pilot.brokers.amqp import ClosedError
+from tests.support import network_proxy as proxies
+from tests.support.brokers import (
+    LONG,
+    Broker,
+    Local,
+    Nats,
+    Rabbit,
+    eventually,
+    failure_of,
+    leaves,
+    new_name,
+    nothing_comes,
+    take,
+)
+from tests.support.gate import Gate
+from tests.support.paths import WIRE_SAMPLES
+from tests.support.pilot_process import Ended, assert_nothing_left, pilot, run_pilot
+from tests.support.servers import RabbitServer, free_port
+from trio_pilot.brokers import Delivery, Settlement, rabbitmq_connection
+from trio_pilot.brokers.rabbitmq_connection import ClosedError
 from trio_pilot.errors import BrokerError, DeliveryLostError
 from trio_pilot.wire import EwmsWire, Message
-
-WIRE = Path(__file__).parent.parent / "wire"
 
 
 @pytest.fixture
@@ -71,7 +82,7 @@ async def test_a_host_that_has_no_address_is_one_clear_line(broker: Rabbit) -> N
 async def test_a_server_that_never_answers_has_until_the_connect_timeout(
     broker: Rabbit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(amqp, "CONNECT_TIMEOUT", 1)
+    monkeypatch.setattr(rabbitmq_connection, "CONNECT_TIMEOUT", 1)
     async with proxies.server(proxies.silence) as address:
         begun = trio.current_time()
         error = await failure_of(broker.source("q", little_patience, server=address))
@@ -93,7 +104,7 @@ async def test_a_server_that_never_answers_does_not_hold_up_who_stops_waiting(br
 async def test_a_server_that_speaks_something_else_is_one_clear_line(
     broker: Rabbit, language: Callable[[trio.SocketStream], AsyncIterator[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(amqp, "CONNECT_TIMEOUT", 1)
+    monkeypatch.setattr(rabbitmq_connection, "CONNECT_TIMEOUT", 1)
     async with proxies.server(language) as address:  # type: ignore[arg-type]
         with trio.fail_after(6):
             error = await failure_of(broker.source("q", little_patience, server=address))
@@ -206,7 +217,7 @@ async def test_a_cut_connection_is_made_again_and_what_waits_is_sent_and_what_wa
 async def test_no_moment_to_cut_the_connection_loses_a_message(
     broker: Rabbit, queue: str, proxy: proxies.Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trio_pilot.brokers import link as module
+    from trio_pilot.brokers import reconnecting as module
 
     monkeypatch.setattr(module, "RETRY_DELAY", 0.01)
     sent: list[int] = []
@@ -345,7 +356,10 @@ async def test_bodies_that_are_no_events_end_as_dead_letters_and_the_others_are_
     broker: Broker = (
         Local(directory.parent / "queues.sqlite") if kind == "local" else Rabbit(request.getfixturevalue("rabbitmq"))
     )
-    bad = [path.read_bytes() for path in sorted(WIRE.glob("bad-*.bin"))] + [(WIRE / "bomb.bin").read_bytes(), b""]
+    bad = [path.read_bytes() for path in sorted(WIRE_SAMPLES.glob("bad-*.bin"))] + [
+        (WIRE_SAMPLES / "bomb.bin").read_bytes(),
+        b"",
+    ]
     good = [EwmsWire().encode(Message({"good": number})) for number in range(len(bad))]
     await send_all(broker, queue, *[body for pair in zip(bad, good, strict=True) for body in pair])
     more = {"STOP_LISTENING_ON_TASK_ERROR": "false", "MAX_ATTEMPTS": 2, "MAX_CONCURRENT_TASKS": slots}
@@ -395,7 +409,7 @@ async def test_a_broker_that_cannot_be_used_is_a_clear_last_line_and_exit_code_3
     assert says in ended.last_line
     assert "Traceback" not in ended.stderr
     assert not token or token not in ended.stderr
-    assert trio.current_time() - begun < amqp.CONNECT_TIMEOUT + 10
+    assert trio.current_time() - begun < rabbitmq_connection.CONNECT_TIMEOUT + 10
     assert_nothing_left(directory)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.servers import RabbitServer
+from tests.support.servers import RabbitServer
 
 TIMEOUT = 60
 SETTINGS = {"TASK_ARGS": "true", "QUEUE_INCOMING": "in", "QUEUE_OUTGOING": "out", "RUNTIME": "process"}

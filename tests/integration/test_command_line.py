@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.servers import RabbitServer
+from tests.support.servers import RabbitServer
 from tests.unit.test_readme import shell_blocks
 from trio_pilot.brokers import QueueAddress, local
 from trio_pilot.wire import EwmsWire, Message
@@ -120,7 +120,7 @@ def test_what_is_wrong_is_told_in_a_line(command: Run, arguments: str, message: 
 
 @pytest.mark.parametrize("by_flags", [True, False])
 def test_the_pilot_imports_nothing_that_it_does_not_need(tmp_path: Path, by_flags: bool) -> None:
-    program = "import sys; from trio_pilot.program import main\ntry: main()\nfinally: print(sorted(sys.modules))"
+    program = "import sys; from trio_pilot.cli.main import main\ntry: main()\nfinally: print(sorted(sys.modules))"
     settings = {"task-args": "true", "queue-incoming": "a", "queue-outgoing": "b", "timeout-queue-incoming": "0.01"}
     flags = [word for name, value in settings.items() for word in (f"--{name}", value)] if by_flags else []
     variables = {f"EWMS_PILOT_{name.replace('-', '_').upper()}": value for name, value in settings.items()}

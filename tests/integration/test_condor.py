@@ -17,17 +17,18 @@ from typing import Any
 import pika
 import pytest
 
-from tests.apptainer import open_apptainer
-from tests.brokers import new_name
-from tests.condor.pool import PACKAGES, SUITE, USER_ID, Job, Pool, open_pool
 from tests.conftest import cannot
 from tests.integration.test_images import build_image
-from tests.runtimes_support import command_line, processes_with, until_sync
-from tests.servers import RabbitServer, UnavailableError, debian
-from trio_pilot.commands.condor_submit import LEAST_SILENCE, RELEASE_AFTER, SILENT
+from tests.support.apptainer import open_apptainer
+from tests.support.brokers import new_name
+from tests.support.condor.pool import PACKAGES, SUITE, USER_ID, Job, Pool, open_pool
+from tests.support.paths import ROOT
+from tests.support.runtimes import command_line, processes_with, until_sync
+from tests.support.servers import RabbitServer, UnavailableError, debian
+from trio_pilot.cli.condor_submit import LEAST_SILENCE, RELEASE_AFTER, SILENT
 from trio_pilot.errors import BrokerError, NodeError
 
-GUIDE = Path(__file__).parents[2] / "docs/htcondor.md"
+GUIDE = ROOT / "docs/htcondor.md"
 PILOTS, EVENTS = 4, 400
 PREFIX = "HTChirpEWMSPilot"
 IDLE, RUNNING, HELD = 1, 2, 5  # JobStatus

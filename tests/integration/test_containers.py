@@ -5,9 +5,9 @@ from contextlib import closing
 
 import pytest
 
-from tests.engines import IMAGE, Engine
-from tests.integration.containment import Containment
-from tests.runtimes_support import NOBODY, UNPRIVILEGED, PilotCommand, needs_root
+from tests.support.containment import Containment
+from tests.support.engines import IMAGE, Engine
+from tests.support.runtimes import NOBODY, UNPRIVILEGED, PilotCommand, needs_root
 
 OUTFILES = """
 case "$(cat "$1")" in

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.brokers import new_name
-from tests.pilot_process import COMMAND, run_pilot
+from tests.support.brokers import new_name
+from tests.support.pilot_process import COMMAND, run_pilot
 
 ENV = {"PATH": "/usr/bin:/bin"}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from trio_pilot.demo import sky
+from trio_pilot.cli import demo_sky
 
 TIMEOUT = 120
 NAMES = ("bubblewrap", "process")
@@ -103,16 +103,16 @@ def test_pixels_are_where_healpix_has_them() -> None:
         (4, 191): (168.284148, 315.0),
     }
     for (nside, pixel), direction in known.items():
-        assert [math.degrees(angle) for angle in sky.pix2ang(nside, pixel)] == pytest.approx(direction, abs=1e-6)
+        assert [math.degrees(angle) for angle in demo_sky.pix2ang(nside, pixel)] == pytest.approx(direction, abs=1e-6)
 
 
 def test_pixels_cover_the_sky_evenly() -> None:
-    directions = [sky.pix2ang(sky.NSIDE, pixel) for pixel in range(sky.PIXELS)]
-    assert len(set(directions)) == sky.PIXELS
+    directions = [demo_sky.pix2ang(demo_sky.NSIDE, pixel) for pixel in range(demo_sky.PIXELS)]
+    assert len(set(directions)) == demo_sky.PIXELS
     assert sum(math.cos(zenith) for zenith, _ in directions) == pytest.approx(0, abs=1e-9)
-    nearest = min(range(sky.PIXELS), key=lambda pixel: sky.distance(directions[pixel], sky.TRUTH))
+    nearest = min(range(demo_sky.PIXELS), key=lambda pixel: demo_sky.distance(directions[pixel], demo_sky.TRUTH))
     assert nearest == 65
 
 
 def test_the_simulated_event_is_the_same_each_time() -> None:
-    assert list(sky.events()) == list(sky.events())
+    assert list(demo_sky.events()) == list(demo_sky.events())

@@ -4,13 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtimes_support import (
-    UNPRIVILEGED,
-    PilotCommand,
-    Running,
-    needs_root,
-    small_disk,
-)
+from tests.support.runtimes import UNPRIVILEGED, PilotCommand, Running, needs_root, small_disk
 
 COPY = ("sh", "-c", 'cp "$0" "$1"', "{{INFILE}}", "{{OUTFILE}}")
 RETURNED, FAILED_ONCE = (0, False), (1, False)  # (attempts, claimed) of a message in a queue

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from mqclient.queue import Queue
 
-from tests.brokers import Local, Rabbit, new_name
-from tests.pilot_process import assert_nothing_left, run_pilot
-from tests.servers import RabbitServer
+from tests.support.brokers import Local, Rabbit, new_name
+from tests.support.pilot_process import assert_nothing_left, run_pilot
+from tests.support.servers import RabbitServer
 
 EVENTS = 300
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.integration.containment import CONTAINMENTS, Containment
-from tests.runtimes_support import PilotCommand, Running, command_line, needs_root, processes_with, until_sync
-from trio_pilot.cgroups import Groups, hierarchies
-from trio_pilot.identity import PARENT, STATE, stat_of
-from trio_pilot.workspace import words_of_dead
+from tests.support.containment import CONTAINMENTS, Containment
+from tests.support.runtimes import PilotCommand, Running, command_line, needs_root, processes_with, until_sync
+from trio_pilot.files.data_directory import owner_files_of_dead
+from trio_pilot.processes.cgroups import Groups, hierarchies
+from trio_pilot.processes.identity import PARENT, STATE, stat_of
 
 IN_PROCESS = Containment("process")
 IN_PID_NAMESPACE = "unshare", "--pid", "--fork", "--kill-child", "--mount-proc"
@@ -70,7 +70,7 @@ def sleepers(mark: str) -> list[int]:
 
 
 def guardians(pilot: int) -> list[int]:
-    return [pid for pid in children(pilot) if any("trio_pilot.guardian" in word for word in command_line(pid))]
+    return [pid for pid in children(pilot) if any("trio_pilot.cleanup.guardian" in word for word in command_line(pid))]
 
 
 def children(parent: int) -> list[int]:
@@ -201,13 +201,13 @@ def test_the_containers_of_a_pilot_that_dies_with_its_pid_namespace_are_swept_by
     with elsewhere(pilots, "dying") as dying, elsewhere(pilots, "living") as living:
         killed, left = start_in_pid_namespace(dying, containment), start_in_pid_namespace(living, containment)
         killed.kill()
-        until_sync(lambda: words_of_dead(dying.data))
+        until_sync(lambda: owner_files_of_dead(dying.data))
         assert len(containment.containers()) == 2
         assert pilots.run("true", **containment.settings).wait() == 0
         (container,) = containment.containers()
         assert (living.data / container.removeprefix("trio-pilot-")).exists()
         left.signal(signal.SIGKILL)
-        until_sync(lambda: words_of_dead(living.data))
+        until_sync(lambda: owner_files_of_dead(living.data))
         pilots.run("true", **containment.settings)
         assert containment.containers() == []
 
@@ -318,7 +318,7 @@ def test_the_guardian_knows_no_secrets_and_goes_with_the_pilot(pilots: PilotComm
     pilot = start(pilots, IN_PROCESS, mark, broker_token="a-token")
     until_sync(lambda: guardians(pilot.pid))
     (guardian,) = guardians(pilot.pid)
-    until_sync(lambda: "trio_pilot.guardian" in "".join(command_line(guardian)))
+    until_sync(lambda: "trio_pilot.cleanup.guardian" in "".join(command_line(guardian)))
     assert Path(f"/proc/{guardian}/environ").read_bytes() == b""
     assert "a-token" not in " ".join(command_line(guardian))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.condor.pool import PACKAGES, SUITE
-from tests.engines import Engine
-from tests.runtimes_support import NOBODY, needs_root
-from tests.servers import UnavailableError, debian
+from tests.support.condor.pool import PACKAGES, SUITE
+from tests.support.engines import Engine
+from tests.support.paths import ROOT
+from tests.support.runtimes import NOBODY, needs_root
+from tests.support.servers import UnavailableError, debian
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT = 120
 BASE, IMAGE = "base:local", "trio-pilot:local"
 LEFT_OUT = [f"--exclude=./{name}" for name in ("dev", "usr/share", "var/cache")]

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtimes_support import PilotCommand, until_sync
-from trio_pilot import cgroups
-from trio_pilot.last_words import MOST
+from tests.support.runtimes import PilotCommand, until_sync
+from trio_pilot.files.error_summary import MOST
+from trio_pilot.processes import cgroups
 
 TASK_FAILED = 1  # the exit code
 BOUND = 2**20

@@ -11,8 +11,8 @@ from bench.pilot import task
 from bench.plots import plot
 from bench.report import Report
 from bench.timed import STAGES
-from tests import servers
-from tests.servers import RabbitServer
+from tests.support import servers
+from tests.support.servers import RabbitServer
 
 
 def drawn(report: Report, directory: Path) -> str:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from onefile.__main__ import found_pythons
-from tests.integration.containment import CONTAINMENTS
 from tests.integration.test_guardian import guardians
-from tests.runtimes_support import AS_ROOT, NOBODY, processes_with, until_sync
+from tests.support.containment import CONTAINMENTS
+from tests.support.paths import ROOT
+from tests.support.runtimes import AS_ROOT, NOBODY, processes_with, until_sync
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT = 60
 PYTHONS = list(found_pythons())
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtimes_support import PilotCommand, Running, bubblewrap_fault, processes_with, until_sync
+from tests.support.runtimes import PilotCommand, Running, bubblewrap_fault, processes_with, until_sync
 
 COPY = ("sh", "-c", 'cp "$0" "$1"', "{{INFILE}}", "{{OUTFILE}}")
 RETURNED, FAILED_ONCE = (0, False), (1, False)  # (attempts, claimed) of a message in a queue

@@ -13,8 +13,8 @@ from subprocess import PIPE, Popen
 import pytest
 import trio
 
-from tests.brokers import patient, take
-from tests.servers import RabbitServer
+from tests.support.brokers import patient, take
+from tests.support.servers import RabbitServer
 from trio_pilot.brokers import QueueAddress, Settlement, Sink, Source, open_sink, open_source
 
 pytestmark = pytest.mark.alone

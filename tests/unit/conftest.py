@@ -10,8 +10,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from tests.unit.pilots import Lab
-from trio_pilot.disk import Disk
+from tests.support.lab import Lab
+from trio_pilot.files.blocking_calls import BlockingCalls
 
 
 @pytest.fixture
@@ -40,18 +40,18 @@ def locked(open_to_all: Path) -> Path:
 @pytest.fixture(autouse=True)
 def no_call_goes_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     # A MockClock jumps while a thread is at work.
-    async def call(disk: Disk, size: float, function: Callable[..., Any], *arguments: object) -> Any:
+    async def call(disk: BlockingCalls, size: float, function: Callable[..., Any], *arguments: object) -> Any:
         del disk, size
         await trio.lowlevel.checkpoint()
         return function(*arguments)
 
-    async def finish(disk: Disk, size: float, function: Callable[..., Any], *arguments: object) -> Any:
+    async def finish(disk: BlockingCalls, size: float, function: Callable[..., Any], *arguments: object) -> Any:
         del disk, size
         await trio.lowlevel.cancel_shielded_checkpoint()
         return function(*arguments)
 
-    monkeypatch.setattr(Disk, "call", call)
-    monkeypatch.setattr(Disk, "finish", finish)
+    monkeypatch.setattr(BlockingCalls, "call", call)
+    monkeypatch.setattr(BlockingCalls, "finish", finish)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.unit.pilots import Lab
+from tests.support.lab import Lab
 from trio_pilot.errors import (
     BrokerError,
     DeliveryLostError,

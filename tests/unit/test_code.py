@@ -36,24 +36,24 @@ def modules_that_import(library: str) -> set[str]:
 
 
 def test_each_foreign_library_is_imported_in_one_place() -> None:
-    assert modules_that_import("pika") == {"brokers/amqp.py"}
+    assert modules_that_import("pika") == {"brokers/rabbitmq_connection.py"}
     assert modules_that_import("sqlite3") == modules_that_import("inotify_simple") == {"brokers/local.py"}
-    assert modules_that_import("pulsar") == {"brokers/pulsar_session.py"}
+    assert modules_that_import("pulsar") == {"brokers/pulsar_connection.py"}
     assert modules_that_import("zstandard") == {"wire.py"}
     assert modules_that_import("httpx") == {"runtimes/engine_api.py"}
-    assert modules_that_import("h11") == {"runtimes/engine_connection.py"}
+    assert modules_that_import("h11") == {"runtimes/engine_http.py"}
     assert modules_that_import("htchirp") == {"condor/chirp.py"}
-    assert modules_that_import("cyclopts") == {"cli.py"}
+    assert modules_that_import("cyclopts") == {"cli/app.py"}
 
 
 def test_the_pilot_knows_neither_brokers_nor_commands() -> None:
-    for node in ast.walk(ast.parse((PACKAGE / "pilot.py").read_text())):
+    for node in ast.walk(ast.parse((PACKAGE / "pilot/serve.py").read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.module not in (
                 "trio_pilot.brokers.local",
                 "trio_pilot.brokers.rabbitmq",
-                "trio_pilot.cli",
-                "trio_pilot.program",
+                "trio_pilot.cli.app",
+                "trio_pilot.cli.main",
             )
 
 
@@ -69,7 +69,7 @@ def test_the_pilot_knows_neither_brokers_nor_commands() -> None:
     ],
 )
 def test_a_run_loads_of_foreign_libraries_what_its_broker_and_its_runtime_need(module: str, needed: set[str]) -> None:
-    own = "trio_pilot.program, trio_pilot.commands.run, trio_pilot.commands.settings_here"
+    own = "trio_pilot.cli.main, trio_pilot.cli.run, trio_pilot.cli.load_settings"
     program = f"import sys, {own}, trio_pilot.{module}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     slow = {"cyclopts", "htchirp", "httpx", "inotify_simple", "nats", "pika", "pulsar", "asyncio", "email", "sqlite3"}

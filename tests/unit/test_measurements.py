@@ -18,8 +18,8 @@ from bench.load import Load
 from bench.report import Report, aligned, commit, machine, rounded
 from bench.throughput import Plan, events, points
 from bench.timed import STAGES, Noting, TimedRuntime, TimedSink, TimedSource, Times, wrapped
-from tests.unit.pilots import Lab, all_of
-from trio_pilot.pilot import serve
+from tests.support.lab import Lab, all_of
+from trio_pilot.pilot.serve import serve
 from trio_pilot.settings import Settings
 
 

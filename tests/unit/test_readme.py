@@ -1,11 +1,10 @@
 import re
-from pathlib import Path
 
+from tests.support.paths import ROOT
+from trio_pilot.cli.main import SOFTWARE_ERROR
 from trio_pilot.errors import BrokerError, NodeError, SettingsError, TasksFailedError, UsageError
-from trio_pilot.program import SOFTWARE_ERROR
 from trio_pilot.settings import FIELDS, markdown_table
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 

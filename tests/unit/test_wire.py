@@ -10,21 +10,21 @@ import pytest
 import zstandard
 from mqclient.broker_client_interface import Message as TheirMessage
 
+from tests.support.paths import WIRE_SAMPLES
 from trio_pilot.errors import DecodeError, EncodeError
 from trio_pilot.wire import WIRES, EwmsWire, Message, RawWire
 
-SAMPLES = Path(__file__).parent.parent / "wire"
-GOOD = sorted(path.stem for path in SAMPLES.glob("*.json"))
-BAD = sorted(path.name for path in SAMPLES.glob("bad-*.bin"))
+GOOD = sorted(path.stem for path in WIRE_SAMPLES.glob("*.json"))
+BAD = sorted(path.name for path in WIRE_SAMPLES.glob("bad-*.bin"))
 LIMIT = 2**27
 WIRE = EwmsWire()
 
 
 def sample(name: str) -> tuple[bytes, Any, Any]:
     """Give the body, the data that the real client was given, and the headers that it added."""
-    body = (SAMPLES / f"{name}.bin").read_bytes()
+    body = (WIRE_SAMPLES / f"{name}.bin").read_bytes()
     headers = json.loads(zstandard.decompress(body))["headers"]
-    return body, json.loads((SAMPLES / f"{name}.json").read_text()), headers
+    return body, json.loads((WIRE_SAMPLES / f"{name}.json").read_text()), headers
 
 
 def packed(document: Any, *, with_size: bool = True) -> bytes:
@@ -67,7 +67,7 @@ def test_the_real_client_of_today_writes_and_reads_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_sample_is_an_error_of_one_line(name: str) -> None:
     with pytest.raises(DecodeError) as caught:
-        WIRE.decode((SAMPLES / name).read_bytes(), LIMIT)
+        WIRE.decode((WIRE_SAMPLES / name).read_bytes(), LIMIT)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
 
@@ -216,7 +216,7 @@ def bomb(path: Path, *, with_size: bool, window_log: int = 0) -> Path:
 def test_a_decompression_bomb_is_refused_and_costs_little_memory(tmp_path: Path, kind: str) -> None:
     match kind:
         case "sample":
-            path = SAMPLES / "bomb.bin"
+            path = WIRE_SAMPLES / "bomb.bin"
         case "wide window":
             path = bomb(tmp_path / "bomb", with_size=False, window_log=27)
         case _:

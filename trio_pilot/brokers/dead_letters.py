@@ -24,11 +24,11 @@ from pathlib import Path
 
 import trio
 
-from trio_pilot import identity
 from trio_pilot.brokers import Delivery
 from trio_pilot.errors import NodeError, map_exceptions
+from trio_pilot.files.filesystem import make_durably, write_durably
 from trio_pilot.log import LOGGER
-from trio_pilot.trees import make_durably, write_durably
+from trio_pilot.processes import identity
 
 Facts = Mapping[str, str | int]
 
@@ -37,7 +37,7 @@ MOST_REASON = 4000  # characters; a header that does not fit into a frame would 
 
 
 @dataclass(frozen=True, slots=True)
-class Letter:
+class DeadLetter:
     """A dead letter in a directory."""
 
     path: Path  # of its .json
@@ -104,7 +104,7 @@ def _write(directory: Path, delivery: Delivery, facts: Facts) -> Path:
     return path
 
 
-def read(directory: Path, queue: str) -> Iterator[Letter]:
+def read(directory: Path, queue: str) -> Iterator[DeadLetter]:
     """Read the dead letters of a queue that are in a directory, the oldest first. Blocks.
 
     Raises:
@@ -112,7 +112,7 @@ def read(directory: Path, queue: str) -> Iterator[Letter]:
     """
     for path in sorted(_place(directory, queue).glob("*.json")):
         with map_exceptions({OSError: NodeError, ValueError: NodeError}, f"cannot read the dead letter {path}"):
-            letter = Letter(path, json.loads(path.read_bytes()), path.with_suffix(".body").read_bytes())
+            letter = DeadLetter(path, json.loads(path.read_bytes()), path.with_suffix(".body").read_bytes())
         yield letter
 
 

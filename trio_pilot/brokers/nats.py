@@ -30,23 +30,23 @@ from trio_pilot.brokers import (
     tokens,
 )
 from trio_pilot.brokers.headers import FAILURES, MESSAGE_ID, attempt, read, said
-from trio_pilot.brokers.jetstream import (
+from trio_pilot.brokers.nats_connection import (
     ACK,
     NAK,
     TERM,
-    Address,
-    Arrival,
-    Connection,
     GoneError,
-    Held,
-    Listener,
-    Place,
+    HeldMessages,
+    NatsAddress,
+    NatsConnection,
+    NatsListener,
+    NatsMessage,
     RefusedError,
+    StreamPosition,
     TooLargeError,
 )
-from trio_pilot.brokers.link import Link, LostError, opened
-from trio_pilot.brokers.mailbox import driven
 from trio_pilot.brokers.prefetch import PrefetchConsumer
+from trio_pilot.brokers.reconnecting import LostError, ReconnectingQueue, opened
+from trio_pilot.brokers.thread_bridge import driven
 from trio_pilot.errors import (
     BrokerError,
     DeliveryLostError,
@@ -78,7 +78,7 @@ def open_sink(address: QueueAddress, patience: Patience) -> AbstractAsyncContext
     return opened(NatsSink, address, patience)
 
 
-class _Queue(Link[Connection]):
+class NatsQueue(ReconnectingQueue[NatsConnection]):
     """A queue, and the connection to it while there is one."""
 
     def __init__(self, address: QueueAddress, patience: Patience) -> None:
@@ -88,33 +88,33 @@ class _Queue(Link[Connection]):
         super().__init__(address.queue, f"NATS at {self._address.host}", patience)
 
     @asynccontextmanager
-    async def connect(self, threads: trio.Nursery) -> AsyncIterator[Connection]:
+    async def connect(self, threads: trio.Nursery) -> AsyncIterator[NatsConnection]:
         """Connect, to a stream that is there."""
         secret = await tokens.current(self._token) or self._address.secret
-        async with driven(Connection(replace(self._address, secret=secret)), threads) as connection:
+        async with driven(NatsConnection(replace(self._address, secret=secret)), threads) as connection:
             await self._find(connection)
             yield connection
 
-    async def _find(self, connection: Connection) -> None:
+    async def _find(self, connection: NatsConnection) -> None:
         try:
             await connection.find_stream(self.place)
         except RefusedError as error:
             LOGGER.info("%s lets us make no stream: %s is there, or not (%s)", self.broker, self.place.stream, error)
 
 
-class NatsSource(_Queue):
+class NatsSource(NatsQueue):
     """An incoming queue."""
 
     def __init__(self, address: QueueAddress, patience: Patience) -> None:
         super().__init__(address, patience)
-        self.hold = Held()
+        self.hold = HeldMessages()
         self.lease = 0.0  # seconds; known once connected
         self._directory = address.dead_letters
         self._consumer: NatsConsumer | None = None
         self._has_left = False  # there will be no other connection
 
     @asynccontextmanager
-    async def connect(self, threads: trio.Nursery) -> AsyncIterator[Connection]:
+    async def connect(self, threads: trio.Nursery) -> AsyncIterator[NatsConnection]:
         """Connect, and renew the leases of what is held; when told to end, give it back."""
         async with super().connect(threads) as connection:
             self.lease = await connection.find_consumer(self.place)
@@ -144,7 +144,7 @@ class NatsSource(_Queue):
         while True:
             connection = await self.connected()
             try:
-                await consumer.listen(Listener(connection, self.place, prefetch, self.hold, self.lease))
+                await consumer.listen(NatsListener(connection, self.place, prefetch, self.hold, self.lease))
             except LostError:
                 connection.hang_up()
             await self.gone(connection)
@@ -171,7 +171,7 @@ class NatsSource(_Queue):
         keeps the event from coming again, if that has not happened yet.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        arrival: Arrival = delivery.tag
+        arrival: NatsMessage = delivery.tag
         if arrival.settled:
             raise DeliveryLostError(f"the event {delivery.message_id} was settled before")
         arrival.settled = True
@@ -190,7 +190,7 @@ class NatsSource(_Queue):
         finally:
             self._let_go(arrival)
 
-    def _let_go(self, arrival: Arrival) -> None:
+    def _let_go(self, arrival: NatsMessage) -> None:
         if not arrival.late_answer:
             self.hold.drop(arrival)
         arrival.body = b""  # who remembers that it was settled is not to hold what was in it
@@ -200,7 +200,7 @@ class NatsSource(_Queue):
         if self._consumer:
             self._consumer.refill()
 
-    async def _answer(self, arrival: Arrival, answer: bytes) -> None:
+    async def _answer(self, arrival: NatsMessage, answer: bytes) -> None:
         """Answer a delivery, on each new connection anew."""
         try:
             while not (was_lost := arrival.is_lost) or answer is not NAK:
@@ -221,10 +221,10 @@ class NatsSource(_Queue):
         if was_lost:
             raise (DeliveryReplacedError if answer is TERM else DeliveryLostError)(self._too_late(arrival))
 
-    def _too_late(self, arrival: Arrival) -> str:
+    def _too_late(self, arrival: NatsMessage) -> str:
         return f"the lease of message {arrival.sequence} of {self.place.stream} has run out"
 
-    async def give_back(self, arrival: Arrival) -> None:
+    async def give_back(self, arrival: NatsMessage) -> None:
         """Give an arrival back that nobody has taken: now, or once there is a connection."""
         arrival.settled = True
         try:
@@ -255,9 +255,9 @@ class NatsSource(_Queue):
                 return
         await self._answer(delivery.tag, TERM)
 
-    async def _copy(self, delivery: Delivery, place: Place, facts: Mapping[str, Any]) -> None:
+    async def _copy(self, delivery: Delivery, place: StreamPosition, facts: Mapping[str, Any]) -> None:
         """Send a copy of an event, confirmed; once only, however often it takes."""
-        arrival: Arrival = delivery.tag
+        arrival: NatsMessage = delivery.tag
         kept = {name: value for name, value in arrival.headers.items() if not name.lower().startswith(INSTRUCTION)}
         facts = {**facts, MESSAGE_ID: delivery.message_id}
         once = f"{self.place.stream}.{arrival.sequence}.{delivery.attempt}"
@@ -276,7 +276,7 @@ class NatsConsumer(PrefetchConsumer):
     def __init__(self, source: NatsSource) -> None:
         super().__init__(source.has_lost)
         self._source = source
-        self._listener: Listener | None = None
+        self._listener: NatsListener | None = None
 
     async def is_idle(self) -> bool:
         """Ask the server: what it has sent before it answers has arrived before the answer."""
@@ -287,7 +287,7 @@ class NatsConsumer(PrefetchConsumer):
             return not self._arrived
         return False
 
-    async def listen(self, listener: Listener) -> None:
+    async def listen(self, listener: NatsListener) -> None:
         """Have messages sent, as many as may be held."""
         self._listener = listener
         await listener.start(self._on_arrival)
@@ -311,10 +311,10 @@ class NatsConsumer(PrefetchConsumer):
         while self._arrived:
             await self._source.give_back(self._arrived.popleft().tag)
 
-    def _on_arrival(self, arrival: Arrival) -> None:
+    def _on_arrival(self, arrival: NatsMessage) -> None:
         self._note_arrival(self._delivery(arrival))
 
-    def _delivery(self, arrival: Arrival) -> Delivery:
+    def _delivery(self, arrival: NatsMessage) -> Delivery:
         source, facts = self._source, read(arrival.headers)
         return Delivery(
             source,
@@ -329,7 +329,7 @@ class NatsConsumer(PrefetchConsumer):
         )
 
 
-class NatsSink(_Queue):
+class NatsSink(NatsQueue):
     """An outgoing queue. Any number of messages may be waiting for their confirms at once."""
 
     async def send(self, body: bytes, message_id: str) -> None:
@@ -349,7 +349,7 @@ class NatsSink(_Queue):
                 return
 
 
-async def _publish(connection: Connection, place: Place, body: bytes, headers: Mapping[str, str]) -> None:
+async def _publish(connection: NatsConnection, place: StreamPosition, body: bytes, headers: Mapping[str, str]) -> None:
     """Publish a message to a stream; one that is not there is made."""
     try:
         await connection.publish(place.subject, body, headers)
@@ -358,7 +358,7 @@ async def _publish(connection: Connection, place: Place, body: bytes, headers: M
         await connection.publish(place.subject, body, headers)
 
 
-def place_of(queue: str) -> Place:
+def place_of(queue: str) -> StreamPosition:
     """Name the parts of a queue as oms-mqclient does; it has no names with a dot, which no stream may have.
 
     Raises:
@@ -368,10 +368,10 @@ def place_of(queue: str) -> Place:
         raise SettingsError(
             f"NATS can have no queue {queue!r}: its name must be without spaces, *, > and /, and no empty part"
         )
-    return Place(f"{queue.replace('.', '_')}-stream", f"{queue}-subject", CONSUMER)
+    return StreamPosition(f"{queue.replace('.', '_')}-stream", f"{queue}-subject", CONSUMER)
 
 
-def parse_address(address: QueueAddress) -> Address:
+def parse_address(address: QueueAddress) -> NatsAddress:
     """Read `[nats://|tls://][USER:PASS@|TOKEN@]HOST[:PORT]`; the token that is given apart replaces the secret.
 
     Raises:
@@ -383,7 +383,7 @@ def parse_address(address: QueueAddress) -> Address:
     user, secret = unquote(parts.username or ""), unquote(parts.password or "")
     if user and not secret and not address.token:
         user, secret = "", user
-    return Address(host, port or PORT, user, address.token or secret, parts.scheme == "tls")
+    return NatsAddress(host, port or PORT, user, address.token or secret, parts.scheme == "tls")
 
 
 def _wrong_address(found: str) -> SettingsError:

@@ -26,9 +26,9 @@ from trio_pilot.brokers import (
     tokens,
 )
 from trio_pilot.brokers.headers import FAILURES, MESSAGE_ID, attempt, read, said
-from trio_pilot.brokers.link import ConnectError, Link, LostError, opened
 from trio_pilot.brokers.prefetch import PrefetchConsumer
-from trio_pilot.brokers.pulsar_session import CONNECT_TIMEOUT, Session, TooLargeError
+from trio_pilot.brokers.pulsar_connection import CONNECT_TIMEOUT, PulsarConnection, TooLargeError
+from trio_pilot.brokers.reconnecting import ConnectError, LostError, ReconnectingQueue, opened
 from trio_pilot.errors import (
     BrokerError,
     DeliveryLostError,
@@ -52,7 +52,7 @@ def open_sink(address: QueueAddress, patience: Patience) -> AbstractAsyncContext
     return opened(PulsarSink, address, patience)
 
 
-class _Queue(Link[Session]):
+class PulsarQueue(ReconnectingQueue[PulsarConnection]):
     """A queue, and the session with its broker while there is one."""
 
     def __init__(self, address: QueueAddress, patience: Patience) -> None:
@@ -61,11 +61,11 @@ class _Queue(Link[Session]):
         super().__init__(address.queue, f"Pulsar at {self._host}", patience)
 
     @asynccontextmanager
-    async def connect(self, threads: trio.Nursery) -> AsyncIterator[Session]:
+    async def connect(self, threads: trio.Nursery) -> AsyncIterator[PulsarConnection]:
         """Connect, to a topic that is there by then."""
         token = await tokens.current(self._token)
         await self._reach()
-        session = Session(f"{self._scheme}://{_bracketed(self._host)}:{self._port}", token)
+        session = PulsarConnection(f"{self._scheme}://{_bracketed(self._host)}:{self._port}", token)
         try:
             await self._open(session)
             threads.start_soon(session.watch)
@@ -73,7 +73,7 @@ class _Queue(Link[Session]):
         finally:
             await session.close()
 
-    async def _open(self, session: Session) -> None:
+    async def _open(self, session: PulsarConnection) -> None:
         raise NotImplementedError
 
     async def _reach(self) -> None:
@@ -96,10 +96,10 @@ def _text(error: OSError) -> str:
 
 
 @dataclass(slots=True, eq=False)
-class Arrival:
+class PulsarMessage:
     """A message as the broker delivers it."""
 
-    session: Session
+    session: PulsarConnection
     id: Any  # the library's
     headers: Mapping[str, str]
     settled: bool = False
@@ -111,17 +111,17 @@ class Arrival:
         return self.is_replaced or self.session.closed.is_told
 
 
-class PulsarSource(_Queue):
+class PulsarSource(PulsarQueue):
     """An incoming queue."""
 
     def __init__(self, address: QueueAddress, patience: Patience) -> None:
         super().__init__(address, patience)
-        self.holding: dict[str, Arrival] = {}  # what was delivered and is not settled, by its place in the topic
+        self.holding: dict[str, PulsarMessage] = {}  # what was delivered and is not settled, by its place in the topic
         self.aside = 0  # how many of them do not count towards the prefetch
         self._directory = address.dead_letters
         self._consumer: PulsarConsumer | None = None
 
-    async def _open(self, session: Session) -> None:
+    async def _open(self, session: PulsarConnection) -> None:
         session.consumer = await session.subscribe(self.name)
 
     @asynccontextmanager
@@ -161,7 +161,7 @@ class PulsarSource(_Queue):
     async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "", error: str = "") -> None:
         """Settle a delivery, on the connection that it came by. Only a copy of it is confirmed, before it is acked."""
         await trio.lowlevel.checkpoint_if_cancelled()
-        arrival: Arrival = delivery.tag
+        arrival: PulsarMessage = delivery.tag
         if arrival.settled or arrival.is_lost:
             raise DeliveryLostError(f"the event {delivery.message_id} was settled before, or Pulsar has it again")
         arrival.settled = True
@@ -180,7 +180,7 @@ class PulsarSource(_Queue):
         finally:
             self.drop(arrival)
 
-    def drop(self, arrival: Arrival) -> None:
+    def drop(self, arrival: PulsarMessage) -> None:
         """Hold an arrival no longer."""
         if self.holding.get(str(arrival.id)) is arrival:
             del self.holding[str(arrival.id)]
@@ -231,7 +231,7 @@ class PulsarConsumer(PrefetchConsumer):
         super().__init__(source.has_lost)
         self._source = source
         self._prefetch = prefetch
-        self._session: Session | None = None
+        self._session: PulsarConnection | None = None
         self._asked = 0
 
     async def is_idle(self) -> bool:
@@ -245,7 +245,7 @@ class PulsarConsumer(PrefetchConsumer):
             return False
         return not self._arrived
 
-    def listen(self, session: Session) -> None:
+    def listen(self, session: PulsarConnection) -> None:
         """Have messages sent, as many as may be held."""
         self._session, self._asked = session, 0
         self.refill()
@@ -270,12 +270,12 @@ class PulsarConsumer(PrefetchConsumer):
         while self._arrived:
             self._give_back(self._arrived.popleft().tag)
 
-    def _on_arrival(self, session: Session, message: Any, error: Exception | None) -> None:
+    def _on_arrival(self, session: PulsarConnection, message: Any, error: Exception | None) -> None:
         if error:
             session.closed.tell(error=error)
         if session.closed.is_told:
             return
-        arrival = Arrival(session, message.message_id(), message.properties())
+        arrival = PulsarMessage(session, message.message_id(), message.properties())
         if session is not self._session:
             self._give_back(arrival)
             return
@@ -285,13 +285,13 @@ class PulsarConsumer(PrefetchConsumer):
         self._source.holding[str(arrival.id)] = arrival
         self._note_arrival(self._delivery(arrival, message))
 
-    def _give_back(self, arrival: Arrival) -> None:
+    def _give_back(self, arrival: PulsarMessage) -> None:
         arrival.settled = True
         with suppress(LostError):
             arrival.session.nack(arrival.id)
         self._source.drop(arrival)
 
-    def _delivery(self, arrival: Arrival, message: Any) -> Delivery:
+    def _delivery(self, arrival: PulsarMessage, message: Any) -> Delivery:
         facts = read(arrival.headers)
         return Delivery(
             self._source,
@@ -305,10 +305,10 @@ class PulsarConsumer(PrefetchConsumer):
         )
 
 
-class PulsarSink(_Queue):
+class PulsarSink(PulsarQueue):
     """An outgoing queue. Any number of messages may be waiting for their confirms at once."""
 
-    async def _open(self, session: Session) -> None:
+    async def _open(self, session: PulsarConnection) -> None:
         await session.producer(self.name)
 
     async def send(self, body: bytes, message_id: str) -> None:

@@ -20,20 +20,20 @@ import trio
 from trio_util import AsyncValue, wait_any
 
 from trio_pilot.brokers import LONGEST_LEASE, Delivery, Patience, QueueAddress, Settlement, dead_letter_queue, dead_letters
-from trio_pilot.brokers.amqp import (
+from trio_pilot.brokers.headers import FAILURES, attempt
+from trio_pilot.brokers.prefetch import PrefetchConsumer
+from trio_pilot.brokers.rabbitmq_connection import (
     ACCESS_REFUSED,
     NO_ROUTE,
     NOT_FOUND,
     PRECONDITION_FAILED,
-    Arrival,
-    Channel,
     ClosedError,
-    Connection,
+    RabbitChannel,
+    RabbitConnection,
+    RabbitMessage,
 )
-from trio_pilot.brokers.headers import FAILURES, attempt
-from trio_pilot.brokers.link import opened
-from trio_pilot.brokers.prefetch import PrefetchConsumer
 from trio_pilot.brokers.rabbitmq_queue import RabbitQueue, find_for_sending
+from trio_pilot.brokers.reconnecting import opened
 from trio_pilot.errors import BrokerError, DeliveryLostError, DeliveryReplacedError, PublishRefusedError
 from trio_pilot.log import LOGGER
 
@@ -132,7 +132,7 @@ class RabbitSource(RabbitQueue):
         again, as it would if it had broken a moment earlier. Only a copy, where there is to be one, is confirmed before.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        arrival: Arrival = delivery.tag
+        arrival: RabbitMessage = delivery.tag
         if arrival.settled:  # RabbitMQ would close the channel, and deliver all that came by it again
             raise DeliveryLostError(f"the event {delivery.message_id} was settled before")
         arrival.settled = True
@@ -149,7 +149,7 @@ class RabbitSource(RabbitQueue):
 
     async def _give_back(self, delivery: Delivery, settlement: Settlement) -> None:
         """Return an event to the queue, in a way that counts what is to be counted, and nothing else."""
-        arrival: Arrival = delivery.tag
+        arrival: RabbitMessage = delivery.tag
         if settlement is Settlement.RELEASE and (arrival.deliveries or 0) < RENEW_AT:
             arrival.channel.write("basic_nack", arrival.tag, requeue=True)
             return
@@ -164,7 +164,7 @@ class RabbitSource(RabbitQueue):
 
     async def _set_aside(self, delivery: Delivery, facts: dead_letters.Facts) -> None:
         """Move an event to the dead letters: to their queue, else to their directory, else it stays."""
-        arrival: Arrival = delivery.tag
+        arrival: RabbitMessage = delivery.tag
         try:
             await self._copies.send(dead_letter_queue(self.name), arrival, dead_letters.headers(facts))
         except (BrokerError, ClosedError) as error:
@@ -186,7 +186,7 @@ def _lost(delivery: Delivery) -> Iterator[None]:
 
 def _drop(delivery: Delivery) -> None:
     """Acknowledge an event that is elsewhere by now."""
-    arrival: Arrival = delivery.tag
+    arrival: RabbitMessage = delivery.tag
     try:
         arrival.channel.write("basic_ack", arrival.tag)
     except ClosedError as error:
@@ -197,10 +197,10 @@ class Copies:
     """Sends copies of events, confirmed, on the connections by which they came."""
 
     def __init__(self) -> None:
-        self._channels: dict[str, Channel] = {}
+        self._channels: dict[str, RabbitChannel] = {}
         self._opening = trio.Lock()
 
-    async def send(self, queue: str, arrival: Arrival, headers: Mapping[str, Any]) -> None:
+    async def send(self, queue: str, arrival: RabbitMessage, headers: Mapping[str, Any]) -> None:
         """Send a copy to a queue. One that was deleted is declared anew.
 
         Raises:
@@ -218,7 +218,7 @@ class Copies:
             else:
                 return
 
-    async def _channel(self, queue: str, connection: Connection) -> Channel:
+    async def _channel(self, queue: str, connection: RabbitConnection) -> RabbitChannel:
         """Give the channel by which this connection sends to a queue; the first that needs it opens it."""
         async with self._opening:
             channel = self._channels.get(queue)
@@ -235,7 +235,7 @@ class RabbitConsumer(PrefetchConsumer):
         self._source = source
         self._lease = lease  # seconds; none once the queue has refused it
         self._prefetch = 0
-        self._channel: Channel | None = None
+        self._channel: RabbitChannel | None = None
         self._tags: list[str] = []  # ours, so that there is no moment at which one could not be cancelled
         self._arrivals = 0
 
@@ -255,13 +255,13 @@ class RabbitConsumer(PrefetchConsumer):
             return not self._arrived
         return False
 
-    async def listen(self, channel: Channel, prefetch: int) -> None:
+    async def listen(self, channel: RabbitChannel, prefetch: int) -> None:
         """Have messages sent, `prefetch` of them ahead of their settlement."""
         self._channel, self._prefetch = channel, prefetch
         await self._consume(channel, prefetch)
         self._note_listening(is_so=True)
 
-    async def make_up(self, channel: Channel) -> None:
+    async def make_up(self, channel: RabbitChannel) -> None:
         """Have one more message sent ahead for each that is held back, as their number changes: by a consumer for each."""
         holding = self._source.holding
         with suppress(ClosedError):
@@ -274,7 +274,7 @@ class RabbitConsumer(PrefetchConsumer):
                 else:
                     await holding.wait_transition()
 
-    async def keep_looking(self, channel: Channel) -> None:
+    async def keep_looking(self, channel: RabbitChannel) -> None:
         """Listen anew if twice, at one look after the other, there were messages, room for them, and none came."""
         suspicious, seen = False, -1
         with suppress(ClosedError):
@@ -285,18 +285,18 @@ class RabbitConsumer(PrefetchConsumer):
                     await self._listen_anew(channel, ready)
                 suspicious, seen = bool(ready), self._arrivals
 
-    async def _passed_over(self, channel: Channel) -> int:
+    async def _passed_over(self, channel: RabbitChannel) -> int:
         """Count the messages that are in the queue although there is room for them here."""
         found = await channel.ask("queue_declare", self._source.name, passive=True)
         return int(found.method.message_count) if channel.unsettled < self._prefetch else 0
 
-    async def _listen_anew(self, channel: Channel, ready: int) -> None:
+    async def _listen_anew(self, channel: RabbitChannel, ready: int) -> None:
         """Close the channel, and wait for its end: ClosedError."""
         LOGGER.warning("the queue %s has %d message(s), and none comes", self._source.name, ready)
         await channel.call("close", reply_text="listening anew")
         await channel.closed.wait()
 
-    async def _consume(self, channel: Channel, prefetch: int) -> None:
+    async def _consume(self, channel: RabbitChannel, prefetch: int) -> None:
         await channel.ask("basic_qos", prefetch_count=prefetch)
         self._tags.append(uuid.uuid4().hex)
         asks = self._lease and channel.connection.version >= KNOWS_LEASES
@@ -332,13 +332,13 @@ class RabbitConsumer(PrefetchConsumer):
         except (ClosedError, DeliveryLostError):
             return  # a broker that has closed the channel has taken everything back
 
-    def _on_arrival(self, arrival: Arrival) -> None:
+    def _on_arrival(self, arrival: RabbitMessage) -> None:
         if arrival.channel is self._channel:
             arrival.channel.unsettled += 1
             self._arrivals += 1
             self._note_arrival(self._delivery(arrival))
 
-    def _delivery(self, arrival: Arrival) -> Delivery:
+    def _delivery(self, arrival: RabbitMessage) -> Delivery:
         source, message_id = self._source, arrival.message_id
         return Delivery(
             source,
@@ -372,10 +372,10 @@ class RabbitSink(RabbitQueue):
             else:
                 return
 
-    async def _open(self, connection: Connection) -> Channel:
+    async def _open(self, connection: RabbitConnection) -> RabbitChannel:
         return await find_for_sending(connection, self.name)
 
-    async def _declare_anew(self, channel: Channel) -> None:
+    async def _declare_anew(self, channel: RabbitChannel) -> None:
         """Close the channel: finding the queue again is part of opening the next."""
         try:
             await channel.call("close")

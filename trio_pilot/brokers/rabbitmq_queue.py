@@ -10,26 +10,25 @@ from urllib.parse import unquote
 import trio
 from trio_util import move_on_when
 
-from trio_pilot import jwt
-from trio_pilot.brokers import Patience, QueueAddress, addresses, tokens
-from trio_pilot.brokers.amqp import (
+from trio_pilot.brokers import Patience, QueueAddress, addresses, jwt, tokens
+from trio_pilot.brokers.rabbitmq_connection import (
     ACCESS_REFUSED,
     NOT_FOUND,
     PRECONDITION_FAILED,
-    Address,
-    Channel,
     ClosedError,
-    Connection,
+    RabbitAddress,
+    RabbitChannel,
+    RabbitConnection,
 )
-from trio_pilot.brokers.link import ConnectError, Link
-from trio_pilot.brokers.mailbox import driven
+from trio_pilot.brokers.reconnecting import ConnectError, ReconnectingQueue
+from trio_pilot.brokers.thread_bridge import driven
 from trio_pilot.errors import BrokerError, SettingsError
 
 SCHEMES = ("amqp", "amqps")
 QUORUM = {"x-queue-type": "quorum"}  # as EWMS declares its queues; with any other argument that would fail
 
 
-class RabbitQueue(Link[Channel]):
+class RabbitQueue(ReconnectingQueue[RabbitChannel]):
     """A queue, and the channel to it while there is one."""
 
     def __init__(self, address: QueueAddress, patience: Patience) -> None:
@@ -39,13 +38,13 @@ class RabbitQueue(Link[Channel]):
         super().__init__(address.queue, f"RabbitMQ at {self._address.host}", patience)
 
     @asynccontextmanager
-    async def connect(self, threads: trio.Nursery) -> AsyncIterator[Channel]:
+    async def connect(self, threads: trio.Nursery) -> AsyncIterator[RabbitChannel]:
         """Connect, and open a channel once the queue was found. A new token is told to the server as soon as it is there."""
         token = self._token
         try:
             token = await tokens.current(self._token)
             address = replace(self._address, password=token) if token else self._address
-            async with driven(Connection(address, self._batch), threads) as connection:
+            async with driven(RabbitConnection(address, self._batch), threads) as connection:
                 if tokens.is_file(self._token):
                     threads.start_soon(self._keep_token, connection, token)
                 yield await self._open(connection)
@@ -53,7 +52,7 @@ class RabbitQueue(Link[Channel]):
             said = f"{error}{_expired(token)}"
             raise ConnectError(said) if tokens.is_file(self._token) else BrokerError(said) from error
 
-    async def _keep_token(self, connection: Connection, token: str) -> None:
+    async def _keep_token(self, connection: RabbitConnection, token: str) -> None:
         """Tell the server of each new token; if it does not want it so, connect anew with it."""
         async with move_on_when(connection.ended.wait):
             while True:
@@ -63,7 +62,7 @@ class RabbitQueue(Link[Channel]):
                 except ClosedError:
                     connection.hang_up()
 
-    async def _open(self, connection: Connection) -> Channel:
+    async def _open(self, connection: RabbitConnection) -> RabbitChannel:
         return await find(connection, self.name)
 
 
@@ -72,7 +71,7 @@ def _expired(token: str) -> str:
     return f"; our token expired at {datetime.fromtimestamp(end, UTC):%Y-%m-%d %H:%M:%S} UTC" if end and end < time() else ""
 
 
-async def find(connection: Connection, queue: str) -> Channel:
+async def find(connection: RabbitConnection, queue: str) -> RabbitChannel:
     """Declare a queue, or be content that it exists.
 
     Raises:
@@ -88,7 +87,7 @@ async def find(connection: Connection, queue: str) -> Channel:
     return channel
 
 
-async def _find_passively(connection: Connection, queue: str) -> Channel:
+async def _find_passively(connection: RabbitConnection, queue: str) -> RabbitChannel:
     channel = await connection.open_channel()
     try:
         await channel.ask("queue_declare", queue, passive=True)
@@ -99,14 +98,14 @@ async def _find_passively(connection: Connection, queue: str) -> Channel:
     return channel
 
 
-async def find_for_sending(connection: Connection, queue: str) -> Channel:
+async def find_for_sending(connection: RabbitConnection, queue: str) -> RabbitChannel:
     """Find a queue, as `find` does; give a channel on which what is sent is confirmed."""
     channel = await find(connection, queue)
     await channel.confirm_publishes()
     return channel
 
 
-def parse_address(address: QueueAddress) -> Address:
+def parse_address(address: QueueAddress) -> RabbitAddress:
     """Read `[amqp[s]://][USER[:PASS]@]HOST[:PORT][/VHOST]`; the token replaces the password.
 
     Raises:
@@ -117,7 +116,7 @@ def parse_address(address: QueueAddress) -> Address:
     if user and not password:
         raise SettingsError(f"the broker address names the user {user!r}, but there is no password and no token")
     virtual_host = unquote(parts.path.lstrip("/")) or "/"
-    return Address(host, port, virtual_host, user, password, parts.scheme == "amqps")
+    return RabbitAddress(host, port, virtual_host, user, password, parts.scheme == "amqps")
 
 
 def _wrong_address(found: str) -> SettingsError:

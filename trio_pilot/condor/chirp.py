@@ -14,7 +14,7 @@ from typing import Any
 
 from htchirp import HTChirp
 
-from trio_pilot.condor.classad import quoted
+from trio_pilot.allocation.classad import quoted
 from trio_pilot.errors import ReportError, map_exceptions
 
 CONFIG, DEFAULT_CONFIG = "_CONDOR_CHIRP_CONFIG", ".chirp.config"

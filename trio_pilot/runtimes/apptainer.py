@@ -17,15 +17,15 @@ from pathlib import Path, PurePath
 
 import trio
 
-from trio_pilot.children import Child, Command
 from trio_pilot.errors import NodeError, map_exceptions
-from trio_pilot.leftovers import MARKER, mark
-from trio_pilot.limits import Confinement, Limiter, open_limiter
-from trio_pilot.outputs import open_output
-from trio_pilot.runtimes import Container, Exit, Limits, Mount, Options, cannot_run, verbatim
+from trio_pilot.files.data_directory import open_temporary
+from trio_pilot.files.task_logs import open_log
+from trio_pilot.processes.children import Child, Command
+from trio_pilot.processes.orphans import MARKER, mark
+from trio_pilot.runtimes import Container, Exit, Limits, Mount, Options, apptainer_quoting, cannot_run
+from trio_pilot.runtimes.apptainer_command import LEADER, MOST_SAID, Apptainer, environment, fatal
 from trio_pilot.runtimes.apptainer_images import PROBE, RUNSCRIPT, Image, Images, probe
-from trio_pilot.runtimes.apptainer_program import LEADER, MOST_SAID, Apptainer, environment, fatal
-from trio_pilot.workspace import open_passing
+from trio_pilot.runtimes.confinement import Confinement, Limiter, open_limiter
 
 HOME = "/tmp"  # noqa: S108 -- the container's own: its scratch directory is mounted there
 
@@ -73,7 +73,7 @@ async def fault(options: Options) -> str | None:
 
 async def _cannot_run(apptainer: Apptainer, options: Options) -> str | None:
     """Make a container of an image that has nothing in it."""
-    with open_passing(options.data_parent) as image:
+    with open_temporary(options.data_parent) as image:
         for name in MOUNT_POINTS:
             (image / name).mkdir()
         return await probe(apptainer, image)
@@ -89,7 +89,7 @@ async def open_runtime(options: Options) -> AsyncIterator["ApptainerRuntime"]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Order:
+class _ApptainerRun:
     """A container, and how it is to be run."""
 
     container: Container
@@ -125,7 +125,7 @@ class ApptainerRuntime:
         limits, address_space = await self._divided(container.limits)
         async with self._limiter.confine(replace(container, limits=limits)) as confinement:
             with map_exceptions({OSError: NodeError}, "cannot start apptainer"):
-                order = _Order(container, image, confinement, address_space)
+                order = _ApptainerRun(container, image, confinement, address_space)
                 child = self._start(order)
                 # Its starter hands SIGTERM on to the payload; its namespace dies with its parent.
                 code = await child.see_to_its_end(self._kill_grace, terminate=partial(child.terminate_below, child.pid))
@@ -141,22 +141,22 @@ class ApptainerRuntime:
             return limits, None
         return replace(limits, memory=None), limits.memory
 
-    def _start(self, order: _Order) -> Child:
+    def _start(self, order: _ApptainerRun) -> Child:
         container = order.container
         _make_mount_points(container)
         env = {**environment(), **_environment(container)}
-        with open_output(container.stdout) as stdout, open_output(container.stderr) as stderr:
+        with open_log(container.stdout) as stdout, open_log(container.stderr) as stderr:
             argv = order.confinement.argv([*LEADER, *self._argv(order)], env)
             return self._apptainer.children.spawn(
                 Command(argv, env, container.scratch, stdout, stderr, marker=container.name, cpus=container.pinned)
             )
 
-    def _argv(self, order: _Order) -> list[str]:
+    def _argv(self, order: _ApptainerRun) -> list[str]:
         container, action = order.container, "exec" if order.container.plain else order.image.action
         args: Sequence[str] = container.args
-        if verbatim.needs_help(args, container.env) or order.address_space is not None:
+        if apptainer_quoting.needs_help(args, container.env) or order.address_space is not None:
             command = [f"/{RUNSCRIPT}"] if action == "run" else []
-            args = verbatim.shell(command, args, container.env, order.address_space)
+            args = apptainer_quoting.shell(command, args, container.env, order.address_space)
             action = "exec"
         mounts = [Mount(container.scratch, HOME, writable=True), *container.mounts, *_protection()]
         return [
@@ -169,7 +169,7 @@ class ApptainerRuntime:
             *args,
         ]
 
-    async def _blame(self, order: _Order) -> Exit:
+    async def _blame(self, order: _ApptainerRun) -> Exit:
         """Tell a payload that ends with 255 from one that cannot be executed, and that from no container at all."""
         container = order.container
         with container.stderr.open("rb") as stderr:
@@ -188,7 +188,7 @@ class ApptainerRuntime:
             stderr.write(os.fsencode(f"{blame}\n"))
         return cannot_run(blame)
 
-    async def _could_be_made(self, order: _Order) -> bool:
+    async def _could_be_made(self, order: _ApptainerRun) -> bool:
         """Try the same container with a command that it has not: if it is missed, all else was well."""
         container = replace(order.container, args=(PROBE,))
         attempt = replace(order, container=container, image=replace(order.image, action="exec"))
@@ -204,7 +204,7 @@ def _environment(container: Container) -> dict[str, str]:
         if not VARIABLE.fullmatch(name):
             raise NodeError(f"apptainer cannot set a variable named {name!r}: use letters, digits and underscores")
     marker = {MARKER: mark(container.name)}
-    travelling = {"TMPDIR": HOME, **verbatim.travelling(container.env), **marker}
+    travelling = {"TMPDIR": HOME, **apptainer_quoting.travelling(container.env), **marker}
     return {f"APPTAINERENV_{name}": value for name, value in travelling.items()}
 
 
@@ -223,6 +223,6 @@ def _protection() -> Iterator[Mount]:
 def _mount(mount: Mount) -> str:
     """Give an argument of --mount: a line of CSV."""
     fields = ["type=bind", f"source={mount.source}", f"destination={mount.target}", *([] if mount.writable else ["ro"])]
-    if not all(verbatim.is_text(field) and "\r" not in field for field in fields):
+    if not all(apptainer_quoting.is_text(field) and "\r" not in field for field in fields):
         raise NodeError(f"apptainer cannot mount {str(mount.source)!r} at {mount.target!r}: name them in UTF-8, without CR")
     return ",".join('"{}"'.format(field.replace('"', '""')) for field in fields)

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import trio
 
+from trio_pilot.cleanup.image_builds import UNFINISHED, is_own, open_lock, remove_unfinished, try_to_lock
 from trio_pilot.errors import NodeError, map_exceptions
-from trio_pilot.image_leftovers import UNFINISHED, is_own, open_lock, remove_halves, try_to_lock
+from trio_pilot.files.filesystem import exists, is_file, remove_tree
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import Options
-from trio_pilot.runtimes.apptainer_program import Apptainer, environment
-from trio_pilot.runtimes.choice import OWN_ROOT
+from trio_pilot.runtimes.apptainer_command import Apptainer, environment
+from trio_pilot.runtimes.selection import OWN_ROOT
 from trio_pilot.settings import APPTAINER_BUILD, APPTAINER_IMAGE
-from trio_pilot.trees import exists, is_file, remove_tree
 
 # What an image can be made from, besides a file: apptainer-build(1).
 SOURCES = ("docker", "docker-archive", "docker-daemon", "oci", "oci-archive", "oras", "library", "shub", "http", "https")
@@ -131,7 +131,7 @@ class Images:
         LOGGER.info("image %s: being unpacked to %s", source, finished)
         begun = trio.current_time()
         try:
-            await trio.to_thread.run_sync(remove_halves, finished.parent, finished.name)
+            await trio.to_thread.run_sync(remove_unfinished, finished.parent, finished.name)
             (unfinished / "tmp").mkdir(parents=True)
             root = unfinished / "root"
             env = {**_environment(os.environ), "APPTAINER_TMPDIR": str(unfinished / "tmp")}

@@ -10,14 +10,14 @@ from pathlib import Path, PurePath
 
 import trio
 
-from trio_pilot.children import Child, Children, Command
 from trio_pilot.errors import NodeError, map_exceptions
-from trio_pilot.last_words import last_words
-from trio_pilot.leftovers import MARKER, mark
-from trio_pilot.limits import NOT_ENTERED, Confinement, Limiter, open_limiter
-from trio_pilot.outputs import open_output
+from trio_pilot.files.error_summary import error_summary
+from trio_pilot.files.task_logs import open_log
+from trio_pilot.processes.children import Child, Children, Command
+from trio_pilot.processes.orphans import MARKER, mark
 from trio_pilot.runtimes import DATA_DIRECTORY, NOT_EXECUTABLE, NOT_FOUND, Container, Exit, Options, cannot_run
-from trio_pilot.runtimes.choice import OWN_ROOT
+from trio_pilot.runtimes.confinement import NOT_ENTERED, Confinement, Limiter, open_limiter
+from trio_pilot.runtimes.selection import OWN_ROOT
 from trio_pilot.settings import ENVFILE
 
 # What a container has of its own: bubblewrap makes it, the host's would undo the isolation, or it must be written to.
@@ -117,7 +117,7 @@ class BubblewrapRuntime:
             return Exit(code, code != 0 and confinement.out_of_memory)
 
     def _start(self, container: Container, root: Sequence[str], status: "_Status", confinement: Confinement) -> Child:
-        with open_output(container.stdout) as stdout, open_output(container.stderr) as stderr:
+        with open_log(container.stdout) as stdout, open_log(container.stderr) as stderr:
             env = self._environment(container)
             command = Command(
                 confinement.argv(self._argv(container, root, status.writing), env),
@@ -186,7 +186,7 @@ def _blame(container: Container, code: int, confinement: Confinement) -> Exit:
     said = container.stderr.read_text(errors="replace").strip()
     if said.startswith("bwrap: execvp"):
         return cannot_run(said)
-    raise NodeError(f"bubblewrap could not make the container: {last_words(container.stderr)}")
+    raise NodeError(f"bubblewrap could not make the container: {error_summary(container.stderr)}")
 
 
 def _root_options(image: Path, targets: Sequence[str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 from trio_pilot.errors import NodeError
 from trio_pilot.runtimes import Limits, Options
 from trio_pilot.runtimes.engine import EngineRuntime, fault_of, open_engine
-from trio_pilot.runtimes.engine_dialect import MOST_LOG, SCRATCH, Dialect, Order, Spec, labels
+from trio_pilot.runtimes.engine_dialect import MOST_LOG, SCRATCH, CreateRequest, Dialect, Spec, labels
 
 OLDEST, NEWEST = (1, 40), (1, 51)  # versions of the API that we know
 
@@ -41,7 +41,7 @@ def prefix(headers: Mapping[str, str]) -> str:
     return "/v{}.{}".format(*min(theirs, NEWEST))
 
 
-def spec(order: Order) -> Spec:
+def spec(order: CreateRequest) -> Spec:
     """Say what the container is to be. What is not said is the image's: the working directory, the entrypoint."""
     container, options = order.container, order.options
     is_alone = options.network == "none"

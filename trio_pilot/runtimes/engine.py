@@ -12,14 +12,14 @@ from pathlib import Path
 import trio
 
 from trio_pilot.errors import ContainerLostError, NodeError, map_exceptions
+from trio_pilot.files.task_logs import open_log
 from trio_pilot.log import LOGGER
-from trio_pilot.outputs import open_output
 from trio_pilot.runtimes import Container, Exit, Options, cannot_run
 from trio_pilot.runtimes.engine_api import EngineApi, EngineRefusedError
 from trio_pilot.runtimes.engine_container import FETCH_TIMEOUT, EngineContainer
-from trio_pilot.runtimes.engine_dialect import Dialect, Order, Spec
-from trio_pilot.runtimes.engine_link import Link
-from trio_pilot.runtimes.pull import find_image, ready_image
+from trio_pilot.runtimes.engine_dialect import CreateRequest, Dialect, Spec
+from trio_pilot.runtimes.engine_images import find_image, ready_image
+from trio_pilot.runtimes.engine_outages import EngineOutages
 
 END_TIMEOUT = 10.0  # seconds to end and remove a container, beside its grace; then it is tried in the background
 MOST_BEHIND = 8  # containers that are removed beside the next tasks; more are waited for
@@ -75,7 +75,7 @@ async def open_engine(dialect: Dialect, options: Options) -> AsyncIterator["Engi
     async with EngineApi(dialect.name, socket_of(dialect)) as api:
         await _open(api, dialect)
         async with trio.open_nursery() as nursery:
-            link = Link(api, options.engine_patience)
+            link = EngineOutages(api, options.engine_patience)
             if dialect.ends_its_containers:
                 nursery.start_soon(link.witness.watch)
             try:
@@ -90,7 +90,7 @@ class EngineRuntime:
     mounts = True
     images: Path | None = None
 
-    def __init__(self, link: Link, dialect: Dialect, options: Options, nursery: trio.Nursery) -> None:
+    def __init__(self, link: EngineOutages, dialect: Dialect, options: Options, nursery: trio.Nursery) -> None:
         self.name = dialect.name
         self.engine: Path | None = link.api.socket
         self.leaves_some = False
@@ -124,7 +124,7 @@ class EngineRuntime:
         await trio.lowlevel.checkpoint_if_cancelled()
         with map_exceptions({OSError: NodeError}, "cannot write what a container says"):
             for path in (container.stdout, container.stderr):
-                open_output(path).close()
+                open_log(path).close()
             if container.image not in self._images:
                 await self._prepare(container.image, None)
             ours = EngineContainer(self._link, self._dialect, container)
@@ -161,7 +161,7 @@ class EngineRuntime:
             await ours.create(self._spec(ours, container))
 
     def _spec(self, ours: EngineContainer, container: Container) -> Spec:
-        return self._dialect.spec(Order(container, ours.name, self._images[container.image], self._options))
+        return self._dialect.spec(CreateRequest(container, ours.name, self._images[container.image], self._options))
 
     async def _live(self, ours: EngineContainer, container: Container) -> Exit:
         code = await ours.live()
@@ -184,7 +184,7 @@ class EngineRuntime:
             # As any shell would say it. Where podman's init is the program, the command is its argument, behind a --.
             words = facts.words
             line = f"{words[words.index('--') + 1] if words[1:2] == ('--',) else words[0]}: {reason}"
-            with open_output(container.stderr) as stderr:
+            with open_log(container.stderr) as stderr:
                 stderr.write(os.fsencode(f"{line}\n"))
             return cannot_run(line)
         is_suspect = code == KILLED and container.limits.memory is not None and not self._dialect.tells_of_memory

@@ -13,7 +13,7 @@ import httpx
 import trio
 
 from trio_pilot.errors import NodeError, map_exceptions
-from trio_pilot.runtimes.engine_connection import HOST, Connections, NoConnectionError
+from trio_pilot.runtimes.engine_http import HOST, EngineConnections, NoConnectionError
 
 REQUEST_TIMEOUT = 60.0  # seconds; an engine that starts a hundred containers at once takes its time for each
 PING_TIMEOUT = 3.0
@@ -67,7 +67,7 @@ class EngineApi:
         self.name = name
         self.socket = socket
         self.prefix = ""  # of all paths: the version of the API that is spoken
-        self._connections = Connections(socket)
+        self._connections = EngineConnections(socket)
         self._client = _client(socket)
 
     async def __aenter__(self) -> Self:

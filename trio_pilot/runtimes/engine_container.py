@@ -9,7 +9,8 @@ from typing import Any, Self
 import trio
 
 from trio_pilot.errors import ContainerLostError, NodeError
-from trio_pilot.outputs import open_output
+from trio_pilot.files.task_logs import open_log
+from trio_pilot.grace_period import GracePeriod
 from trio_pilot.runtimes import Container
 from trio_pilot.runtimes.engine_api import (
     REQUEST_TIMEOUT,
@@ -20,9 +21,8 @@ from trio_pilot.runtimes.engine_api import (
     EngineUnreachableError,
 )
 from trio_pilot.runtimes.engine_dialect import Dialect, Spec
-from trio_pilot.runtimes.engine_link import Link
-from trio_pilot.runtimes.engine_outputs import Demultiplexer, Ends
-from trio_pilot.scopes import Shelter
+from trio_pilot.runtimes.engine_logs import Demultiplexer, HeadAndTail
+from trio_pilot.runtimes.engine_outages import EngineOutages
 
 NAME_PREFIX = "trio-pilot-"
 
@@ -68,7 +68,7 @@ class Facts:
 class EngineContainer:
     """A container, known by its name before it is made."""
 
-    def __init__(self, link: Link, dialect: Dialect, container: Container) -> None:
+    def __init__(self, link: EngineOutages, dialect: Dialect, container: Container) -> None:
         self.name = NAME_PREFIX + container.name
         self._link = link
         self._api = link.api
@@ -176,8 +176,8 @@ class EngineContainer:
 
     async def fetch(self) -> None:
         """Get what it has said into its files."""
-        with open_output(self._container.stdout) as stdout, open_output(self._container.stderr) as stderr:
-            ends = {1: Ends(stdout), 2: Ends(stderr)}
+        with open_log(self._container.stdout) as stdout, open_log(self._container.stderr) as stderr:
+            ends = {1: HeadAndTail(stdout), 2: HeadAndTail(stderr)}
             streams = Demultiplexer(ends)
             path = f"{self._api.prefix}/containers/{self.name}/logs"
             async with self._api.stream("GET", path, "tell what a container has said", stdout="1", stderr="1") as pieces:
@@ -275,7 +275,7 @@ class _Waiting:
 
 async def _finish(function: Callable[[], Awaitable[None]], seconds: float) -> None:
     """Call a function; cancelled, it has so many seconds more."""
-    shelter = Shelter(seconds)
+    shelter = GracePeriod(seconds)
     failure: NodeError | None = None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(shelter.watch)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trio_pilot.engine_leftovers import DATA_LABEL, LABEL
-from trio_pilot.identity import own
+from trio_pilot.cleanup.engine_containers import DATA_LABEL, LABEL
+from trio_pilot.files.data_directory import root_in
+from trio_pilot.processes.identity import own
 from trio_pilot.runtimes import Container, Options
-from trio_pilot.workspace import root_in
 
 EVENT_LABEL = "trio-pilot.event"
 
@@ -22,7 +22,7 @@ Spec = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class CreateRequest:
     """A container as an engine is to make it."""
 
     container: Container
@@ -42,7 +42,7 @@ class Dialect:
     prefix: Callable[[Mapping[str, str]], str]
     """The version of the API, from the headers of the answer to a ping. Raises NodeError if it is too old."""
     pull_prefix: str | None  # of the path by which images are pulled, where that is another
-    spec: Callable[[Order], Spec]  # what create is told
+    spec: Callable[[CreateRequest], Spec]  # what create is told
     wait: Callable[[float], Mapping[str, str]]
     """What is asked to be told of the end of a container, so many seconds sooner or later."""
     exit_code: Callable[[Any], int]  # from the answer to that
@@ -50,6 +50,6 @@ class Dialect:
     tells_of_memory: bool  # whether OOMKilled can be relied on
 
 
-def labels(order: Order) -> Mapping[str, str]:
+def labels(order: CreateRequest) -> Mapping[str, str]:
     """Say whose a container is: given as it is made, they are there from its first moment to its last."""
     return {LABEL: str(own()), DATA_LABEL: str(root_in(order.options.data_parent)), EVENT_LABEL: order.container.name}

@@ -13,7 +13,7 @@ from typing import Any
 from trio_pilot.errors import NodeError
 from trio_pilot.runtimes import Container, Options
 from trio_pilot.runtimes.engine import EngineRuntime, fault_of, open_engine
-from trio_pilot.runtimes.engine_dialect import MOST_LOG, SCRATCH, Dialect, Order, Spec, labels
+from trio_pilot.runtimes.engine_dialect import MOST_LOG, SCRATCH, CreateRequest, Dialect, Spec, labels
 
 OLDEST = 4  # major version
 
@@ -52,7 +52,7 @@ def prefix(headers: Mapping[str, str]) -> str:
     return "/v4.0.0/libpod"
 
 
-def spec(order: Order) -> Spec:
+def spec(order: CreateRequest) -> Spec:
     """Say what the container is to be. What is not said is the image's: the working directory, the entrypoint."""
     container, options = order.container, order.options
     return {

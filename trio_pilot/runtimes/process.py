@@ -8,12 +8,12 @@ from pathlib import Path
 
 import trio
 
-from trio_pilot.children import Child, Children, Command
 from trio_pilot.errors import NodeError, map_exceptions
-from trio_pilot.limits import NOT_ENTERED, Confinement, Limiter, open_limiter
+from trio_pilot.files.task_logs import open_log
 from trio_pilot.log import LOGGER
-from trio_pilot.outputs import open_output
+from trio_pilot.processes.children import Child, Children, Command
 from trio_pilot.runtimes import NOT_FOUND, Container, Exit, Options, cannot_run
+from trio_pilot.runtimes.confinement import NOT_ENTERED, Confinement, Limiter, open_limiter
 
 
 async def fault(options: Options) -> str | None:  # noqa: ARG001 -- as for any other runtime
@@ -62,8 +62,8 @@ class ProcessRuntime:
         """Start the command; where it is itself to blame that it cannot be, give what a shell would."""
         with (
             map_exceptions({OSError: NodeError}, "cannot start a process"),
-            open_output(container.stdout) as stdout,
-            open_output(container.stderr) as stderr,
+            open_log(container.stdout) as stdout,
+            open_log(container.stderr) as stderr,
         ):
             env = self._environment(container)
             argv = confinement.argv(container.args, env)

@@ -1,0 +1,392 @@
+# What RabbitMQ does beyond the contract: kinds of queues, rights, refusals.
+
+import threading
+from pathlib import Path
+
+import pika
+import pytest
+import trio
+
+from tests.support.brokers import LONG, Rabbit, eventually, failure_of, leaves, new_name, nothing_comes, send, take
+from tests.support.servers import MAX_MESSAGE_SIZE, RabbitServer
+from trio_pilot.brokers import Settlement, dead_letter_queue, dead_letters, rabbitmq
+from trio_pilot.errors import BrokerError, DeliveryLostError, PublishRefusedError
+
+
+@pytest.fixture
+def broker(rabbitmq: RabbitServer) -> Rabbit:
+    return Rabbit(rabbitmq)
+
+
+@pytest.fixture
+def pilot_user(broker: Rabbit) -> str:
+    """Make a user as a token of EWMS's queue service has it: no right to configure."""
+    name = new_name("user")
+    broker.server.add_user(name, "secret", configure="^$", write=".*", read=".*")
+    return name
+
+
+async def test_a_queue_that_is_not_there_is_declared_as_a_durable_quorum_queue(broker: Rabbit, queue: str) -> None:
+    await send(broker, queue, b"a")
+    with broker.channel() as channel:
+        channel.queue_declare(queue, durable=True, arguments={"x-queue-type": "quorum"})  # 406 if it is any other
+    ((properties, _),) = broker.get_all(queue)
+    assert properties.delivery_mode == 2
+
+
+async def test_a_classic_queue_that_is_there_is_used_as_it_is(broker: Rabbit, queue: str) -> None:
+    broker.declare(queue, "classic")
+    async with broker.sink(queue) as sink, broker.source(queue) as source, source.consume(1) as consumer:
+        await sink.send(b"a", "a")
+        delivery = await take(consumer)
+        assert delivery.attempt == 1
+        await source.settle(delivery, Settlement.REJECT)
+        delivery = await take(consumer)
+        assert delivery.attempt == 2
+        await source.settle(delivery, Settlement.ACK)
+
+
+async def test_who_may_not_declare_can_still_use_a_queue_that_is_there(broker: Rabbit, queue: str, pilot_user: str) -> None:
+    broker.declare(queue)
+    async with (
+        broker.sink(queue, user=pilot_user, token="secret") as sink,
+        broker.source(queue, user=pilot_user, token="secret") as source,
+        source.consume(1) as consumer,
+    ):
+        await sink.send(b"a", "a")
+        await source.settle(await take(consumer), Settlement.ACK)
+    assert broker.server.counts(queue) == (0, 0)
+
+
+async def test_who_may_not_declare_is_told_that_the_queue_is_not_there(broker: Rabbit, queue: str, pilot_user: str) -> None:
+    error = await failure_of(broker.source(queue, user=pilot_user, token="secret"))
+    assert isinstance(error, BrokerError)
+    assert queue in str(error)
+
+
+async def test_who_may_not_read_is_told_so(broker: Rabbit, queue: str) -> None:
+    broker.declare(queue)
+    user = new_name("user")
+    broker.server.add_user(user, "secret", configure="^$", write=".*", read="^$")
+    with pytest.raises(ExceptionGroup) as caught:
+        async with broker.source(queue, user=user, token="secret") as source, source.consume(1) as consumer:
+            await take(consumer)
+    (error,) = leaves(caught.value)
+    assert isinstance(error, BrokerError)
+    assert queue in str(error)
+
+
+async def test_without_the_right_to_a_dead_letter_queue_a_dead_letter_is_a_file_and_a_warning_names_it(
+    broker: Rabbit, queue: str, pilot_user: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    await send(broker, queue, b"bad")
+    async with broker.source(queue, user=pilot_user, token="secret") as source, source.consume(1) as consumer:
+        await source.settle(await take(consumer), Settlement.DEAD_LETTER, "no good", "DecodeError")
+    (letter,) = dead_letters.read(broker.directory, queue)
+    assert letter.body == b"bad"
+    expected = {"message_id": "id-0", "reason": "no good", "error": "DecodeError", "attempts": 1, "queue": queue}
+    assert letter.facts.items() >= expected.items()
+    (warning,) = (record.message for record in caplog.records if record.name == "trio_pilot")
+    assert str(letter.path) in warning
+    assert broker.server.counts(queue) == (0, 0)
+
+
+async def test_with_no_place_for_a_dead_letter_the_event_goes_back_counted_and_a_line_says_so(
+    broker: Rabbit, queue: str, pilot_user: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker.directory = Path("/proc/none")
+    await send(broker, queue, b"bad")
+    async with broker.source(queue, user=pilot_user, token="secret") as source, source.consume(1) as consumer:
+        for attempt in range(1, 4):
+            delivery = await take(consumer)
+            assert delivery.attempt == attempt
+            await source.settle(delivery, Settlement.DEAD_LETTER, "no good")
+        await source.settle(await take(consumer), Settlement.ACK)
+    said = [record.message for record in caplog.records if record.name == "trio_pilot"]
+    assert len(said) == 3
+    assert all("no dead letters for us" in line for line in said)
+
+
+async def test_who_may_only_read_gives_a_failed_event_back_without_its_count(
+    broker: Rabbit, queue: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    user = new_name("user")
+    broker.server.add_user(user, "secret", configure="^$", write="^$", read=".*")
+    await send(broker, queue, b"bad")
+    async with broker.source(queue, user=user, token="secret") as source, source.consume(1) as consumer:
+        for _ in range(3):
+            delivery = await take(consumer)
+            assert delivery.attempt == 1
+            await source.settle(delivery, Settlement.REJECT)
+        await source.settle(await take(consumer), Settlement.ACK)
+    assert "goes back without its count" in caplog.text
+
+
+async def test_a_copy_of_an_event_that_failed_is_as_it_was_sent(broker: Rabbit, queue: str) -> None:
+    broker.declare(queue)
+    sent = pika.BasicProperties(
+        message_id="a", headers={"mine": "kept", "CC": [f"{queue}-other"]}, content_type="text/plain", user_id="guest"
+    )
+    with broker.channel() as channel:
+        channel.basic_publish("", queue, b"body", sent)
+    async with broker.source(queue) as source, source.consume(1) as consumer:
+        await source.settle(await take(consumer), Settlement.REJECT)
+    ((properties, body),) = broker.get_all(queue)
+    assert (body, properties.message_id, properties.content_type) == (b"body", "a", "text/plain")
+    assert (properties.delivery_mode, properties.user_id) == (2, None)
+    properties.headers.pop("x-delivery-count", None)  # it may have been prefetched once more
+    assert properties.headers == {"mine": "kept", "x-trio-pilot-failures": 1}
+
+
+VERSIONS = ["rabbitmq", *(pytest.param(name, marks=pytest.mark.soak) for name in ("rabbitmq_trixie", "rabbitmq_sid"))]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_a_hundred_evictions_cost_no_event_an_attempt_and_a_queue_with_a_limit_keeps_it(
+    request: pytest.FixtureRequest, queue: str, version: str
+) -> None:
+    broker = Rabbit(request.getfixturevalue(version))
+    with broker.channel() as channel:
+        arguments = {"x-queue-type": "quorum", "x-delivery-limit": 20}  # as from RabbitMQ 4.0 on where nothing is said
+        channel.queue_declare(queue, durable=True, arguments=arguments)
+    await send(broker, queue, b"a")
+    for _ in range(100):
+        async with broker.source(queue) as source, source.consume(1) as consumer:
+            delivery = await take(consumer)
+            assert delivery.attempt == 1
+            await source.settle(delivery, Settlement.RELEASE)
+    assert broker.ready(queue) == 1
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+async def test_a_dead_letter_queue_that_is_there_is_used_without_the_right_to_declare_it(
+    broker: Rabbit, queue: str, pilot_user: str, kind: str
+) -> None:
+    broker.declare(dead_letter_queue(queue), kind)
+    await send(broker, queue, b"bad")
+    async with broker.source(queue, user=pilot_user, token="secret") as source, source.consume(1) as consumer:
+        await source.settle(await take(consumer), Settlement.DEAD_LETTER, "no good")
+    ((properties, body),) = broker.get_all(dead_letter_queue(queue))
+    assert body == b"bad"
+    assert properties.headers.items() >= {"x-trio-pilot-reason": "no good", "x-trio-pilot-attempts": 1}.items()
+    assert broker.server.counts(queue) == (0, 0)
+
+
+async def test_a_dead_letter_queue_deleted_meanwhile_is_made_anew(broker: Rabbit, queue: str) -> None:
+    await send(broker, queue, b"a", b"b")
+    async with broker.source(queue) as source, source.consume(1) as consumer:
+        await source.settle(await take(consumer), Settlement.DEAD_LETTER, "one")
+        with broker.channel() as channel:
+            channel.queue_delete(dead_letter_queue(queue))
+        await source.settle(await take(consumer), Settlement.DEAD_LETTER, "two")
+        await nothing_comes(consumer)
+    assert [(body, reason) for body, _, reason in broker.dead_letters(queue)] == [(b"b", "two")]
+
+
+async def test_dead_letters_need_one_channel_however_many_there_are(broker: Rabbit, queue: str) -> None:
+    await send(broker, queue, *[b"bad"] * 20)
+    async with broker.source(queue) as source, source.consume(20) as consumer:
+        for _ in range(20):
+            await source.settle(await take(consumer), Settlement.DEAD_LETTER, "why")
+        channels = broker.server.evaluate("length(rabbit_channel:list()).")
+    assert int(channels) <= 2
+
+
+@pytest.mark.parametrize(
+    ("user", "token", "vhost", "says"),
+    [
+        ("guest", "wrong", "", "refuses our user and password"),
+        ("nobody", "wrong", "", "refuses our user and password"),
+        ("", "a.jwt.token", "", "refuses our user and password"),
+        ("", "", "/no-such-vhost", "no-such-vhost"),
+    ],
+)
+async def test_a_refusal_is_one_clear_line_at_once_and_names_no_secret(
+    broker: Rabbit, user: str, token: str, vhost: str, says: str
+) -> None:
+    for queue in (
+        broker.source("q", user=user, token=token, server=broker.server.address + vhost),
+        broker.sink("q", user=user, token=token, server=broker.server.address + vhost),
+    ):
+        with trio.fail_after(5):
+            error = await failure_of(queue)
+        assert isinstance(error, BrokerError)
+        assert says in str(error)
+        assert not token or token not in str(error)
+        assert "ConnectionClosedByBroker" not in str(error)
+
+
+@pytest.mark.parametrize("size", [MAX_MESSAGE_SIZE + 1, MAX_MESSAGE_SIZE + 1_000_000])
+async def test_a_message_too_large_is_refused_and_those_in_flight_with_it_arrive(
+    broker: Rabbit, queue: str, size: int
+) -> None:
+    outcomes: dict[int, str] = {}
+
+    async with broker.sink(queue) as sink:
+        await sink.ready()
+
+        async def send(number: int, body: bytes) -> None:
+            try:
+                await sink.send(body, f"id-{number}")
+                outcomes[number] = "sent"
+            except PublishRefusedError:
+                outcomes[number] = "refused"
+
+        with trio.fail_after(LONG):
+            async with trio.open_nursery() as nursery:
+                for number in range(40):
+                    nursery.start_soon(send, number, b"x" * (size if number == 20 else number))
+    assert outcomes == {number: "refused" if number == 20 else "sent" for number in range(40)}
+    # Those in flight may have been sent again: at least once it is.
+    assert {len(body) for _, body in broker.get_all(queue)} == set(range(40)) - {20}
+
+
+async def test_an_output_for_a_queue_deleted_meanwhile_is_not_lost(broker: Rabbit, queue: str) -> None:
+    async with broker.sink(queue) as sink:
+        await sink.send(b"a", "a")
+        with broker.channel() as channel:
+            channel.queue_delete(queue)
+        with trio.fail_after(LONG):
+            async with trio.open_nursery() as nursery:
+                for number in range(10):
+                    nursery.start_soon(sink.send, b"%d" % number, "the same id")
+    assert {int(body) for _, body in broker.get_all(queue)} == set(range(10))
+
+
+async def test_a_source_whose_queue_is_deleted_declares_it_anew_and_listens_again(broker: Rabbit, queue: str) -> None:
+    await send(broker, queue, b"a")
+    async with broker.source(queue) as source, source.consume(1) as consumer:
+        stale = await take(consumer)
+        with broker.channel() as channel:
+            channel.queue_delete(queue)
+        await eventually(lambda: source._session.value is not stale.tag.channel)  # type: ignore[attr-defined]
+        with pytest.raises(DeliveryLostError):
+            await source.settle(stale, Settlement.ACK)
+        await send(broker, queue, b"b")
+        delivery = await take(consumer)
+        assert delivery.body == b"b"
+        await source.settle(delivery, Settlement.ACK)
+
+
+async def test_a_consumer_that_gets_nothing_though_there_is_something_listens_anew(
+    broker: Rabbit, queue: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rabbitmq, "LOOK_INTERVAL", 0.2)
+    await send(broker, queue, b"a")
+    async with broker.source(queue) as source, source.consume(2) as consumer:
+        delivery = await take(consumer)
+        await delivery.tag.channel.call("basic_cancel", consumer._tags[0])  # type: ignore[attr-defined]
+        await send(broker, queue, b"b")
+        assert {(await take(consumer)).body, (await take(consumer)).body} == {b"a", b"b"}
+    assert "has 1 message(s), and none comes" in caplog.text
+
+
+async def test_a_queue_with_messages_that_do_not_come_is_not_left_as_empty(
+    broker: Rabbit, queue: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    await send(broker, queue, b"a")
+    async with broker.source(queue) as source, source.consume(2) as consumer:
+        delivery = await take(consumer)
+        await delivery.tag.channel.call("basic_cancel", consumer._tags[0])  # type: ignore[attr-defined]
+        assert await consumer.is_idle()
+        await send(broker, queue, b"b")
+        assert not await consumer.is_idle()
+        assert {(await take(consumer)).body, (await take(consumer)).body} == {b"a", b"b"}
+        assert await consumer.is_idle()  # with no room for more
+    assert "has 1 message(s), and none comes" in caplog.text
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_a_classic_queue_that_grants_no_lease_is_consumed_without(
+    request: pytest.FixtureRequest, queue: str, version: str
+) -> None:
+    broker = Rabbit(request.getfixturevalue(version))
+    broker.declare(queue, "classic")
+    await send(broker, queue, b"a")
+    async with broker.source(queue) as source, source.consume(1, 60) as consumer:
+        await source.settle(await take(consumer), Settlement.ACK)
+
+
+async def test_a_consumer_that_has_all_it_may_have_or_gets_nothing_because_there_is_none_is_left_alone(
+    broker: Rabbit, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rabbitmq, "LOOK_INTERVAL", 0.05)
+    await send(broker, queue, b"a", b"b")
+    async with broker.source(queue) as source, source.consume(1) as consumer:
+        for _ in range(2):
+            delivery = await take(consumer)
+            await trio.sleep(0.5)
+            await source.settle(delivery, Settlement.ACK)  # its channel is open
+        await nothing_comes(consumer, 0.5)
+        assert not source.has_lost(delivery)
+
+
+async def test_a_channel_that_the_server_closes_is_opened_again_and_the_event_comes_again(
+    broker: Rabbit, queue: str
+) -> None:
+    await send(broker, queue, b"a", b"b")
+    async with broker.source(queue) as source, source.consume(2) as consumer:
+        first, second = await take(consumer), await take(consumer)
+        # As after consumer_timeout: the connection stays up, the channel is gone, and pika raises nothing.
+        await first.tag.channel.call("basic_ack", 4711)
+        deliveries = [await take(consumer), await take(consumer)]
+        assert {delivery.body for delivery in deliveries} == {b"a", b"b"}
+        assert {(delivery.attempt, delivery.redelivered) for delivery in deliveries} == {(1, True)}
+        for stale in (first, second):
+            with pytest.raises(DeliveryLostError):
+                await source.settle(stale, Settlement.ACK)
+        for delivery in deliveries:
+            await source.settle(delivery, Settlement.ACK)
+    assert broker.server.counts(queue) == (0, 0)
+
+
+async def test_a_message_without_an_id_is_known_by_its_body(broker: Rabbit, queue: str) -> None:
+    broker.declare(queue)
+    with broker.channel() as channel:
+        for body in (b"a", b"a", b"b"):
+            channel.basic_publish("", queue, body)
+    async with broker.source(queue) as source, source.consume(3) as consumer:
+        one, same, other = [await take(consumer) for _ in range(3)]
+        assert one.message_id == same.message_id != other.message_id
+
+
+async def test_any_message_id_can_be_sent(broker: Rabbit, queue: str) -> None:
+    async with broker.sink(queue) as sink:
+        with trio.fail_after(LONG):
+            for message_id in ("x" * 1000, "é" * 200, "\udcff", ""):
+                await sink.send(b"a", message_id)
+    assert len(broker.get_all(queue)) == 4
+
+
+async def test_a_heartbeat_is_kept_while_trio_is_busy(broker: Rabbit, queue: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trio_pilot.brokers import rabbitmq_connection
+
+    given = rabbitmq_connection._parameters
+
+    def impatient(address: rabbitmq_connection.RabbitAddress) -> pika.ConnectionParameters:
+        parameters = given(address)
+        parameters.heartbeat = 1  # seconds; the server hangs up after two of silence
+        return parameters
+
+    monkeypatch.setattr(rabbitmq_connection, "_parameters", impatient)
+    await send(broker, queue, b"a")
+    async with broker.source(queue) as source, source.consume(1) as consumer:
+        delivery = await take(consumer)
+        threading.Event().wait(4)  # the Trio thread is stuck
+        await source.settle(delivery, Settlement.ACK)
+    assert broker.server.counts(queue) == (0, 0)
+
+
+async def test_a_connection_is_closed_politely(broker: Rabbit, queue: str, pilot_user: str) -> None:
+    await send(broker, queue, b"a")
+    async with broker.source(queue, user=pilot_user, token="secret") as source, source.consume(1) as consumer:
+        await take(consumer)
+
+    def told() -> list[str]:
+        """Give the lines of the server's log that are of our user's connection."""
+        lines = [line for log in (broker.server.directory / "log").iterdir() for line in log.read_text().splitlines()]
+        ours = {line.split()[3] for line in lines if f"user '{pilot_user}' authenticated" in line}
+        return [line for line in lines if ours & set(line.split()[3:4])]
+
+    await eventually(lambda: any("closing AMQP connection" in line for line in told()))
+    assert not [line for line in told() if "closed TCP connection" in line]

@@ -1,0 +1,427 @@
+"""Limits of containers that are child processes: with control groups, as this machine has them, and with none."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.contract.runtimes.subjects import BUBBLEWRAPS, Subject
+from tests.contract.runtimes.test_contract import AWKWARD, Marked
+from tests.support.paths import ROOT
+from tests.support.runtimes import PATIENCE, UNPRIVILEGED, command_line, new_children, own_children, until
+from trio_pilot.errors import NodeError
+from trio_pilot.files.error_summary import error_summary
+from trio_pilot.processes import cgroups
+from trio_pilot.processes.identity import Identity, own
+from trio_pilot.processes.orphans import MARKER
+from trio_pilot.runtimes import Container, Exit, Limits, Options, Runtime, confinement, process
+from trio_pilot.runtimes.confinement import NOT_ENFORCED
+
+OPTIONS = Options(kill_grace=0.3)
+MOMENTS = [number / 1000 for number in range(25)]  # seconds; bubblewrap is ready after 10 ms
+
+PYTHON = str(Path(sys.executable).resolve())  # that of a virtual environment may be in /tmp: not in a container
+
+SMALL = 64 * 2**20  # bytes
+ALLOCATE = ("dd", "if=/dev/zero", "of=/dev/null", "bs=200M", "count=1")
+MANY = ("sh", "-c", "for number in $(seq 50); do sleep 5 & done; wait")
+SPIN = ("sh", "-c", "while :; do :; done")
+
+children = pytest.mark.parametrize("subject", ["process", *BUBBLEWRAPS], indirect=True)
+in_groups = pytest.mark.usefixtures("groups")
+without_groups = pytest.mark.usefixtures("no_groups")
+
+
+@pytest.fixture
+async def runtime(subject: Subject) -> AsyncIterator[Runtime]:
+    async with subject.open(OPTIONS) as runtime:
+        await runtime.prepare(subject.image)
+        yield runtime
+
+
+@pytest.fixture
+def groups() -> None:
+    """Need control groups for all that can be limited."""
+    found = cgroups.Groups()
+    found.close()
+    if missing := cgroups.MAIN_FILES.keys() - found.controllers:
+        pytest.skip(f"no control groups here: {', '.join(map(found.fault, sorted(missing)))}")
+
+
+@pytest.fixture
+def no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroups, "hierarchies", list)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    before = own_children()
+    yield
+    assert new_children(before) == []
+    assert groups_of(own()) == []
+
+
+def groups_of(pilot: Identity) -> list[Path]:
+    tops = (top for one in cgroups.hierarchies() for top in cgroups._tops(one.mount))
+    return [top for top in tops if top.name == f"{cgroups.PREFIX}{pilot}"]
+
+
+def groups_in(controller: str) -> list[Path]:
+    """List the groups of this process's containers."""
+    (place,) = [one for one in cgroups.hierarchies() if controller in one.controllers]
+    return [group for group in place.top.glob("*") if group.is_dir() and group.name != cgroups.PILOT]
+
+
+def limited(
+    subject: Subject, *args: str, memory: int | None = None, cpus: float | None = None, pids: int | None = None
+) -> Container:
+    return replace(subject.container(*args), limits=Limits(memory, cpus, pids))
+
+
+async def end_of(runtime: Runtime, container: Container) -> Exit:
+    with trio.fail_after(PATIENCE):
+        return await runtime.run(container)
+
+
+async def output(runtime: Runtime, container: Container) -> bytes:
+    assert await end_of(runtime, container) == Exit(0), container.stderr.read_text(errors="replace")
+    return container.stdout.read_bytes()
+
+
+# With control groups.
+
+
+@children
+@in_groups
+async def test_a_task_that_needs_more_memory_than_it_may_have_ends_out_of_memory(subject: Subject, runtime: Runtime) -> None:
+    assert await end_of(runtime, limited(subject, *ALLOCATE, memory=SMALL)) == Exit(137, out_of_memory=True)
+    assert await end_of(runtime, limited(subject, *ALLOCATE, memory=8 * SMALL)) == Exit(0)
+
+
+@children
+@in_groups
+async def test_a_task_that_gets_by_without_what_was_killed_is_no_failure(subject: Subject, runtime: Runtime) -> None:
+    script = f"{' '.join(ALLOCATE)}; exit "
+    assert await end_of(runtime, limited(subject, "sh", "-c", script + "0", memory=SMALL)) == Exit(0)
+    assert await end_of(runtime, limited(subject, "sh", "-c", script + "3", memory=SMALL)) == Exit(3, out_of_memory=True)
+
+
+@children
+@in_groups
+async def test_a_task_has_no_more_processes_than_it_may(subject: Subject, runtime: Runtime) -> None:
+    container = limited(subject, *MANY, pids=10)
+    assert (await end_of(runtime, container)).code != 0
+    assert b"fork" in container.stderr.read_bytes()
+
+
+@children
+@in_groups
+async def test_what_a_runtime_adds_is_not_counted_as_the_tasks(subject: Subject, runtime: Runtime) -> None:
+    script = "for number in $(seq 9); do sleep 0.2 & done; wait"
+    assert await end_of(runtime, limited(subject, "sh", "-c", script, pids=10)) == Exit(0)
+
+
+@children
+@in_groups
+async def test_a_task_has_no_more_of_the_cpus_than_it_may(subject: Subject, runtime: Runtime) -> None:
+    def is_throttled() -> bool:
+        return any(
+            "nr_throttled" in line and int(line.split()[1]) >= 5 for group in groups_in("cpu") for line in told(group)
+        )
+
+    def told(group: Path) -> list[str]:
+        return (group / "cpu.stat").read_text().splitlines()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(runtime.run, limited(subject, *SPIN, cpus=0.05))  # which it has on any machine
+        await until(is_throttled, "nobody is held back")
+        nursery.cancel_scope.cancel()
+
+
+@children
+@in_groups
+async def test_cancelled_at_any_moment_no_group_is_left(subject: Subject, runtime: Runtime) -> None:
+    for moment in MOMENTS:
+        marked = Marked(subject, "sleep", "1000")
+        marked.container = replace(marked.container, limits=Limits(SMALL, 1, 20))
+        with trio.fail_after(PATIENCE), trio.move_on_after(moment):
+            await runtime.run(marked.container)
+        assert marked.processes() == []
+        assert groups_in("memory") == groups_in("cpu") == groups_in("pids") == []
+
+
+@in_groups
+@pytest.mark.parametrize("subject", ["process"], indirect=True)
+async def test_who_hides_in_a_session_of_his_own_without_an_environment_is_known_by_his_group(
+    subject: Subject, runtime: Runtime
+) -> None:
+    naptime = f"1000.{time.time_ns()}"
+    script = f"setsid env -i sleep {naptime} & until pgrep -f 'sleep {naptime}' > /dev/null; do sleep 0.01; done"
+    assert await end_of(runtime, limited(subject, "sh", "-c", script, pids=20)) == Exit(0)
+    assert not [pid for pid in own_children() if command_line(pid) == ["sleep", naptime]]
+
+
+# A container may mount a hierarchy of control groups in a user namespace of its own, and owns what it sees there.
+RAISE = textwrap.dedent("""
+    import ctypes, os
+    libc = ctypes.CDLL(None)
+    libc.unshare(0x10000000 | 0x00020000 | 0x02000000)  # the user, mount and cgroup namespaces
+    os.mkdir("groups")
+    for kind, options in ((b"cgroup", b"memory"), (b"cgroup2", None)):
+        if libc.mount(b"none", b"groups", kind, 0, options) == 0:
+            print("mounted", flush=True)
+        for name, value in (("memory.memsw.limit_in_bytes", "-1"), ("memory.limit_in_bytes", "-1"), ("memory.max", "max")):
+            if os.path.exists(f"groups/{name}"):
+                open(f"groups/{name}", "w").write(value)
+    b"x" * 200_000_000
+""")
+
+
+@in_groups
+@pytest.mark.parametrize("subject", ["bubblewrap-own-root"], indirect=True)
+async def test_a_container_cannot_raise_its_limits(subject: Subject, runtime: Runtime) -> None:
+    container = limited(subject, PYTHON, "-c", RAISE, memory=SMALL)
+    assert await end_of(runtime, container) == Exit(137, out_of_memory=True), container.stderr.read_text()
+    assert "mounted" in container.stdout.read_text()
+
+
+# With neither.
+
+
+@children
+@without_groups
+async def test_without_control_groups_memory_cannot_be_had(subject: Subject, runtime: Runtime) -> None:
+    container = limited(subject, *ALLOCATE, memory=SMALL)
+    assert await end_of(runtime, container) == Exit(1)
+    assert b"memory" in container.stderr.read_bytes()
+    assert await end_of(runtime, limited(subject, *ALLOCATE, memory=8 * SMALL)) == Exit(0)
+
+
+@children
+@without_groups
+async def test_without_control_groups_limits_cannot_be_raised(subject: Subject, runtime: Runtime) -> None:
+    script = "ulimit -v; (ulimit -v unlimited) 2> /dev/null; (ulimit -Hv 1000000) 2> /dev/null; ulimit -Hv"
+    said = await output(runtime, limited(subject, "sh", "-c", script, memory=SMALL))
+    assert said.split() == [b"65536"] * 2
+
+
+@children
+@without_groups
+async def test_without_control_groups_a_task_has_whole_cpus(subject: Subject, runtime: Runtime) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("there is but one CPU")
+    taken = [await cpus_of(subject, runtime, cpus) for cpus in (0.5, 1.9, 2, 1000)]
+    assert [len(one) for one in taken] == [1, 1, 2, len(os.sched_getaffinity(0))]
+    assert taken[0] != taken[1]
+
+
+async def cpus_of(subject: Subject, runtime: Runtime, cpus: float) -> set[int]:
+    said = await output(runtime, limited(subject, "grep", "Cpus_allowed_list", "/proc/self/status", cpus=cpus))
+    ranges = [one.split("-") for one in said.decode().split()[1].split(",")]
+    return {cpu for one in ranges for cpu in range(int(one[0]), int(one[-1]) + 1)}
+
+
+UNPRIVILEGED_RUN = """
+import ctypes, json, sys, trio
+from dataclasses import replace
+from pathlib import Path
+from tests.support.runtimes import new_container
+from trio_pilot import limits
+from trio_pilot.runtimes import Limits, Options
+from trio_pilot.runtimes import bubblewrap, process
+
+async def main(directory, runtime, args, **limit):
+    limit = Limits(**limit)
+    container = replace(new_container(Path(directory), args), limits=limit)
+    async with {"process": process, "bubblewrap": bubblewrap}[runtime].open_runtime(Options(0.3)) as opened:
+        ended = await opened.run(container)
+    said = container.stderr.read_text()
+    print(json.dumps([ended.code, ended.out_of_memory, said, dict(await limits.how(limit))]))
+
+given = json.loads(sys.argv[1])
+ctypes.CDLL(None).prctl(47, 4, 0, 0, 0)  # what it takes to read Python is not for children: no ambient capabilities
+trio.run(lambda: main(**given))
+"""
+
+
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o777)
+        yield Path(directory)
+
+
+def run_unprivileged(directory: Path, runtime: str, *args: str, **limit: object) -> tuple[int, bool, str, dict[str, str]]:
+    given = json.dumps({"directory": str(directory), "runtime": runtime, "args": args, **limit})
+    done = subprocess.run(
+        [*UNPRIVILEGED, sys.executable, "-c", UNPRIVILEGED_RUN, given],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        timeout=PATIENCE,
+        check=True,
+    )
+    code, out_of_memory, said, by = json.loads(done.stdout)
+    return code, out_of_memory, said, by
+
+
+@pytest.mark.parametrize("runtime_name", ["process", "bubblewrap"])
+def test_a_user_who_may_make_no_control_groups_has_rlimits(
+    request: pytest.FixtureRequest, open_directory: Path, runtime_name: str
+) -> None:
+    if runtime_name == "bubblewrap":
+        request.getfixturevalue("bubblewrap_works")
+    code, out_of_memory, said, by = run_unprivileged(open_directory, runtime_name, *MANY, pids=10)
+    assert by["pids"].startswith("rlimit")
+    assert (code != 0, out_of_memory) == (True, False)
+    assert "fork" in said
+    code, _, said, by = run_unprivileged(open_directory, runtime_name, *ALLOCATE, memory=SMALL)
+    assert by["memory"].startswith("rlimit")
+    assert code == 1
+    assert "memory" in said
+
+
+@pytest.fixture
+def bubblewrap_works() -> None:
+    from tests.support.runtimes import bubblewrap_fault
+
+    if fault := bubblewrap_fault():
+        pytest.skip(f"bubblewrap does not work here: {fault}")
+
+
+# With either.
+
+
+@pytest.fixture(params=["groups", "no_groups"])
+def either(request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue(request.param)
+
+
+@children
+@pytest.mark.usefixtures("either")
+async def test_limits_change_nothing_else(subject: Subject, runtime: Runtime) -> None:
+    most = Limits(8 * SMALL, 1, 50)
+    container = subject.container(
+        "sh", "-c", 'printf "<%s>\\0" "$VALUE" "$@"; exit 42', "sh", *AWKWARD, env={"VALUE": AWKWARD[-2]}
+    )
+    assert await end_of(runtime, replace(container, limits=most)) == Exit(42)
+    assert container.stdout.read_bytes() == b"".join(b"<%s>\0" % os.fsencode(one) for one in (AWKWARD[-2], *AWKWARD))
+    said = await output(runtime, replace(subject.container("env", env={"VALUE": "1"}), limits=most))
+    names = {line.partition("=")[0] for line in said.decode().splitlines()}
+    added = {"PWD"} if subject.seen_scratch else set()  # bubblewrap's
+    assert names - {"_"} == {"PATH", "HOME", "TMPDIR", "VALUE", MARKER} | added
+
+
+@children
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("command", ["no-such-command", "/no/such/command", "-n", "two\nlines"])
+async def test_a_command_that_is_not_there_is_the_tasks_fault(subject: Subject, runtime: Runtime, command: str) -> None:
+    container = limited(subject, command, "argument", memory=8 * SMALL)
+    assert await end_of(runtime, container) == Exit(127)
+    assert error_summary(container.stderr).endswith(": No such file or directory")
+    assert command in container.stderr.read_text()
+
+
+@children
+@pytest.mark.usefixtures("either")
+async def test_a_command_that_is_not_executable_is_the_tasks_fault(subject: Subject, runtime: Runtime) -> None:
+    container = limited(subject, subject.a_plain_file, memory=8 * SMALL)
+    assert await end_of(runtime, container) == Exit(126)
+    assert error_summary(container.stderr).endswith(f"{subject.a_plain_file}: Permission denied")
+
+
+@children
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("code", [125, 126, 127])
+@pytest.mark.parametrize("line", ["no", "trio-pilot: no"])
+async def test_what_a_shell_ends_with_may_be_the_tasks_own(subject: Subject, runtime: Runtime, code: int, line: str) -> None:
+    container = limited(subject, "sh", "-c", f"echo '{line}' >&2; exit {code}", pids=50)
+    assert await end_of(runtime, container) == Exit(code)
+    assert error_summary(container.stderr) == line
+
+
+@children
+@in_groups
+async def test_limits_that_cannot_be_set_are_the_nodes_fault(
+    subject: Subject, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cgroups, "PAYLOAD", "elsewhere/payload")
+    with pytest.raises(NodeError, match=r"^cannot limit what a container uses: .*No such file or directory"):
+        await end_of(runtime, limited(subject, "true", memory=SMALL))
+    monkeypatch.undo()
+    monkeypatch.setattr(cgroups.Group, "entrances", [Path("/nowhere/cgroup.procs")])
+    with pytest.raises(NodeError, match=r"^cannot limit what a container uses: trio-pilot: .*/nowhere/cgroup.procs"):
+        await end_of(runtime, limited(subject, "true", memory=SMALL))
+
+
+@children
+@without_groups
+async def test_what_is_not_enforced_is_said_once(
+    subject: Subject, runtime: Runtime, caplog: pytest.LogCaptureFixture
+) -> None:
+    if os.geteuid():
+        pytest.skip("rlimits bind all but root")
+    for _ in range(2):
+        assert await end_of(runtime, limited(subject, "true", memory=8 * SMALL, pids=50)) == Exit(0)
+    warnings = [record.getMessage() for record in caplog.records if NOT_ENFORCED in record.getMessage()]
+    assert warnings == [
+        "--task-pids is not enforced: there is no control group hierarchy for pids, and rlimits do not bind root"
+    ]
+
+
+async def test_without_limits_there_is_neither_a_shell_nor_a_group(tmp_path: Path) -> None:
+    subject = Subject("process", lambda options: process.open_runtime(options), tmp_path)
+    async with subject.open(OPTIONS) as runtime:
+        assert confinement.Limiter(0).confine(subject.container("true")) is confinement.UNCONFINED
+        await output(runtime, subject.container("true"))
+        assert groups_of(own()) == []
+
+
+# What dead pilots have left.
+
+PILOT = """
+import subprocess, sys
+from trio_pilot import cgroups
+group = cgroups.Groups().make("container", [cgroups.pids(10)])
+(entrance,) = group.entrances
+script = f"echo 0 > {entrance}; echo; exec sleep 1000 > /dev/null"
+with subprocess.Popen(["sh", "-c", script]):
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def pilot_with_a_container() -> Iterator[tuple[int, Path]]:
+    """Give the pid of a process that has groups, and its top one. It lives: the sweeps of others keep away."""
+    pilot = subprocess.Popen([sys.executable, "-c", PILOT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    try:
+        assert pilot.stdout
+        pilot.stdout.read(1)
+        (mount,) = [one.mount for one in cgroups.hierarchies() if "pids" in one.controllers]
+        (top,) = [top for top in cgroups._tops(mount) if f".{pilot.pid}." in top.name]
+        yield pilot.pid, top
+    finally:
+        cgroups.sweep(lambda one: one.pid == pilot.pid)
+        pilot.communicate(timeout=PATIENCE)
+
+
+@in_groups
+def test_the_groups_of_some_pilots_are_swept_and_no_others() -> None:
+    with pilot_with_a_container() as (number, top), pilot_with_a_container() as (other, others):
+        (pid,) = map(int, (top / "container/payload/cgroup.procs").read_text().split())
+        assert cgroups.sweep(lambda pilot: pilot.is_dead and pilot.pid in (number, other)) == 0
+        assert command_line(pid) == ["sleep", "1000"]
+        assert cgroups.sweep(lambda pilot: pilot.pid == number) == 1
+        assert not top.exists()
+        assert command_line(pid) == []
+        assert (others / "container").exists()
+    assert not others.exists()

@@ -1,0 +1,818 @@
+"""What goes wrong between a pilot and an engine, or with the engine itself."""
+
+import base64
+import json
+import os
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+import trio
+
+from tests.conftest import cannot
+from tests.contract.runtimes.subjects import ENGINES, Subject
+from tests.support import engines
+from tests.support.engine_proxy import EngineProxy, engine_proxy
+from tests.support.engines import IMAGE, Engine
+from tests.support.registry import PASSWORD, USER, Registry, registry
+from tests.support.runtimes import (
+    PATIENCE,
+    PilotCommand,
+    command_line,
+    new_children,
+    new_container,
+    open_files,
+    own_children,
+    processes_with,
+    until,
+)
+from tests.support.servers import UnavailableError
+from trio_pilot.cleanup.engine_containers import remove_containers
+from trio_pilot.errors import ContainerLostError, NodeError
+from trio_pilot.files.error_summary import error_summary
+from trio_pilot.processes.identity import own
+from trio_pilot.runtimes import (
+    Container,
+    Exit,
+    Limits,
+    Options,
+    Runtime,
+    docker,
+    engine,
+    engine_api,
+    engine_container,
+    engine_images,
+    podman,
+)
+from trio_pilot.runtimes.engine import EngineRuntime
+from trio_pilot.runtimes.engine_logs import MOST, MOST_TAIL
+from trio_pilot.runtimes.engine_registry_login import registry_of
+from trio_pilot.runtimes.selection import Family
+
+OPTIONS = Options(kill_grace=0.3, engine_patience=20)
+
+VARIABLES = {"docker": "DOCKER_HOST", "podman": "CONTAINER_HOST"}
+FAMILIES = {"docker": cast(Family, docker), "podman": cast(Family, podman)}
+
+at_both = pytest.mark.parametrize("subject", ENGINES, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    for name in {"subject", "own_docker", "lasting_docker"} & set(request.fixturenames):
+        request.getfixturevalue(name)
+    before, files = own_children(), open_files()
+    yield
+    # An engine may be another by now.
+    assert [one for one in new_children(before) if "unshare --pid" not in one and "nsenter --target" not in one] == []
+    assert open_files() <= files, "file descriptors are left open"
+
+
+@pytest.fixture
+def here(request: pytest.FixtureRequest, subject: Subject) -> Iterator[Engine]:
+    found: Engine = request.getfixturevalue(subject.name)
+    yield found
+    assert found.containers() == []
+
+
+@pytest.fixture
+async def proxy(here: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[EngineProxy]:
+    async with engine_proxy(here.socket, tmp_path) as proxy:
+        monkeypatch.setenv(VARIABLES[here.name], f"unix://{proxy.socket}")
+        yield proxy
+
+
+@pytest.fixture
+async def runtime(proxy: EngineProxy, subject: Subject) -> AsyncIterator[Runtime]:
+    async with subject.open(OPTIONS) as runtime:
+        assert runtime.engine == proxy.socket
+        await runtime.prepare(subject.image)
+        yield runtime
+
+
+async def end_of(runtime: Runtime, container: Container) -> Exit:
+    with trio.fail_after(2 * PATIENCE):
+        return await runtime.run(container)
+
+
+# Answers that are lost, and that do not come.
+
+REQUESTS = {
+    "image": r"^GET .*/images/",
+    "create": r"^POST .*/containers/create",
+    "start": r"^POST .*/start",
+    "wait": r"^POST .*/wait",
+    "logs": r"^GET .*/logs",
+    "inspect": r"^GET .*/containers/.*/json",
+    "stop": r"^POST .*/stop",
+    "remove": r"^DELETE ",
+}
+
+SHORT = ("sh", "-c", "echo once >> times; sleep 0.5; echo said; echo more >&2")
+
+
+@at_both
+@pytest.mark.parametrize("request_", ["create", "start", "wait", "logs", "remove"])
+async def test_an_answer_that_is_lost_costs_neither_the_result_nor_a_second_run(
+    subject: Subject, runtime: Runtime, proxy: EngineProxy, request_: str
+) -> None:
+    container = subject.container(*SHORT)
+    lost = proxy.next(REQUESTS[request_], "lose")
+    assert await end_of(runtime, container) == Exit(0)
+    await until(lost.begun.is_set)  # it is removed beside the next one
+    assert container.stdout.read_text() == "said\n"
+    assert container.stderr.read_text() == "more\n"
+    assert (container.scratch / "times").read_text() == "once\n"
+
+
+@at_both
+@pytest.mark.parametrize("request_", ["image", "create", "wait"])
+async def test_an_answer_that_no_engine_gives_is_the_nodes_fault(
+    subject: Subject, proxy: EngineProxy, request_: str
+) -> None:
+    async with subject.open(OPTIONS) as runtime:
+        proxy.next(REQUESTS[request_], "nothing")
+        with pytest.raises(NodeError, match=r"the engine does not speak as it should: it says b'\[\]'"):
+            await end_of(runtime, subject.container("sh", "-c", "exit 3"))
+
+
+@at_both
+async def test_a_failure_is_one_though_the_engine_does_not_say_how_it_is(
+    subject: Subject, runtime: Runtime, proxy: EngineProxy
+) -> None:
+    proxy.next(REQUESTS["inspect"], "nothing")
+    assert await end_of(runtime, subject.container("sh", "-c", "exit 3")) == Exit(3)
+
+
+@at_both
+async def test_what_a_container_says_is_asked_for_once_if_the_disk_does_not_take_it(
+    subject: Subject, proxy: EngineProxy, runtime: Runtime
+) -> None:
+    container = subject.container("sh", "-c", "echo said; exit 3")
+    container.stdout.symlink_to("/dev/full")
+    with pytest.raises(NodeError, match=r"^cannot write what a container says: .*No space left on device"):
+        await end_of(runtime, container)
+    assert count(proxy, "/logs") == 1
+
+
+@at_both
+@pytest.mark.parametrize("code", [0, 3])
+async def test_what_nobody_wants_to_hear_is_asked_for_of_a_failure_only(
+    subject: Subject, runtime: Runtime, proxy: EngineProxy, code: int
+) -> None:
+    container = replace(subject.container("sh", "-c", f"echo said; exit {code}"), heard=False)
+    assert await end_of(runtime, container) == Exit(code)
+    assert proxy.has_had(REQUESTS["logs"]) == bool(code)
+    assert container.stdout.read_text() == ("said\n" if code else "")
+
+
+@at_both
+@pytest.mark.parametrize("request_", ["create", "start", "wait", "logs", "inspect", "stop", "remove"])
+async def test_cancelled_at_any_stage_nothing_is_left(
+    subject: Subject,
+    here: Engine,
+    runtime: Runtime,
+    proxy: EngineProxy,
+    request_: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The answer to one request never comes.
+    monkeypatch.setattr(engine_container, "CREATE_GRACE", 0.2)
+    monkeypatch.setattr(engine, "END_TIMEOUT", 2.0)
+    held = proxy.next(REQUESTS[request_], "hold")
+    is_long = request_ in ("create", "start", "wait", "stop")
+    container = subject.container("sh", "-c", f"touch ready; {'exec sleep 1000' if is_long else 'exit 3'}")
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(runtime.run, container)
+            if request_ in ("wait", "stop"):  # podman says nothing at all until there is something to say
+                await until(lambda: proxy.count("POST") >= 3 and (container.scratch / "ready").exists())
+            else:
+                await held.begun.wait()
+            nursery.cancel_scope.cancel()
+    assert proxy.has_had(REQUESTS[request_])
+    await until(lambda: not here.containers())
+    await until(lambda: not processes_with(container.name))  # podman's monitor is the last
+
+
+@at_both
+async def test_a_create_that_comes_late_leaves_nothing(
+    subject: Subject, here: Engine, runtime: Runtime, proxy: EngineProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_container, "CREATE_GRACE", 0.1)
+    late = proxy.next(REQUESTS["create"], "late")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(runtime.run, subject.container("true"))
+        await late.begun.wait()
+        nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):
+            await until(lambda: proxy.count("DELETE"))
+        late.release.set()  # it was looked for once, in vain
+    assert here.containers() == []
+    assert proxy.count("DELETE") >= 3
+
+
+@at_both
+@pytest.mark.parametrize("code", [0, 3])
+async def test_a_container_that_cannot_be_removed_is_removed_later(
+    subject: Subject, here: Engine, runtime: Runtime, proxy: EngineProxy, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr(engine, "END_TIMEOUT", 0.2)
+    lost = proxy.next(REQUESTS["remove"], "late")  # and never
+    assert await end_of(runtime, subject.container("sh", "-c", f"exit {code}")) == Exit(code)
+    await until(lost.begun.is_set)
+    assert len(here.containers()) == 1
+    await until(lambda: not here.containers())
+
+
+@at_both
+async def test_what_is_removed_beside_the_tasks_is_gone_when_the_runtime_is_closed(
+    subject: Subject, here: Engine, proxy: EngineProxy
+) -> None:
+    late = proxy.next(REQUESTS["remove"], "late")
+
+    async def release() -> None:
+        await trio.sleep(0.5)
+        late.release.set()
+
+    async with trio.open_nursery() as nursery:
+        async with subject.open(OPTIONS) as runtime:
+            await runtime.prepare(subject.image)
+            assert await end_of(runtime, subject.container("true")) == Exit(0)
+            await until(late.begun.is_set)
+            assert len(here.containers()) == 1
+            nursery.start_soon(release)
+        assert here.containers() == []
+    assert proxy.count("DELETE") == 1
+
+
+@at_both
+async def test_a_container_that_has_failed_is_removed_at_once(subject: Subject, here: Engine, runtime: Runtime) -> None:
+    assert await end_of(runtime, subject.container("sh", "-c", "exit 3")) == Exit(3)
+    assert here.containers() == []
+
+
+@at_both
+async def test_no_more_than_some_containers_are_removed_beside_the_tasks(
+    subject: Subject, here: Engine, proxy: EngineProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "MOST_BEHIND", 2)
+    async with subject.open(OPTIONS) as runtime:
+        await runtime.prepare(subject.image)
+        late = [proxy.next(REQUESTS["remove"], "late") for _ in range(2)]
+        for _ in range(3):
+            assert await end_of(runtime, subject.container("true")) == Exit(0)
+        assert len(here.containers()) == 2
+        for one in late:
+            one.release.set()
+
+
+# What the containers are.
+
+
+@at_both
+@pytest.mark.parametrize("form", ["{:.12}", "{}", "sha256:{}"])
+async def test_an_image_may_be_given_by_its_id(
+    subject: Subject, here: Engine, runtime: Runtime, proxy: EngineProxy, form: str
+) -> None:
+    found = here.has_image(IMAGE) or here.has_image(f"localhost/{IMAGE}")
+    given = form.format(str(found).removeprefix("sha256:"))
+    assert await end_of(runtime, replace(subject.container("sh", "-c", "exit 3"), image=given)) == Exit(3)
+    assert count(proxy, "/images/create") == 0
+
+
+@at_both
+async def test_a_container_says_whose_it_is(subject: Subject, here: Engine, runtime: Runtime) -> None:
+    container = subject.container("sh", "-c", "touch ready; until test -e enough; do sleep 0.01; done")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(runtime.run, container)
+        await until((container.scratch / "ready").exists)
+        assert here.containers() == [f"trio-pilot-{container.name}"]
+        (container.scratch / "enough").touch()
+
+
+@at_both
+async def test_limits_are_the_engines(subject: Subject, runtime: Runtime) -> None:
+    groups = "/sys/fs/cgroup"
+    script = f"cat {groups}/memory/memory.limit_in_bytes {groups}/pids/pids.max {groups}/cpu/cpu.cfs_quota_us"
+    script_v2 = f"cat {groups}/memory.max {groups}/pids.max; cut -d' ' -f1 {groups}/cpu.max"
+    container = subject.container("sh", "-c", f"if test -e {groups}/pids.max; then {script_v2}; else {script}; fi")
+    limited = replace(container, limits=Limits(memory=64 * 2**20, cpus=0.5, pids=20))
+    assert await end_of(runtime, limited) == Exit(0)
+    assert container.stdout.read_text().split() == [str(64 * 2**20), "21", "50000"]
+
+
+@at_both
+async def test_death_for_want_of_memory_is_told(subject: Subject, runtime: Runtime) -> None:
+    container = replace(subject.container("tail", "/dev/zero"), limits=Limits(memory=64 * 2**20))
+    assert await end_of(runtime, container) == Exit(137, out_of_memory=True)
+
+
+@at_both
+async def test_death_by_sigkill_is_not_for_want_of_memory(subject: Subject, runtime: Runtime) -> None:
+    assert await end_of(runtime, subject.container("sh", "-c", "kill -9 $$")) == Exit(137)
+
+
+@at_both
+async def test_options_reach_the_container(subject: Subject, proxy: EngineProxy) -> None:
+    options = replace(OPTIONS, network="none", user="1234:77", shm_size=3 * 2**20)
+    script = "id -u; id -g; df -k /dev/shm | tail -n 1 | awk '{print $2}'; ls /sys/class/net; grep -om1 127.0.0.1 /etc/hosts"
+    async with subject.open(options) as runtime:
+        assert runtime.engine == proxy.socket
+        container = subject.container("sh", "-c", script)
+        container.scratch.chmod(0o777)
+        assert await end_of(runtime, container) == Exit(0)
+    assert container.stdout.read_text().split() == ["1234", "77", "3072", "lo", "127.0.0.1"]
+
+
+@at_both
+async def test_a_task_cannot_undo_its_isolation(subject: Subject, runtime: Runtime) -> None:
+    script = "mount -o remount,rw /sys || umount -l /proc || echo 0 > /proc/sys/kernel/sysrq || echo no"
+    container = subject.container("sh", "-c", script)
+    assert await end_of(runtime, container) == Exit(0)
+    assert container.stdout.read_text() == "no\n"
+
+
+@at_both
+async def test_of_very_much_output_the_end_is_kept(subject: Subject, runtime: Runtime) -> None:
+    container = subject.container("sh", "-c", "dd if=/dev/zero bs=1M count=250 >&2; echo the end >&2; exit 3")
+    assert await end_of(runtime, container) == Exit(3)
+    assert error_summary(container.stderr).endswith("the end")
+    assert container.stderr.stat().st_size <= MOST + MOST_TAIL
+
+
+@at_both
+async def test_an_engine_that_is_not_there_is_a_fault(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family: Family = FAMILIES[subject.name]
+    assert await family.fault(OPTIONS) is None
+    monkeypatch.setenv(VARIABLES[subject.name], f"unix://{tmp_path}/none.sock")
+    assert "none.sock did not answer" in str(await family.fault(OPTIONS))
+    monkeypatch.setenv(VARIABLES[subject.name], "tcp://localhost:2375")
+    assert "must be unix:// and the path of a socket, not 'tcp://localhost:2375'" in str(await family.fault(OPTIONS))
+    with pytest.raises(NodeError, match="must be unix://"):
+        async with subject.open(OPTIONS):
+            pass
+
+
+# An engine that is restarted, away, or stands still.
+
+
+@pytest.fixture
+def own_docker(image: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """Run a dockerd for one test alone; when it is killed, its successor kills its containers."""
+    with of_one_test(engines.docker(image), monkeypatch) as own:
+        yield own
+
+
+@pytest.fixture
+def lasting_docker(image: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """Run a dockerd for one test alone, whose containers live on when it does not."""
+    with of_one_test(engines.docker(image, "--live-restore"), monkeypatch) as own:
+        yield own
+
+
+@contextmanager
+def of_one_test(opening: AbstractContextManager[Engine], monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    try:
+        with opening as own:
+            monkeypatch.setenv("DOCKER_HOST", f"unix://{own.socket}")
+            yield own
+            assert own.containers() == []
+    except UnavailableError as error:
+        cannot(str(error))
+
+
+class Task:
+    """A container that is told what to do, and its end."""
+
+    def __init__(self, directory: Path, script: str) -> None:
+        self.container = new_container(directory, ["sh", "-c", f"touch ready; {script}"], image=IMAGE)
+        self.end: Exit | NodeError | None = None
+
+    def file(self, name: str) -> Path:
+        return self.container.scratch / name
+
+    async def run(self, runtime: Runtime) -> None:
+        try:
+            self.end = await end_of(runtime, self.container)
+        except NodeError as error:
+            self.end = error
+
+
+UNTIL_ENOUGH = "until test -e enough; do sleep 0.02; done"
+
+
+@asynccontextmanager
+async def running(task: Task, at: Engine, options: Options = OPTIONS) -> AsyncIterator[EngineRuntime]:
+    """Have a task run at docker; wait for its end."""
+    async with docker.open_runtime(options) as runtime:
+        await runtime.prepare(IMAGE)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(task.run, runtime)
+            await until(lambda: task.file("ready").exists() and at.containers("running"))  # and it knows
+            yield runtime
+
+
+async def test_a_container_that_outlives_its_engine_is_waited_for_again(
+    lasting_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Task(tmp_path, f"{UNTIL_ENOUGH}; echo said; exit 3")
+    async with engine_proxy(lasting_docker.socket, tmp_path) as proxy:
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{proxy.socket}")
+        async with running(task, lasting_docker):
+            lasting_docker.kill()
+            lasting_docker.start()
+            proxy.requests.clear()
+            await until(lambda: proxy.has_had(REQUESTS["wait"]))
+            task.file("enough").touch()
+    assert task.end == Exit(3)
+    assert task.container.stdout.read_text() == "said\n"
+
+
+async def test_a_success_is_one_though_the_engine_was_away(lasting_docker: Engine, tmp_path: Path) -> None:
+    task = Task(tmp_path, f"{UNTIL_ENOUGH}; touch done")
+    async with running(task, lasting_docker):
+        lasting_docker.kill()
+        task.file("enough").touch()
+        await until(task.file("done").exists)
+        await until(lambda: not processes_with(task.container.name))
+        lasting_docker.start()
+    assert task.end == Exit(0)
+
+
+async def test_a_failure_while_the_engine_was_away_is_the_nodes(lasting_docker: Engine, tmp_path: Path) -> None:
+    task = Task(tmp_path, f"{UNTIL_ENOUGH}; touch done; exit 3")
+    async with running(task, lasting_docker):
+        lasting_docker.kill()
+        task.file("enough").touch()
+        await until(task.file("done").exists)
+        lasting_docker.start()
+    assert isinstance(task.end, ContainerLostError)
+
+
+@pytest.mark.parametrize("how", ["kill", "terminate"])
+async def test_a_container_that_is_gone_with_its_engine_is_lost(own_docker: Engine, tmp_path: Path, how: str) -> None:
+    task, after = Task(tmp_path, "sleep 1000"), Task(tmp_path, "exit 4")
+    async with running(task, own_docker) as runtime:
+        await trio.to_thread.run_sync(getattr(own_docker, how))
+        own_docker.start()
+        await until(lambda: task.end)
+        await after.run(runtime)
+    assert isinstance(task.end, ContainerLostError)
+    assert after.end == Exit(4)
+
+
+async def test_a_restart_that_nobody_sees_but_by_its_end_is_seen(
+    own_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As with systemd, which keeps connections for the next engine: it answers as if nothing had been.
+    task = Task(tmp_path, "sleep 1000")
+    async with engine_proxy(own_docker.socket, tmp_path) as proxy:
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{proxy.socket}")
+        async with running(task, own_docker):
+            proxy.is_patient = True
+            await trio.to_thread.run_sync(own_docker.terminate)
+            own_docker.start()
+            await until(lambda: task.end)
+    assert isinstance(task.end, ContainerLostError)
+
+
+async def test_what_an_engine_that_is_being_stopped_refuses_is_lost(
+    own_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = Task(tmp_path, "exit 4")
+    async with engine_proxy(own_docker.socket, tmp_path) as proxy:
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{proxy.socket}")
+        async with docker.open_runtime(OPTIONS) as runtime:
+            await runtime.prepare(IMAGE)
+            fault = proxy.next(REQUESTS["start"], "fail")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(refused.run, runtime)
+                await fault.begun.wait()
+                own_docker.terminate()  # which it was about
+                fault.release.set()
+                await until(lambda: proxy.refused)
+                own_docker.start()
+    assert isinstance(refused.end, ContainerLostError)
+
+
+async def test_what_comes_while_an_engine_is_away_waits_for_it(own_docker: Engine, tmp_path: Path) -> None:
+    waiting = Task(tmp_path, "exit 4")
+    async with docker.open_runtime(OPTIONS) as runtime, trio.open_nursery() as nursery:
+        await runtime.prepare(IMAGE)
+        own_docker.terminate()
+        nursery.start_soon(waiting.run, runtime)
+        await trio.sleep(3.0)
+        assert waiting.end is None
+        own_docker.start()
+    assert waiting.end == Exit(4)
+
+
+async def test_an_engine_that_is_away_for_too_long_is_the_nodes_fault(
+    own_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "END_TIMEOUT", 0.5)
+    task = Task(tmp_path, UNTIL_ENOUGH)
+    async with running(task, own_docker, replace(OPTIONS, engine_patience=0.5)):
+        own_docker.terminate()
+        await until(lambda: task.end)
+        own_docker.start()
+        task.file("enough").touch()
+    assert isinstance(task.end, NodeError)
+    assert not isinstance(task.end, ContainerLostError)
+    assert "docker has not been back for 0.5 s (EWMS_PILOT_ENGINE_PATIENCE), is its daemon running?" in str(task.end)
+
+
+async def test_a_container_ends_as_it_does_though_its_engine_stands_still(own_docker: Engine, tmp_path: Path) -> None:
+    task = Task(tmp_path, f"{UNTIL_ENOUGH}; exit 3")
+    async with running(task, own_docker):
+        own_docker.freeze()
+        task.file("enough").touch()
+        await trio.sleep(engine_container.FIRST_PING + engine_api.PING_TIMEOUT + 1)
+        assert task.end is None
+        own_docker.thaw()
+    assert task.end == Exit(3)
+
+
+async def test_an_engine_that_stands_still_for_too_long_is_the_nodes_fault(
+    own_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_container, "FIRST_PING", 0.1)
+    monkeypatch.setattr(engine_api, "PING_TIMEOUT", 0.2)
+    monkeypatch.setattr(engine, "END_TIMEOUT", 0.5)
+    task = Task(tmp_path, UNTIL_ENOUGH)
+    async with running(task, own_docker, replace(OPTIONS, engine_patience=0.5)):
+        own_docker.freeze()
+        await until(lambda: task.end)
+        own_docker.thaw()
+        await until(lambda: not own_docker.containers())
+    assert isinstance(task.end, NodeError)
+    assert "has not been back for 0.5 s" in str(task.end)
+
+
+async def test_a_deadline_that_passes_while_the_engine_stands_still_is_no_fault_of_the_containers(
+    own_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_api, "PING_TIMEOUT", 0.2)
+    monkeypatch.setattr(engine, "END_TIMEOUT", 0.5)
+    first, second = (Task(tmp_path / name, "true") for name in ("first", "second"))
+    async with docker.open_runtime(replace(OPTIONS, engine_patience=2)) as runtime:
+        await runtime.prepare(IMAGE)
+        own_docker.freeze()
+        with trio.move_on_after(0.3):
+            await first.run(runtime)
+        with trio.move_on_after(PATIENCE):
+            await second.run(runtime)
+        own_docker.thaw()
+        await until(lambda: not own_docker.containers())
+    assert isinstance(first.end, ContainerLostError)
+    assert not isinstance(second.end, ContainerLostError)
+    assert "has not been back for 2 s" in str(second.end)
+
+
+async def test_a_deadline_that_passes_while_the_engine_is_gone_is_no_fault_of_the_containers(
+    lasting_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "END_TIMEOUT", 0.5)
+    task, next_one = Task(tmp_path / "one", UNTIL_ENOUGH), Task(tmp_path / "next", "true")
+    async with docker.open_runtime(OPTIONS) as runtime:
+        await runtime.prepare(IMAGE)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(task.run, runtime)
+            await until(task.file("ready").exists)
+            lasting_docker.kill()
+            await trio.sleep(0.2)  # that is seen
+            nursery.cancel_scope.cancel()
+        lasting_docker.start()
+        await next_one.run(runtime)
+        await until(lambda: not lasting_docker.containers())
+    assert isinstance(task.end, ContainerLostError)
+    assert next_one.end == Exit(0)
+
+
+async def test_an_engine_that_stands_still_does_not_hold_the_pilot(
+    own_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "END_TIMEOUT", 0.5)
+    monkeypatch.setattr(engine, "LAST_TIMEOUT", 0.5)
+    task = Task(tmp_path, UNTIL_ENOUGH)
+    with trio.fail_after(PATIENCE), trio.CancelScope() as scope:
+        async with running(task, own_docker) as runtime:
+            own_docker.freeze()
+            begun = trio.current_time()
+            scope.cancel()
+    assert runtime.leaves_some
+    assert trio.current_time() - begun < OPTIONS.kill_grace + 0.5 + 0.5 + 2
+    own_docker.thaw()
+    remove_containers(own_docker.socket, lambda pilot: pilot == own())  # as the guardian does
+    await until(lambda: not own_docker.containers())
+
+
+async def test_what_a_pilot_could_not_remove_is_removed_after_its_end(own_docker: Engine, tmp_path: Path) -> None:
+    with PilotCommand(tmp_path) as pilots:
+        pilots.send("event")
+        script = ("sh", "-c", "touch /tmp/ready; sleep 1000")
+        pilot = pilots.start(*script, runtime="docker", task_image=IMAGE, timeout_queue_incoming=60, grace=0, kill_grace=0)
+        await until(lambda: list(pilots.data.glob("*/scratch/ready")))
+        [guardian] = processes_with(f".{pilot.pid}.")
+        own_docker.freeze()
+        pilot.signal(signal.SIGTERM)
+        assert await trio.to_thread.run_sync(pilot.wait) == 143
+        own_docker.thaw()
+        await until(lambda: not own_docker.containers())
+        await until(lambda: not pilots.data.exists())
+        await until(lambda: not command_line(guardian))
+        with suppress(ChildProcessError):  # it may have become ours
+            await trio.to_thread.run_sync(os.waitpid, guardian, 0)
+
+
+async def test_a_container_that_could_not_be_removed_is_as_soon_as_the_engine_goes_on(
+    own_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "END_TIMEOUT", 0.5)
+    task = Task(tmp_path, "sleep 1000")
+    async with docker.open_runtime(OPTIONS) as runtime:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(task.run, runtime)
+            await until(task.file("ready").exists)
+            own_docker.freeze()
+            nursery.cancel_scope.cancel()
+        own_docker.thaw()
+        await until(lambda: not own_docker.containers())
+
+
+async def test_twenty_events_go_through_docker(own_docker: Engine, tmp_path: Path) -> None:
+    with PilotCommand(tmp_path) as pilot:
+        pilot.send(*range(20))
+        script = 'cp "$EWMS_TASK_INFILE" "$EWMS_TASK_OUTFILE"'
+        running = pilot.run("sh", "-c", script, runtime="docker", task_image=IMAGE, max_concurrent_tasks=4)
+        assert running.wait() == 0, running.stderr
+        assert sorted(map(str, pilot.receive())) == sorted(map(str, range(20)))
+        assert not pilot.data.exists()
+    assert own_docker.containers() == []
+
+
+@pytest.fixture
+def everybodys() -> Iterator[Path]:
+    """Give a directory that any user can reach; pytest's are for one alone."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
+async def test_a_users_own_podman_does_the_same(image: Path, everybodys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "id -u; touch ready; "
+    ended, endless = (new_container(everybodys, ["sh", "-c", script + end], image=IMAGE) for end in ("exit 3", "sleep 1000"))
+    for container in (ended, endless):
+        container.scratch.chmod(0o777)
+    with of_one_test(engines.rootless_podman(image), monkeypatch) as own:
+        monkeypatch.setenv("CONTAINER_HOST", f"unix://{own.socket}")
+        async with podman.open_runtime(OPTIONS) as runtime, trio.open_nursery() as nursery:
+            await runtime.prepare(IMAGE)
+            assert await end_of(runtime, ended) == Exit(3)
+            nursery.start_soon(runtime.run, endless)
+            await until((endless.scratch / "ready").exists)
+            nursery.cancel_scope.cancel()
+    assert ended.stdout.read_text() == "0\n"
+    assert (ended.scratch / "ready").stat().st_uid == engines.SOMEBODY
+
+
+@pytest.fixture
+def private(here: Engine, image: Path) -> Iterator[Registry]:
+    with registry(image, here.registry_port) as server:
+        yield server
+        if here.has_image(server.image):
+            remove_image(here, server.image)
+
+
+def remove_image(here: Engine, name: str) -> None:
+    here.api("DELETE", f"/v1.40/images/{here.has_image(name)}?force=1")
+
+
+@pytest.fixture
+def login(tmp_path: Path, private: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    log_in(private, tmp_path, monkeypatch)
+
+
+def log_in(server: Registry, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    auth = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+    (directory / "auth.json").write_text(json.dumps({"auths": {registry_of(server.image): {"auth": auth}}}))
+    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(directory / "auth.json"))
+
+
+@at_both
+async def test_an_image_of_a_registry_where_nobody_has_logged_in_cannot_be_had(runtime: Runtime, private: Registry) -> None:
+    with trio.fail_after(PATIENCE), pytest.raises(NodeError, match=f"the image {private.image} could not be pulled"):
+        await runtime.prepare(private.image)
+
+
+@at_both
+@pytest.mark.usefixtures("login")
+async def test_an_image_is_pulled_from_a_registry_that_wants_patience_and_a_login(
+    subject: Subject, runtime: Runtime, private: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_images, "FIRST_PAUSE", 0.01)
+    private.refusals = 1
+    with trio.fail_after(PATIENCE):
+        await runtime.prepare(private.image)
+    container = replace(subject.container("sh", "-c", "echo pulled"), image=private.image)
+    assert await end_of(runtime, container) == Exit(0)
+    assert container.stdout.read_text() == "pulled\n"
+
+
+@at_both
+@pytest.mark.usefixtures("login")
+async def test_a_pull_that_is_cancelled_ends_at_once_and_can_be_done_again(
+    here: Engine, runtime: Runtime, private: Registry
+) -> None:
+    private.stalling.set()
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(runtime.prepare, private.image)
+            await until(private.stalled.is_set)
+            nursery.cancel_scope.cancel()
+    assert not here.has_image(private.image)
+    private.stalling.clear()
+    with trio.fail_after(PATIENCE):
+        await runtime.prepare(private.image)
+    assert here.has_image(private.image)
+
+
+@pytest.mark.parametrize("how", ["kill", "terminate"])
+async def test_a_pull_in_which_the_engine_is_restarted_is_done_again(
+    own_docker: Engine, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    with registry(image, own_docker.registry_port) as server, trio.fail_after(PATIENCE):
+        log_in(server, tmp_path, monkeypatch)
+        server.stalling.set()
+        async with docker.open_runtime(OPTIONS) as runtime, trio.open_nursery() as nursery:
+            nursery.start_soon(runtime.prepare, server.image)
+            await until(server.stalled.is_set)
+            await trio.to_thread.run_sync(getattr(own_docker, how))
+            server.stalling.clear()
+            own_docker.start()
+    assert own_docker.has_image(server.image)
+
+
+# An image that somebody removes, or replaces, while a pilot has nothing to do.
+
+
+def count(proxy: EngineProxy, what: str) -> int:
+    return sum(what in request for request in proxy.requests)
+
+
+@at_both
+@pytest.mark.parametrize("is_replaced", [False, True])
+@pytest.mark.usefixtures("login")
+async def test_an_image_that_was_removed_is_pulled_again_once_for_all_tasks(
+    subject: Subject,
+    here: Engine,
+    runtime: Runtime,
+    proxy: EngineProxy,
+    private: Registry,
+    image: Path,
+    is_replaced: bool,
+) -> None:
+    ends = []
+
+    async def run() -> None:
+        ends.append(await end_of(runtime, replace(subject.container("true"), image=private.image)))
+
+    await runtime.prepare(private.image)
+    remove_image(here, private.image)
+    if is_replaced:
+        private.replace(image)
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(run)
+    assert ends == [Exit(0)] * 3
+    assert count(proxy, "/images/create") == 2
+
+
+@at_both
+@pytest.mark.usefixtures("login")
+async def test_an_image_that_was_removed_and_cannot_be_had_again_is_the_nodes_fault(
+    subject: Subject, here: Engine, runtime: Runtime, private: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await runtime.prepare(private.image)
+    remove_image(here, private.image)
+    monkeypatch.delenv("REGISTRY_AUTH_FILE")
+    with pytest.raises(NodeError, match=f"the image {private.image} could not be pulled"):
+        await end_of(runtime, replace(subject.container("true"), image=private.image))
+
+
+@at_both
+async def test_a_container_that_is_refused_for_another_reason_is_asked_for_once(
+    subject: Subject, runtime: Runtime, proxy: EngineProxy
+) -> None:
+    proxy.next(REQUESTS["create"], "fail").release.set()
+    with pytest.raises(NodeError, match="could not make the container: no more"):
+        await end_of(runtime, subject.container("true"))
+    assert count(proxy, "/containers/create") == 1

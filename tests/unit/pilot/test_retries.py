@@ -1,0 +1,104 @@
+# Events that failed, on their way back: no slot, no hurry, nobody delayed.
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.support.lab import Lab
+from trio_pilot.errors import TasksFailedError
+from trio_pilot.pilot.retries import LONGEST_DELAY, DelayedRetries
+from trio_pilot.runtimes import Container
+from trio_pilot.testing import copy
+
+pytestmark = pytest.mark.mock_clock
+
+POISON = {"7", "17", "27"}
+
+
+class Starts:
+    """A script that fails on some events, and notes when it was started on which."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, list[float]] = {}
+
+    async def __call__(self, container: Container) -> int:
+        event = Path(container.env["EWMS_TASK_INFILE"]).read_text()  # noqa: ASYNC240
+        self.times.setdefault(event, []).append(trio.current_time())
+        return 1 if event in POISON else await copy(container)
+
+
+async def test_the_delay_doubles_up_to_a_limit_and_is_never_the_same() -> None:
+    async def delay(attempt: int) -> float:
+        begun = trio.current_time()
+        await DelayedRetries(1).sit_out(attempt)
+        return trio.current_time() - begun
+
+    for attempt in range(1, 40):
+        most = min(2 ** (attempt - 1), LONGEST_DELAY)
+        delays = {await delay(attempt) for _ in range(10)}
+        assert len(delays) > 1
+        assert all(most / 2 <= one <= most for one in delays)
+
+
+async def test_a_failing_event_is_tried_again_after_longer_and_longer(lab: Lab) -> None:
+    lab.runtime.script = starts = Starts()
+    lab.put(7)
+    with pytest.raises(TasksFailedError):
+        await lab.run(stop_listening_on_task_error=False, max_attempts=5)
+    gaps = [later - earlier for earlier, later in pairwise(starts.times["7"])]
+    assert len(gaps) == 4
+    assert all(2**number / 2 <= gap <= 2**number for number, gap in enumerate(gaps))
+    lab.assert_the_promise([7])
+
+
+async def test_three_poison_events_among_a_thousand_delay_nobody_and_are_tried_as_often_as_they_may(lab: Lab) -> None:
+    lab.runtime.script = starts = Starts()
+    lab.put(*range(1000))
+    begun = trio.current_time()
+    with pytest.raises(TasksFailedError, match=r"^60 TASK\(S\) FAILED"):
+        await lab.run(stop_listening_on_task_error=False, max_attempts=20)
+    good = {event: times for event, times in starts.times.items() if event not in POISON}
+    assert len(good) == 997
+    assert {len(times) for times in good.values()} == {1}
+    assert max(times[0] for times in good.values()) - begun <= 997 * 1.05
+    assert {event: len(starts.times[event]) for event in POISON} == dict.fromkeys(POISON, 20)
+    assert {message.message_id for message in lab.broker.queues["in.dead-letters"]} == POISON
+
+
+async def test_a_pilot_that_is_told_to_stop_gives_back_what_is_on_the_bench_at_once(lab: Lab) -> None:
+    lab.runtime.script = Starts()
+    lab.put(7)
+    with pytest.raises(ExceptionGroup):
+        await lab.run_signalled([5.0], stop_listening_on_task_error=False, retry_delay=1000.0)
+    assert trio.current_time() == 5
+    lab.assert_the_promise([7])
+
+
+async def test_a_pilot_with_nothing_else_to_do_waits_for_what_is_on_the_bench(lab: Lab) -> None:
+    lab.runtime.script = starts = Starts()
+    lab.put(7)
+    begun = trio.current_time()
+    with pytest.raises(TasksFailedError):
+        await lab.run(stop_listening_on_task_error=False, max_attempts=6, timeout_queue_incoming=0.1)
+    assert len(starts.times["7"]) == 6
+    assert trio.current_time() - starts.times["7"][-1] == pytest.approx(0.1)
+    assert trio.current_time() - begun < 1 + 2 + 4 + 8 + 16 + 1
+
+
+async def test_an_event_on_the_bench_that_comes_again_is_adopted(lab: Lab) -> None:
+    lab.runtime.script = starts = Starts()
+    lab.put(7)
+
+    async def lose() -> None:
+        await trio.sleep(2)
+        lab.broker.lose_connections()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lose)
+        with pytest.raises(TasksFailedError):
+            await lab.run(stop_listening_on_task_error=False, max_attempts=3, retry_delay=20.0)
+    first, second = starts.times["7"][:2]
+    assert second - first >= 10
+    lab.assert_the_promise([7])

@@ -1,0 +1,1 @@
+"""What this job was given: CPUs, memory and time."""

@@ -1,0 +1,1 @@
+"""Removal of what dead pilots left behind."""

@@ -1,0 +1,74 @@
+"""Task directories that are used again.
+
+To make and remove the four directories and three files of a task costs 1.5 ms of CPU on ext4 (measured), as much as a
+short task itself: for a minute it goes around the inodes that were just deleted. A task that leaves nothing behind leaves a
+directory as good as new: the next task gets it, under its own name. Its event is written over the last one, and its runtime
+empties the output files.
+
+Everything here blocks.
+"""
+
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from trio_pilot.files import task_directory
+from trio_pilot.files.task_directory import TaskFiles
+
+
+class DirectoryPool:
+    """The directories that wait for a next task; never more than there were events at hand."""
+
+    def __init__(self, *, any_user: bool = False) -> None:
+        self._any_user = any_user  # may write in them
+        self._clean: list[TaskFiles] = []
+
+    def make(self, files: TaskFiles) -> None:
+        """Make the directory of a task. Raises NodeError if the disk does not take it."""
+        with suppress(IndexError, OSError):  # there is none, or somebody has tidied up
+            spare = self._clean.pop()
+            spare.root.rename(files.root)
+            os.rename(f"{files.io}/{spare.infile}", files.infile_path)  # noqa: PTH104 -- a Path costs as much again
+            return
+        task_directory.make(files, any_user=self._any_user)
+
+    def take_back(self, files: TaskFiles) -> bool:
+        """Keep the directory of a task for the next one, if nothing is in it that should not be; tell whether it is kept."""
+        try:
+            files.outfile_path.unlink(missing_ok=True)
+            is_clean = _is_as_new(files, any_user=self._any_user)
+        except OSError:
+            return False
+        if is_clean:
+            self._clean.append(files)
+        return is_clean
+
+    def close(self) -> None:
+        """Remove the directories."""
+        while self._clean:
+            task_directory.remove(self._clean.pop())
+
+
+def _is_as_new(files: TaskFiles, *, any_user: bool) -> bool:
+    """Tell whether the directories hold what they should, and all can be written and entered as when it was made."""
+    mode = stat.S_IMODE(files.outputs.lstat().st_mode)
+    directories = dict.fromkeys((files.root, files.io, files.scratch, files.outputs), mode)
+    directories |= task_directory.modes(files) if any_user else {}
+    return (
+        mode & stat.S_IRWXU == stat.S_IRWXU
+        and _names(files.io) == [files.infile]
+        and not _names(files.scratch)
+        and all(_is_plain(path, stat.S_IFDIR | one) for path, one in directories.items())
+        and all(_is_plain(path, stat.S_IFREG | mode & 0o666) for path in (files.infile_path, files.stdout, files.stderr))
+    )
+
+
+def _names(directory: Path) -> list[str]:
+    return os.listdir(directory)  # noqa: PTH208 -- a Path for each costs more than the look
+
+
+def _is_plain(path: Path, mode: int) -> bool:
+    facts = path.lstat()
+    has_one_name = facts.st_nlink == 1 or stat.S_ISDIR(mode)
+    return facts.st_mode == mode and has_one_name and facts.st_uid == os.geteuid()

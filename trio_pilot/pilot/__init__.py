@@ -1,0 +1,1 @@
+"""One pilot: from a delivery to a settled event."""

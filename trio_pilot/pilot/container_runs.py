@@ -1,0 +1,253 @@
+"""What is run in containers: tasks, the init container, canaries; and the removal of what each has left."""
+
+import math
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from trio_pilot.brokers import Sink
+from trio_pilot.cleanup.client import Guardian
+from trio_pilot.errors import (
+    ContainerOutOfMemoryError,
+    ContainerRunError,
+    ContainerTimeoutError,
+    NodeError,
+    PilotError,
+)
+from trio_pilot.files import disk_checks, task_directory
+from trio_pilot.files.blocking_calls import BlockingCalls
+from trio_pilot.files.data_directory import DataDirectory
+from trio_pilot.files.error_summary import error_summary
+from trio_pilot.files.filesystem import is_directory
+from trio_pilot.files.task_directory import TaskFiles
+from trio_pilot.files.task_logs import TaskLogs
+from trio_pilot.runtimes import DATA_DIRECTORY, NOT_FOUND_REASONS, Container, Exit, Limits, Mount, Runtime
+from trio_pilot.settings import Settings
+
+CANARY, CANARY_TIMEOUT = ("true",), 60.0  # seconds, on a node that is merely busy
+CLEARING_TIMEOUT = 10.0  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """What to run in a container: of a task, or to initialise the node."""
+
+    alias: str  # what error texts call it
+    image: str
+    args: tuple[str, ...]
+    env: Mapping[str, str]
+    timeout: float | None  # seconds
+    limits: Limits
+    dump: bool  # copy what it says to the pilot's own stdout and stderr
+    keep: bool  # leave it in its files
+    pinned: tuple[int, ...] = ()  # CPUs to run on; none: any
+
+    @classmethod
+    def task(cls, settings: Settings) -> "RunSpec":
+        """Order what is run for each event."""
+        what = settings.task_image, settings.task_args, settings.task_env_json, settings.task_timeout
+        return cls("task", *what, settings.limits, settings.dump_task_output, settings.keep_all_task_files)
+
+    @classmethod
+    def init(cls, settings: Settings) -> "RunSpec":
+        """Order what is run before the first event."""
+        what = settings.init_image, settings.init_args, settings.init_env_json, settings.init_timeout
+        return cls("init-container", *what, settings.limits, settings.dump_task_output, settings.keep_all_task_files)
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What tasks work with."""
+
+    guard: Guardian
+    workspace: DataDirectory
+    runtime: Runtime
+    sinks: Sequence[Sink]
+
+    @property
+    def any_user(self) -> bool:
+        """Whether a container may be another user than we are."""
+        return self.runtime.engine is not None
+
+    def make(self, files: TaskFiles) -> None:
+        """Make the directory of a container. Blocks; raises NodeError if the disk does not take it."""
+        task_directory.make(files, any_user=self.any_user)
+
+
+def task_files(tools: Tools, settings: Settings) -> TaskFiles:
+    """Name the directory of a task, and the files in it."""
+    name = tools.workspace.new_name()
+    return TaskFiles(
+        tools.workspace.root / name,
+        infile=f"infile-{name}{settings.infile_ext}",
+        outfile=f"outfile-{name}{settings.outfile_ext}",
+    )
+
+
+async def run(tools: Tools, disk: BlockingCalls, outputs: TaskLogs, order: RunSpec, files: TaskFiles) -> None:
+    """Run a container as ordered, to its end.
+
+    Raises:
+        ContainerRunError: it ended with an error, or (ContainerTimeoutError) not in time, or (ContainerOutOfMemoryError) it
+            was killed for want of memory.
+        NodeError: it could not be started.
+    """
+    timeout, ended, reason = order.timeout or math.inf, None, None
+    with outputs.growing(files.stdout, files.stderr):
+        try:
+            with trio.move_on_after(timeout):
+                ended = await tools.runtime.run(_container(tools, order, files))
+        finally:
+            reason = await disk.finish(0, _conclude, outputs, files, ended)
+    if order.dump:
+        await outputs.show(files)
+    if ended is None:
+        raise ContainerTimeoutError(f"{order.alias} failed: [Timeout-Error] timed out after {timeout:g}s")
+    if ended.out_of_memory:
+        limit = f"more than {order.limits.memory} bytes" if order.limits.memory else "more than there was"
+        raise ContainerOutOfMemoryError(f"{order.alias} failed (exit code {ended.code}): out of memory: it used {limit}")
+    if ended.code:
+        raise ContainerRunError(f"{order.alias} failed (exit code {ended.code}): {reason or ''}")
+
+
+def _conclude(outputs: TaskLogs, files: TaskFiles, ended: Exit | None) -> str:
+    """Give the reason of a failure: it is at the end of what was said, which is not kept if that is too long."""
+    reason = ""
+    if ended and ended.code:
+        reason = error_summary(files.stderr) or disk_checks.disk_fault(files.root)  # which may be why it could not say more
+    outputs.finish(files.stdout, files.stderr)
+    return reason
+
+
+async def run_init(tools: Tools, settings: Settings, outputs: TaskLogs) -> None:
+    """Run the init container; raises what `run` raises."""
+    async with _aside(tools, "init", settings.init_image, keep=settings.keep_all_task_files) as files:
+        await tools.runtime.prepare(settings.init_image)
+        await run(tools, BlockingCalls(), outputs, RunSpec.init(settings), files)
+
+
+async def run_once(tools: Tools, settings: Settings, data: Any) -> int:
+    """Run the task for an event, show what it said, and give its exit code; its output goes nowhere.
+
+    Raises:
+        ContainerTimeoutError: it took too long.
+        NodeError: it could not be run.
+    """
+    files, disk, timeout = task_files(tools, settings), BlockingCalls(), settings.task_timeout or math.inf
+    try:
+        await disk.call(0, tools.make, files)
+        await disk.call(math.inf, task_directory.write_infile, files, data)
+        ended = None
+        with trio.move_on_after(timeout):
+            ended = await tools.runtime.run(_container(tools, replace(RunSpec.task(settings), dump=True), files))
+        await trio.to_thread.run_sync(task_directory.dump, files, abandon_on_cancel=True)
+    finally:
+        if not settings.keep_all_task_files:
+            await remove(tools, disk, files, settings.task_image)
+    if ended is None:
+        raise ContainerTimeoutError(f"task failed: [Timeout-Error] timed out after {timeout:g}s")
+    return ended.code
+
+
+async def probe(tools: Tools, settings: Settings, error: PilotError | None = None) -> None:
+    """Run next to nothing, on this disk, by this clock, in a container like that of a task: of one that failed, if so.
+
+    Raises:
+        NodeError: it does not work here. An image need not have such a command; but it must have this, or the task's own.
+    """
+    await BlockingCalls().call(math.inf, _look_at_node, tools.workspace.root)
+    async with _aside(tools, "canary", settings.task_image, keep=False) as files:
+        order = replace(RunSpec.task(settings), args=CANARY, env={})
+        with trio.move_on_after(CANARY_TIMEOUT):
+            ended = await tools.runtime.run(replace(_container(tools, order, files), plain=True))
+            reason = error_summary(files.stderr) if ended.code else ""
+            is_missing = reason.endswith(NOT_FOUND_REASONS)
+            if is_missing and str(error).endswith(tuple(f" {settings.task_args[0]}: {why}" for why in NOT_FOUND_REASONS)):
+                raise NodeError(f"the image has neither `{settings.task_args[0]}` nor `{CANARY[0]}`")
+            if ended.code and not is_missing:
+                raise NodeError(f"`{CANARY[0]}` in a container fails (exit code {ended.code}): {reason}")
+            return
+        raise NodeError(f"`{CANARY[0]}` in a container takes more than {CANARY_TIMEOUT:g} s")
+
+
+def _look_at_node(root: Path) -> None:
+    disk_checks.check_writable(root)
+    disk_checks.clock_skew(root)
+
+
+@asynccontextmanager
+async def _aside(tools: Tools, what: str, image: str, *, keep: bool) -> AsyncIterator[TaskFiles]:
+    """Make the directory of a container that is no task's, and remove it."""
+    name = f"{what}-{tools.workspace.new_name().replace('-', '')}"
+    files, disk = TaskFiles(tools.workspace.root / name, infile="", outfile=""), BlockingCalls()
+    try:
+        await disk.call(0, tools.make, files)
+        yield files
+    finally:
+        if not keep:
+            await remove(tools, disk, files, image)
+
+
+async def remove(tools: Tools, disk: BlockingCalls, files: TaskFiles, image: str) -> None:
+    """Remove the directory of a container, cancelled or not. What is another user's in it, another container removes."""
+    if not (image and tools.any_user):
+        await disk.finish(math.inf, task_directory.remove, files)
+    elif await disk.finish(math.inf, task_directory.try_to_remove, files) is False:
+        with trio.move_on_after(CLEARING_TIMEOUT, shield=True):
+            await _clear(tools, files, image)
+        await disk.finish(math.inf, task_directory.remove, files)
+
+
+async def _clear(tools: Tools, files: TaskFiles, image: str) -> None:
+    """Empty the directories that a container could write to, as whoever it was."""
+    mounts = [Mount(path, f"/{DATA_DIRECTORY}/{path.name}", writable=True) for path in (files.scratch, files.io)]
+    there = tuple(mount for mount in mounts if is_directory(mount.source))
+    async with _aside(tools, "clearing", "", keep=False) as own:
+        args = "rm", "-rf", *(mount.target for mount in there)
+        container = Container(own.root.name, image, args, {}, there, own.scratch, own.stdout, own.stderr, plain=True)
+        with suppress(NodeError):
+            await tools.runtime.run(container)
+
+
+INSIDE = (f"/{DATA_DIRECTORY}/task-io", f"/{DATA_DIRECTORY}/data-hub")  # where a container has its files mounted
+
+
+def _container(tools: Tools, order: RunSpec, files: TaskFiles) -> Container:
+    io, hub = INSIDE if tools.runtime.mounts else (files.io, tools.workspace.data_hub)
+    names = {"EWMS_TASK_DATA_HUB_DIR": f"{hub}"}
+    if files.infile:
+        names |= {"EWMS_TASK_INFILE": f"{io}/{files.infile}", "EWMS_TASK_OUTFILE": f"{io}/{files.outfile}"}
+    return Container(
+        name=files.root.name,
+        image=order.image,
+        args=tuple(_filled_in(arg, names) for arg in order.args),
+        env={**order.env, **names},
+        mounts=tools.workspace.mounts(files.io if files.infile else None),
+        scratch=files.scratch,
+        stdout=files.stdout,
+        stderr=files.stderr,
+        limits=order.limits,
+        pinned=order.pinned,
+        heard=order.dump or order.keep,
+    )
+
+
+PLACEHOLDERS = {
+    "{{INFILE}}": "EWMS_TASK_INFILE",
+    "{{IN_FILE}}": "EWMS_TASK_INFILE",
+    "{{OUTFILE}}": "EWMS_TASK_OUTFILE",
+    "{{OUT_FILE}}": "EWMS_TASK_OUTFILE",
+    "{{DATA_HUB}}": "EWMS_TASK_DATA_HUB_DIR",
+    "{{DATAHUB}}": "EWMS_TASK_DATA_HUB_DIR",
+}
+
+
+def _filled_in(arg: str, names: Mapping[str, str]) -> str:
+    for placeholder, name in PLACEHOLDERS.items():
+        if name in names:
+            arg = arg.replace(placeholder, names[name])
+    return arg

@@ -1,0 +1,1 @@
+"""Child processes, their identity, and control groups."""
