@@ -17,7 +17,7 @@ from bench.measure import report, say
 from bench.pilot import stubbed
 from bench.report import Report
 from trio_pilot.brokers import Delivery, QueueAddress, Settlement, Sink, open_sink, open_source
-from trio_pilot.pilot.serve import next_delivery
+from trio_pilot.brokers.listening import next_delivery
 
 
 @dataclass(frozen=True, slots=True)

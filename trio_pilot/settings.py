@@ -37,10 +37,9 @@ from trio_pilot.parsing import (
     variables,
     words,
 )
-from trio_pilot.runtimes import Limits, Options
+from trio_pilot.runtimes import APPTAINER_BUILD, APPTAINER_IMAGE, ENVFILE, Limits, Options
 from trio_pilot.runtimes.selection import NAMES
 
-ENVFILE = "ewms_htcondor_envfile.sh"
 CONFIG_FILE = "trio-pilot.toml"
 PREFIX = "EWMS_PILOT_"
 LAST_STEPS = 5.0  # seconds that a pilot needs in the end, but for the killing: a few tenths as a rule
@@ -75,8 +74,6 @@ def setting(
 
 TASK_TIMEOUT = ("EWMS_PILOT_TASK_TIMEOUT", "EWMS_PILOT_SUBPROC_TIMEOUT")
 RUNTIME = ("EWMS_PILOT_RUNTIME", "_EWMS_PILOT_CONTAINER_PLATFORM")
-APPTAINER_BUILD = ("_EWMS_PILOT_APPTAINER_BUILD_WORKDIR",)
-APPTAINER_IMAGE = ("_EWMS_PILOT_APPTAINER_IMAGE_DIRECTORY_MUST_BE_PRESENT",)
 SHM_SIZE = ("_EWMS_PILOT_DOCKER_SHM_SIZE",)
 
 LEASE_MARGIN = 900.0  # seconds for all that is done with an event besides running it

@@ -233,7 +233,7 @@ class FakeGuardian:
     @asynccontextmanager
     async def open(self) -> AsyncIterator["FakeGuardian"]:
         """Open the guard."""
-        self.fault("guard.open")
+        self.fault("guardian.open")
         yield self
 
     def watch(self, what: str, path: Path) -> None:
@@ -247,7 +247,7 @@ class FakeGuardian:
     async def sweep(self) -> None:
         """Have nothing to sweep."""
         await trio.lowlevel.checkpoint()
-        self.fault("guard.sweep")
+        self.fault("guardian.sweep")
         self.swept += 1
 
 

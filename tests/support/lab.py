@@ -32,7 +32,7 @@ class Lab:
 
     directory: Path
     broker: FakeBroker = field(default_factory=FakeBroker)
-    guard: FakeGuardian = field(default_factory=FakeGuardian)
+    guardian: FakeGuardian = field(default_factory=FakeGuardian)
     runtime: FakeRuntime = field(default_factory=FakeRuntime)
     status: Status = field(default_factory=Status)
     reporter: AbstractAsyncContextManager[None] = field(default_factory=nullcontext)
@@ -61,7 +61,7 @@ class Lab:
         settings = Settings(**{**self.DEFAULTS, "data_dir_parent_path_on_host": self.directory, **options})
         return await serve(
             settings,
-            self.guard.open(),
+            self.guardian.open(),
             self.reporter,
             self.runtime.open(),
             all_of(map(self.broker.open_source, settings.queue_incoming)),

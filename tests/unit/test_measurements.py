@@ -204,7 +204,7 @@ async def test_the_stages_of_events_are_timed_from_outside(lab: Lab, monkeypatch
     _, signals = trio.open_memory_channel[int](0)
     await serve(
         settings,
-        lab.guard.open(),
+        lab.guardian.open(),
         nullcontext(),
         wrapped(lab.runtime.open(), lambda runtime: TimedRuntime(runtime, times)),
         all_of([wrapped(lab.broker.open_source("in"), lambda source: TimedSource(source, times))]),

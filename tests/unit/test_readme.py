@@ -1,7 +1,7 @@
 import re
 
 from tests.support.paths import ROOT
-from trio_pilot.cli.main import SOFTWARE_ERROR
+from trio_pilot.cli.exit_codes import SOFTWARE_ERROR
 from trio_pilot.errors import BrokerError, NodeError, SettingsError, TasksFailedError, UsageError
 from trio_pilot.settings import FIELDS, markdown_table
 

@@ -12,10 +12,10 @@ import trio
 
 from trio_pilot.allocation import classad
 from trio_pilot.allocation.resources import JOB_AD, MACHINE_AD
-from trio_pilot.brokers import jwt
+from trio_pilot.brokers import tokens
 from trio_pilot.parsing import LATEST
 from trio_pilot.settings import Settings
-from trio_pilot.statistics import RunTimes
+from trio_pilot.status import RunTimes
 
 # Of the time that a pilot had at first, as much may be left at least for a task of which nothing is known but a time-out:
 # that may be far longer than any task is.
@@ -60,7 +60,7 @@ def _by_others(settings: Settings, environ: Mapping[str, str], now: float) -> It
     yield from _by_the_glidein(environ, machine)
     yield from _by_features(environ)
     for queue in [*settings.incoming(), *settings.outgoing()]:
-        yield jwt.expiry(queue.token) or math.inf, f"the token of {queue.queue}"
+        yield tokens.expiry(queue.token) or math.inf, f"the token of {queue.queue}"
 
 
 def _by_the_job(job: Mapping[str, classad.Literal], now: float) -> Iterator[tuple[float, str]]:

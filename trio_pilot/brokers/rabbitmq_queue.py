@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import trio
 from trio_util import move_on_when
 
-from trio_pilot.brokers import Patience, QueueAddress, addresses, jwt, tokens
+from trio_pilot.brokers import Patience, QueueAddress, addresses, tokens
 from trio_pilot.brokers.rabbitmq_connection import (
     ACCESS_REFUSED,
     NOT_FOUND,
@@ -67,7 +67,7 @@ class RabbitQueue(ReconnectingQueue[RabbitChannel]):
 
 
 def _expired(token: str) -> str:
-    end = jwt.expiry(token)
+    end = tokens.expiry(token)
     return f"; our token expired at {datetime.fromtimestamp(end, UTC):%Y-%m-%d %H:%M:%S} UTC" if end and end < time() else ""
 
 

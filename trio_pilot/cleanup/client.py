@@ -1,25 +1,23 @@
-"""The pilot's end of the pipe to its guardian, and the sweep of what dead pilots have left."""
+"""The pilot's end of the pipe to its guardian."""
 
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
 import trio
 
 import trio_pilot
-from trio_pilot.cleanup import guardian, image_builds
+from trio_pilot.cleanup.guardian import parsed
+from trio_pilot.cleanup.sweep import sweep
 from trio_pilot.errors import NodeError, map_exceptions
-from trio_pilot.files import data_directory
 from trio_pilot.log import LOGGER
-from trio_pilot.processes import cgroups, identity, orphans
+from trio_pilot.processes import identity
 from trio_pilot.processes.children import Children, spare
-from trio_pilot.processes.identity import Identity
-from trio_pilot.runtimes import Runtime
 
 DISMISSAL_TIMEOUT = 2.0  # seconds for a guardian to go when it is told to
 RESTART_INTERVAL = 0.5  # seconds between two starts of a guardian that somebody ends again and again
@@ -44,37 +42,21 @@ class Guardian(Protocol):
 
 
 @asynccontextmanager
-async def seen_to(opening: AbstractAsyncContextManager[Runtime], guard: Guardian) -> AsyncIterator[Runtime]:
-    """Open a runtime, and have the guard see to what it may leave elsewhere than below this pilot."""
-    runtime: Runtime | None = None
-    try:
-        async with opening as runtime:
-            if runtime.engine:
-                guard.watch("engine", runtime.engine)
-            if runtime.images:
-                guard.watch("images", runtime.images)
-            yield runtime
-    finally:
-        if runtime and runtime.leaves_some:
-            guard.outlive_us()
-
-
-@asynccontextmanager
 async def open_guardian() -> AsyncIterator["GuardianClient"]:
     """Start a guardian, and another whenever it is ended; dismiss it in the end.
 
     Raises:
         NodeError: it cannot be started.
     """
-    guard = GuardianClient()
-    guard.start()
+    client = GuardianClient()
+    client.start()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(guard.keep)
+        nursery.start_soon(client.keep)
         try:
-            yield guard
+            yield client
         finally:
             nursery.cancel_scope.cancel()
-            await guard.dismiss()
+            await client.dismiss()
 
 
 class GuardianClient:
@@ -139,7 +121,7 @@ class GuardianClient:
 
     async def sweep(self) -> None:
         """Remove what dead pilots have left. Cancelled, it is waited for: each of its steps has a deadline."""
-        await trio.to_thread.run_sync(_sweep, [guardian.parsed(line) for line in self._watched])
+        await trio.to_thread.run_sync(sweep, [parsed(line) for line in self._watched])
 
     def _tell(self, line: str) -> None:
         with suppress(BrokenPipeError):  # it was ended; the next one is told
@@ -172,30 +154,3 @@ def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _sweep(watched: Collection[tuple[str, Path]]) -> None:
-    found = {"process(es)": orphans.end_processes(_is_dead), "control group(s)": cgroups.sweep(_is_dead)}
-    # Engines first: there, it is by its word that a pilot may be known to be dead. Who dies meanwhile keeps his.
-    dead = {path: data_directory.owner_files_of_dead(path) for what, path in watched if what == "data"}
-    for what, path in sorted(watched, key=lambda one: one[0] != "engine"):
-        try:
-            if what == "engine":
-                from trio_pilot.cleanup import engine_containers
-
-                found["container(s)"] = engine_containers.remove_containers(path, _is_dead)
-            elif what == "images":
-                found["half-unpacked image(s)"] = image_builds.remove_unfinished(path)
-            else:
-                found["task directory(ies)"] = data_directory.sweep(path, forget=dead.get(path, ()))
-        except OSError as error:
-            if what == "engine":
-                dead.clear()
-            LOGGER.warning("cannot look for what dead pilots have left at %s: %s", path, error)
-    for what, number in found.items():
-        if number:
-            LOGGER.warning("removed %d %s of pilots that are no more", number, what)
-
-
-def _is_dead(pilot: Identity) -> bool:
-    return pilot.is_dead

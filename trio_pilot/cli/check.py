@@ -15,15 +15,15 @@ import trio
 
 from trio_pilot.allocation.resources import find_allocation, fitted
 from trio_pilot.allocation.walltime import End, find_end
-from trio_pilot.brokers import QueueAddress, Sink, Source, jwt, open_sink, open_source, tokens
+from trio_pilot.brokers import QueueAddress, Sink, Source, open_sink, open_source, tokens
 from trio_pilot.cli.signals import run_until_signalled
 from trio_pilot.errors import BrokerError, NodeError, PilotError, SettingsError, leaves
 from trio_pilot.files import disk_checks
 from trio_pilot.files.data_directory import open_data_directory
 from trio_pilot.files.filesystem import exists, is_directory, is_link
 from trio_pilot.log import LOGGER
-from trio_pilot.runtimes import Runtime, bubblewrap, confinement
-from trio_pilot.runtimes.selection import ENGINES, OWN_ROOT, choose, open_runtime
+from trio_pilot.runtimes import OWN_ROOT, Runtime, bubblewrap, confinement
+from trio_pilot.runtimes.selection import ENGINES, choose, open_runtime
 from trio_pilot.settings import FIELDS, Settings, flag_of
 
 LEAST_FREE = 100 * 10**6  # bytes on the disk of the data directory
@@ -284,8 +284,8 @@ def _is_there(place: Path, root: Path, settings: Settings, *, contained: bool) -
 
 
 def _data(settings: Settings) -> str:
-    with open_data_directory(settings.data_dir_parent_path_on_host, settings.external_directories) as workspace:
-        root = workspace.root
+    with open_data_directory(settings.data_dir_parent_path_on_host, settings.external_directories) as data_directory:
+        root = data_directory.root
         disk_checks.check_writable(root)
         free = shutil.disk_usage(root).free
     if free < LEAST_FREE:
@@ -300,7 +300,7 @@ def _clock(settings: Settings) -> str:
 
 async def _token(queue: QueueAddress) -> str:
     """Tell how long a token is good, where it is a JWT. It is the broker who checks whether it is genuine."""
-    claims, now = jwt.claims(await tokens.current(queue.token)), time.time()
+    claims, now = tokens.claims(await tokens.current(queue.token)), time.time()
     begins, ends = (claims.get(name) for name in ("nbf", "exp"))
     if isinstance(begins, int | float) and begins > now + disk_checks.MOST_SKEW:
         raise BrokerError(f"the token of {queue.queue} is good in {_span(begins - now)} only")

@@ -19,14 +19,15 @@ import trio
 
 from trio_pilot.allocation.resources import find_allocation, fitted
 from trio_pilot.brokers import Delivery, Settlement, dead_letter_queue, dead_letters, open_sink, open_source
-from trio_pilot.cleanup.client import open_guardian, seen_to
+from trio_pilot.brokers.listening import next_delivery
+from trio_pilot.cleanup.client import open_guardian
 from trio_pilot.cli.signals import report, run_until_signalled
 from trio_pilot.errors import DecodeError, DeliveryLostError, NodeError, UsageError, map_exceptions
 from trio_pilot.files.blocking_calls import BlockingCalls
 from trio_pilot.files.data_directory import open_data_directory, root_in
 from trio_pilot.files.task_logs import TaskLogs
 from trio_pilot.pilot import container_runs
-from trio_pilot.pilot.serve import next_delivery
+from trio_pilot.pilot.serve import seen_to
 from trio_pilot.processes.children import end_strays
 from trio_pilot.runtimes.selection import open_runtime
 from trio_pilot.settings import Settings
@@ -112,13 +113,13 @@ async def _replay(settings: Settings, queue: str, message_ids: frozenset[str], r
 
 async def _run(settings: Settings, event: Message) -> int:
     parent, external = settings.data_dir_parent_path_on_host, settings.external_directories
-    async with open_guardian() as guard:
-        guard.watch("data", root_in(parent))
-        with open_data_directory(parent, external, keep=settings.keep_all_task_files) as workspace:
+    async with open_guardian() as guardian:
+        guardian.watch("data", root_in(parent))
+        with open_data_directory(parent, external, keep=settings.keep_all_task_files) as data_directory:
             opening = open_runtime(settings.runtime, settings.task_image, settings.runtime_options)
-            async with seen_to(opening, guard) as runtime:
+            async with seen_to(opening, guardian) as runtime:
                 await runtime.prepare(settings.task_image)
-                tools = container_runs.Tools(guard, workspace, runtime, ())
+                tools = container_runs.Tools(guardian, data_directory, runtime, ())
                 if settings.init_image or settings.init_args:
                     await container_runs.run_init(tools, settings, TaskLogs(settings.max_output, BlockingCalls()))
                 return await container_runs.run_once(tools, settings, event.data)

@@ -14,7 +14,8 @@ from typing import Any
 import trio
 
 from trio_pilot import log
-from trio_pilot.cli import SignalledError, demo_sky
+from trio_pilot.cli import demo_sky
+from trio_pilot.cli.exit_codes import SignalledError
 from trio_pilot.cli.receive import Receiving
 from trio_pilot.cli.run import serve_here
 from trio_pilot.cli.send import Sending

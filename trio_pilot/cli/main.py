@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from trio_pilot import log
-from trio_pilot.cli import SIGNALLED, SignalledError
+from trio_pilot.cli.exit_codes import SIGNALLED, SOFTWARE_ERROR, SignalledError
 from trio_pilot.errors import ContainerRunError, NodeError, PilotError, TasksFailedError, leaves, map_exceptions
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what a disk says that takes no more
-SOFTWARE_ERROR = 70  # sysexits.h, EX_SOFTWARE: a defect of ours
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -12,7 +12,7 @@ from trio_pilot.allocation.resources import find_allocation, fitted
 from trio_pilot.allocation.walltime import find_end
 from trio_pilot.brokers import Patience, open_sinks, open_sources
 from trio_pilot.cleanup.client import open_guardian
-from trio_pilot.cli import SIGNALLED
+from trio_pilot.cli.exit_codes import SIGNALLED
 from trio_pilot.condor.reporter import open_reporter
 from trio_pilot.log import LOGGER
 from trio_pilot.pilot.serve import serve

@@ -8,7 +8,7 @@ from typing import TypeVar, TypeVarTuple
 
 import trio
 
-from trio_pilot.cli import SignalledError
+from trio_pilot.cli.exit_codes import SignalledError
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")

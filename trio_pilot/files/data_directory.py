@@ -17,8 +17,8 @@ from trio_pilot.errors import NodeError, SettingsError
 from trio_pilot.files.filesystem import is_directory, opened, remove_tree
 from trio_pilot.processes import identity
 from trio_pilot.processes.identity import Identity
-from trio_pilot.runtimes import DATA_DIRECTORY, Mount
 
+DATA_DIRECTORY = "ewms-pilot-data"  # in the root of every container, and in the pilot's own directory
 LOCK = ".lock"  # in a data directory that a pilot made; its pilots share a lock on it
 OWNER = ".pilot-"  # with what the names of its task directories begin with, and PILOT@NODE: a file that is locked
 PREFIX_DIGITS = 8  # of a UUID
@@ -42,7 +42,7 @@ class DataDirectory:
     """The data directory of a pilot, and the directories that all its containers see."""
 
     root: Path
-    external: tuple[Mount, ...]
+    external: tuple[Path, ...]
     prefix: str = field(default_factory=lambda: uuid.uuid4().hex[:PREFIX_DIGITS])  # of all that this pilot makes
 
     def new_name(self) -> str:
@@ -53,12 +53,6 @@ class DataDirectory:
     def data_hub(self) -> Path:
         """What the init container writes, and tasks read."""
         return self.root / HUB
-
-    def mounts(self, io: Path | None) -> tuple[Mount, ...]:
-        """List the mounts of a container that reads and writes its files in `io`; the init container has none."""
-        hub = Mount(self.data_hub, f"/{DATA_DIRECTORY}/{HUB}", writable=True)
-        own = [Mount(io, f"/{DATA_DIRECTORY}/{TASK_IO}", writable=True)] if io else []
-        return (hub, *own, *self.external)
 
 
 def root_in(parent: Path) -> Path:
@@ -89,16 +83,16 @@ def open_data_directory(parent: Path, external: Sequence[Path], *, keep: bool = 
     try:
         with _writing(root):
             _try_to_write(root)
-        workspace = DataDirectory(root, mounts)
-        with nullcontext() if keep else _owning(workspace):
-            yield workspace
+        data_directory = DataDirectory(root, mounts)
+        with nullcontext() if keep else _owning(data_directory):
+            yield data_directory
     finally:
         if lock:
             with lock, suppress(OSError):
                 _leave(root, lock)
 
 
-def _checked(paths: Sequence[Path]) -> tuple[Mount, ...]:
+def _checked(paths: Sequence[Path]) -> tuple[Path, ...]:
     variable = "EWMS_PILOT_EXTERNAL_DIRECTORIES"
     for path in paths:
         if not path.is_absolute() or ".." in path.parts or not is_directory(path):
@@ -111,7 +105,7 @@ def _checked(paths: Sequence[Path]) -> tuple[Mount, ...]:
             _refuse(side, FORBIDDEN, f"{variable} must not name directories below")
     if len(set(paths)) < len(paths):
         raise SettingsError(f"{variable} must not name a directory twice: {', '.join(map(str, paths))}")
-    return tuple(Mount(path, str(path)) for path in paths)
+    return tuple(paths)
 
 
 def _refuse(path: Path, forbidden: Sequence[Path], why: str) -> None:
@@ -234,11 +228,11 @@ def _try_to_write(root: Path) -> None:
 
 
 @contextmanager
-def _owning(workspace: DataDirectory) -> Iterator[None]:
+def _owning(data_directory: DataDirectory) -> Iterator[None]:
     """Leave word of whose the task directories are, for when we have no time to remove them."""
-    owner = workspace.root / f"{OWNER}{workspace.prefix}-{_us()}"
+    owner = data_directory.root / f"{OWNER}{data_directory.prefix}-{_us()}"
     with ExitStack() as stack:
-        with _writing(workspace.root):
+        with _writing(data_directory.root):
             # A sweep may come between that and the lock, and one in another PID namespace takes us for dead.
             while not owner.exists():
                 _try_to_lock(stack.enter_context(owner.open("xb")))

@@ -20,12 +20,12 @@ from trio_pilot.errors import (
 )
 from trio_pilot.files import disk_checks, task_directory
 from trio_pilot.files.blocking_calls import BlockingCalls
-from trio_pilot.files.data_directory import DataDirectory
+from trio_pilot.files.data_directory import DATA_DIRECTORY, HUB, TASK_IO, DataDirectory
 from trio_pilot.files.error_summary import error_summary
 from trio_pilot.files.filesystem import is_directory
 from trio_pilot.files.task_directory import TaskFiles
 from trio_pilot.files.task_logs import TaskLogs
-from trio_pilot.runtimes import DATA_DIRECTORY, NOT_FOUND_REASONS, Container, Exit, Limits, Mount, Runtime
+from trio_pilot.runtimes import NOT_FOUND_REASONS, Container, Exit, Limits, Mount, Runtime
 from trio_pilot.settings import Settings
 
 CANARY, CANARY_TIMEOUT = ("true",), 60.0  # seconds, on a node that is merely busy
@@ -63,8 +63,8 @@ class RunSpec:
 class Tools:
     """What tasks work with."""
 
-    guard: Guardian
-    workspace: DataDirectory
+    guardian: Guardian
+    data_directory: DataDirectory
     runtime: Runtime
     sinks: Sequence[Sink]
 
@@ -80,9 +80,9 @@ class Tools:
 
 def task_files(tools: Tools, settings: Settings) -> TaskFiles:
     """Name the directory of a task, and the files in it."""
-    name = tools.workspace.new_name()
+    name = tools.data_directory.new_name()
     return TaskFiles(
-        tools.workspace.root / name,
+        tools.data_directory.root / name,
         infile=f"infile-{name}{settings.infile_ext}",
         outfile=f"outfile-{name}{settings.outfile_ext}",
     )
@@ -159,7 +159,7 @@ async def probe(tools: Tools, settings: Settings, error: PilotError | None = Non
     Raises:
         NodeError: it does not work here. An image need not have such a command; but it must have this, or the task's own.
     """
-    await BlockingCalls().call(math.inf, _look_at_node, tools.workspace.root)
+    await BlockingCalls().call(math.inf, _look_at_node, tools.data_directory.root)
     async with _aside(tools, "canary", settings.task_image, keep=False) as files:
         order = replace(RunSpec.task(settings), args=CANARY, env={})
         with trio.move_on_after(CANARY_TIMEOUT):
@@ -182,8 +182,8 @@ def _look_at_node(root: Path) -> None:
 @asynccontextmanager
 async def _aside(tools: Tools, what: str, image: str, *, keep: bool) -> AsyncIterator[TaskFiles]:
     """Make the directory of a container that is no task's, and remove it."""
-    name = f"{what}-{tools.workspace.new_name().replace('-', '')}"
-    files, disk = TaskFiles(tools.workspace.root / name, infile="", outfile=""), BlockingCalls()
+    name = f"{what}-{tools.data_directory.new_name().replace('-', '')}"
+    files, disk = TaskFiles(tools.data_directory.root / name, infile="", outfile=""), BlockingCalls()
     try:
         await disk.call(0, tools.make, files)
         yield files
@@ -213,11 +213,11 @@ async def _clear(tools: Tools, files: TaskFiles, image: str) -> None:
             await tools.runtime.run(container)
 
 
-INSIDE = (f"/{DATA_DIRECTORY}/task-io", f"/{DATA_DIRECTORY}/data-hub")  # where a container has its files mounted
+INSIDE = (f"/{DATA_DIRECTORY}/{TASK_IO}", f"/{DATA_DIRECTORY}/{HUB}")  # where a container has its files mounted
 
 
 def _container(tools: Tools, order: RunSpec, files: TaskFiles) -> Container:
-    io, hub = INSIDE if tools.runtime.mounts else (files.io, tools.workspace.data_hub)
+    io, hub = INSIDE if tools.runtime.mounts else (files.io, tools.data_directory.data_hub)
     names = {"EWMS_TASK_DATA_HUB_DIR": f"{hub}"}
     if files.infile:
         names |= {"EWMS_TASK_INFILE": f"{io}/{files.infile}", "EWMS_TASK_OUTFILE": f"{io}/{files.outfile}"}
@@ -226,7 +226,7 @@ def _container(tools: Tools, order: RunSpec, files: TaskFiles) -> Container:
         image=order.image,
         args=tuple(_filled_in(arg, names) for arg in order.args),
         env={**order.env, **names},
-        mounts=tools.workspace.mounts(files.io if files.infile else None),
+        mounts=_mounts(tools, files.io if files.infile else None),
         scratch=files.scratch,
         stdout=files.stdout,
         stderr=files.stderr,
@@ -234,6 +234,14 @@ def _container(tools: Tools, order: RunSpec, files: TaskFiles) -> Container:
         pinned=order.pinned,
         heard=order.dump or order.keep,
     )
+
+
+def _mounts(tools: Tools, io: Path | None) -> tuple[Mount, ...]:
+    """List the mounts of a container that reads and writes its files in `io`; the init container has none."""
+    inside_io, inside_hub = INSIDE
+    hub = Mount(tools.data_directory.data_hub, inside_hub, writable=True)
+    own = [Mount(io, inside_io, writable=True)] if io else []
+    return (hub, *own, *(Mount(path, str(path)) for path in tools.data_directory.external))
 
 
 PLACEHOLDERS = {

@@ -4,71 +4,35 @@ serve
  ├ signals          drain: take no more events, give the running tasks a deadline; at the second one, now
  └ guardian         a process of its own: when the pilot is gone, however it went, it removes what is left
    └ reporter       tells HTCondor how things are; the last state when all below has ended
-     └ workspace, runtime, brokers     outlive every task, so that a task being killed can still settle
+     └ data_directory, runtime, brokers     outlive every task, so that a task being killed can still settle
        └ tasks          one child per event; its slot is free as soon as its output is read, which is sent and settled then
          ├ init         sweep, broker, image and init container; no event is taken before all are good
          └ consumers    take an event only when a slot is free for it, or to stage one where there is room for it
 """
 
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, asynccontextmanager, closing
 from functools import partial
 
 import trio
-from trio_util import wait_any
 
 from trio_pilot.allocation.walltime import TimeLeft
 from trio_pilot.brokers import Consumer, Delivery, Sink, Source
-from trio_pilot.cleanup.client import Guardian, seen_to
+from trio_pilot.brokers.listening import first_delivery, next_delivery
+from trio_pilot.cleanup.client import Guardian
 from trio_pilot.errors import BrokerError, ContainerLostError, NodeError, PilotError, TasksFailedError, names
 from trio_pilot.files.data_directory import DataDirectory, open_data_directory, root_in
 from trio_pilot.grace_period import GracePeriod
 from trio_pilot.log import LOGGER
 from trio_pilot.pilot.container_runs import Tools, probe, run_init
 from trio_pilot.pilot.deduplication import Life
+from trio_pilot.pilot.drain import Drain
 from trio_pilot.pilot.slots import Slot, Slots
 from trio_pilot.pilot.task_runner import Event, TaskRunner
 from trio_pilot.runtimes import Runtime
 from trio_pilot.settings import Settings
 from trio_pilot.status import State, Status
-
-
-class Drain:
-    """The ways to end: no more events, and a deadline for those that run."""
-
-    def __init__(self, grace: float, time_left: TimeLeft) -> None:
-        self.listening = trio.CancelScope()  # around init and the taking of events
-        self.tasks = trio.CancelScope(deadline=time_left.end)
-        self.begun = trio.Event()
-        self.signal: int | None = None
-        self._grace = grace
-        self._time_left = time_left
-
-    async def heed(self, signals: AsyncIterable[int]) -> None:
-        """Drain at the first signal; at any further one, at once."""
-        async for number in signals:
-            if self.begun.is_set():
-                LOGGER.warning("signal %d again: ending all tasks now", number)
-                self.tasks.cancel()
-            else:
-                LOGGER.warning("signal %d: taking no more events; %g s for running tasks", number, self._grace)
-                self.signal = number
-                self.begun.set()
-                self.tasks.deadline = min(self.tasks.deadline, trio.current_time() + self._grace)
-                self.stop_listening()
-
-    def stop_listening(self) -> None:
-        """Take no more events."""
-        self.listening.cancel()
-
-    def watch_the_time(self) -> None:
-        """Take no more events from the moment on in which another task is not likely to end in time."""
-        self.listening.deadline = self._time_left.last_start
-
-    def time_is_short(self) -> bool:
-        """Tell whether that moment has come."""
-        return trio.current_time() >= self._time_left.last_start
 
 
 async def serve(
@@ -98,10 +62,10 @@ async def serve(
         nursery.start_soon(drain.heed, signals)
         async with guard as guardian, reporter, _quarantine(settings, status, drain):
             guardian.watch("data", root_in(settings.data_dir_parent_path_on_host))
-            with status.concluding(), _open_workspace(settings) as workspace:
+            with status.concluding(), _open_data_directory(settings) as data_directory:
                 async with seen_to(runtime, guardian) as containers, sources as incoming, sinks as outgoing:
                     status.runtime = containers.name
-                    tools = Tools(guardian, workspace, containers, outgoing)
+                    tools = Tools(guardian, data_directory, containers, outgoing)
                     await Pilot(settings, tools, incoming, status, drain).work()
         nursery.cancel_scope.cancel()
     if status.failed.value:
@@ -109,7 +73,23 @@ async def serve(
     return drain.signal
 
 
-def _open_workspace(settings: Settings) -> AbstractContextManager[DataDirectory]:
+@asynccontextmanager
+async def seen_to(opening: AbstractAsyncContextManager[Runtime], guard: Guardian) -> AsyncIterator[Runtime]:
+    """Open a runtime, and have the guard see to what it may leave elsewhere than below this pilot."""
+    runtime: Runtime | None = None
+    try:
+        async with opening as runtime:
+            if runtime.engine:
+                guard.watch("engine", runtime.engine)
+            if runtime.images:
+                guard.watch("images", runtime.images)
+            yield runtime
+    finally:
+        if runtime and runtime.leaves_some:
+            guard.outlive_us()
+
+
+def _open_data_directory(settings: Settings) -> AbstractContextManager[DataDirectory]:
     parent, external = settings.data_dir_parent_path_on_host, settings.external_directories
     return open_data_directory(parent, external, keep=settings.keep_all_task_files)
 
@@ -162,7 +142,7 @@ class Pilot:
         async with trio.open_nursery() as init:
             for ready in [queue.ready for queue in self._sources] + [queue.ready for queue in self._tools.sinks]:
                 init.start_soon(ready)
-            init.start_soon(self._tools.guard.sweep)
+            init.start_soon(self._tools.guardian.sweep)
             init.start_soon(self._try_the_node)
             if self._settings.init_image or self._settings.init_args:
                 init.start_soon(run_init, self._tools, self._settings, self._worker.outputs)
@@ -248,39 +228,6 @@ class Pilot:
         okay = names(error) & self._settings.okay_errors
         if self._settings.stop_listening_on_task_error and not okay:
             self._drain.stop_listening()
-
-
-async def first_delivery(consumers: deque[Consumer]) -> Delivery | None:
-    """Take an event that is there, from each consumer in turn."""
-    for _ in range(len(consumers)):
-        consumers.rotate(-1)
-        if delivery := await consumers[0].take():
-            return delivery
-    return None
-
-
-async def next_delivery(consumers: deque[Consumer], idle_limit: float) -> Delivery | None:
-    """Take the next event, from each consumer in turn; None after `idle_limit` seconds in which all listened in vain."""
-    begun = trio.current_time()
-    while True:
-        if delivery := await first_delivery(consumers):
-            return delivery
-        deadline = max(begun, *(consumer.listening_since for consumer in consumers)) + idle_limit
-        if trio.current_time() >= deadline and await _are_idle(consumers):
-            return None
-        with trio.move_on_at(deadline):
-            await wait_any(*(consumer.wait for consumer in consumers))
-
-
-async def _are_idle(consumers: Iterable[Consumer]) -> bool:
-    """Ask all brokers; they are not as soon as something comes."""
-    answers: list[bool] = []
-
-    async def ask() -> None:
-        answers.extend([await consumer.is_idle() for consumer in consumers])
-
-    await wait_any(ask, *(consumer.wait for consumer in consumers))
-    return bool(answers) and all(answers)
 
 
 @asynccontextmanager

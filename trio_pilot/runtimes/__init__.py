@@ -11,7 +11,12 @@ from typing import Protocol
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 NOT_FOUND_REASONS = os.strerror(errno.ENOENT), os.strerror(errno.ENOTDIR)
 
-DATA_DIRECTORY = "ewms-pilot-data"  # in the root of every container, and in the pilot's own directory
+OWN_ROOT = ("", "/")  # images that mean this machine
+ENVFILE = "ewms_htcondor_envfile.sh"  # EWMS's file of the pilot's variables, tokens included: hidden from every container
+
+# The variables of two settings of apptainer, for errors that name them.
+APPTAINER_BUILD = ("_EWMS_PILOT_APPTAINER_BUILD_WORKDIR",)
+APPTAINER_IMAGE = ("_EWMS_PILOT_APPTAINER_IMAGE_DIRECTORY_MUST_BE_PRESENT",)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,8 @@ from trio_pilot.cleanup.image_builds import UNFINISHED, is_own, open_lock, remov
 from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.files.filesystem import exists, is_file, remove_tree
 from trio_pilot.log import LOGGER
-from trio_pilot.runtimes import Options
+from trio_pilot.runtimes import APPTAINER_BUILD, APPTAINER_IMAGE, OWN_ROOT, Options
 from trio_pilot.runtimes.apptainer_command import Apptainer, environment
-from trio_pilot.runtimes.selection import OWN_ROOT
-from trio_pilot.settings import APPTAINER_BUILD, APPTAINER_IMAGE
 
 # What an image can be made from, besides a file: apptainer-build(1).
 SOURCES = ("docker", "docker-archive", "docker-daemon", "oci", "oci-archive", "oras", "library", "shub", "http", "https")

@@ -11,14 +11,13 @@ from pathlib import Path, PurePath
 import trio
 
 from trio_pilot.errors import NodeError, map_exceptions
+from trio_pilot.files.data_directory import DATA_DIRECTORY
 from trio_pilot.files.error_summary import error_summary
 from trio_pilot.files.task_logs import open_log
 from trio_pilot.processes.children import Child, Children, Command
 from trio_pilot.processes.orphans import MARKER, mark
-from trio_pilot.runtimes import DATA_DIRECTORY, NOT_EXECUTABLE, NOT_FOUND, Container, Exit, Options, cannot_run
+from trio_pilot.runtimes import ENVFILE, NOT_EXECUTABLE, NOT_FOUND, OWN_ROOT, Container, Exit, Options, cannot_run
 from trio_pilot.runtimes.confinement import NOT_ENTERED, Confinement, Limiter, open_limiter
-from trio_pilot.runtimes.selection import OWN_ROOT
-from trio_pilot.settings import ENVFILE
 
 # What a container has of its own: bubblewrap makes it, the host's would undo the isolation, or it must be written to.
 ITS_OWN = ("proc", "dev", "sys", "tmp", "run")

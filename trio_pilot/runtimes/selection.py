@@ -9,12 +9,10 @@ from typing import Protocol, cast
 from trio_pilot.errors import NodeError
 from trio_pilot.files.filesystem import exists, is_directory
 from trio_pilot.log import LOGGER
-from trio_pilot.runtimes import Options, Runtime
+from trio_pilot.runtimes import OWN_ROOT, Options, Runtime
 
 ENGINES = ("docker", "podman")
 NAMES = (*ENGINES, "apptainer", "bubblewrap", "process")
-
-OWN_ROOT = ("", "/")  # images that mean this machine
 
 NO_FILES = "only apptainer takes it, with _EWMS_PILOT_APPTAINER_IMAGE_DIRECTORY_MUST_BE_PRESENT=false"
 

@@ -17,7 +17,7 @@ from trio_pilot.allocation.walltime import End, TimeLeft, find_end
 from trio_pilot.errors import SettingsError
 from trio_pilot.runtimes import Container
 from trio_pilot.settings import LAST_STEPS, Settings, load
-from trio_pilot.statistics import RunTimes
+from trio_pilot.status import RunTimes
 from trio_pilot.testing import FakeBroker, copy
 
 pytestmark = pytest.mark.mock_clock

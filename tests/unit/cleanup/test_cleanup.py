@@ -18,9 +18,10 @@ from typing import IO, Any
 import pytest
 
 from tests.support.runtimes import until_sync
-from trio_pilot.cleanup import client, engine_containers, guardian
+from trio_pilot.cleanup import engine_containers, guardian
 from trio_pilot.cleanup.engine_containers import DATA_LABEL, LABEL, remove_containers
 from trio_pilot.cleanup.image_builds import remove_unfinished
+from trio_pilot.cleanup.sweep import sweep
 from trio_pilot.files import data_directory
 from trio_pilot.files.data_directory import open_data_directory
 from trio_pilot.files.filesystem import opened, remove_tree
@@ -393,9 +394,8 @@ def test_a_container_is_left_alone_if_its_pilot_s_file_system_has_no_locks(
     assert remove_containers(engine.socket, is_dead) == 0
 
 
-def sweep(engine: Engine, root: Path) -> None:
-    """Be a pilot that starts."""
-    client._sweep([("data", root), ("engine", engine.socket)])
+def sweep_as_a_pilot_that_starts(engine: Engine, root: Path) -> None:
+    sweep([("data", root), ("engine", engine.socket)])
 
 
 def guard_another(engine: Engine, root: Path) -> None:

@@ -292,10 +292,10 @@ def test_removing_what_is_gone_is_no_error(files: TaskFiles, caplog: pytest.LogC
 
 
 def test_the_data_directory_is_there_while_it_is_used_and_gone_after(tmp_path: Path) -> None:
-    with open_data_directory(tmp_path, []) as workspace:
-        assert workspace.root == tmp_path / "ewms-pilot-data"
-        assert workspace.data_hub.is_dir()
-        (workspace.data_hub / "calibration").write_text("from the init container")
+    with open_data_directory(tmp_path, []) as data_directory:
+        assert data_directory.root == tmp_path / "ewms-pilot-data"
+        assert data_directory.data_hub.is_dir()
+        (data_directory.data_hub / "calibration").write_text("from the init container")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -327,8 +327,8 @@ def test_a_directory_made_by_hand_stays(tmp_path: Path) -> None:
     with open_data_directory(tmp_path, []), open_data_directory(tmp_path, []):
         pass
     assert (tmp_path / "ewms-pilot-data").is_dir()
-    with open_data_directory(tmp_path, []) as workspace:  # and is still known to be one
-        assert workspace.data_hub.is_dir()
+    with open_data_directory(tmp_path, []) as data_directory:  # and is still known to be one
+        assert data_directory.data_hub.is_dir()
     assert (tmp_path / "ewms-pilot-data").is_dir()
 
 
@@ -347,20 +347,20 @@ def test_kept_task_directories_stay_and_do_not_harm_the_next_pilot(tmp_path: Pat
 
 def test_a_data_hub_that_a_task_has_locked_is_removed(open_to_all: Path) -> None:
     with as_nobody():
-        with open_data_directory(open_to_all, []) as workspace:
-            (workspace.data_hub / "locked").mkdir()
-            (workspace.data_hub / "locked/file").touch()
-            (workspace.data_hub / "locked").chmod(0)
+        with open_data_directory(open_to_all, []) as data_directory:
+            (data_directory.data_hub / "locked").mkdir()
+            (data_directory.data_hub / "locked/file").touch()
+            (data_directory.data_hub / "locked").chmod(0)
         assert list(open_to_all.iterdir()) == []
 
 
 def come_and_go(parent: Path, times: int) -> None:
     for number in range(times):
-        with open_data_directory(parent, []) as workspace:
-            task = workspace.root / f"{os.getpid()}-{threading.get_ident()}-{number}"
+        with open_data_directory(parent, []) as data_directory:
+            task = data_directory.root / f"{os.getpid()}-{threading.get_ident()}-{number}"
             task.mkdir()
             (task / "file").write_text("data")
-            assert workspace.data_hub.is_dir()
+            assert data_directory.data_hub.is_dir()
             (task / "file").unlink()
             task.rmdir()
 
@@ -442,21 +442,17 @@ def test_a_data_hub_is_no_link(tmp_path: Path) -> None:
         with pytest.raises(SettingsError, match=f"^{hub} must be a directory, not a link: remove it$"):
             open_data_directory(tmp_path, []).__enter__()
         hub.unlink()
-    with open_data_directory(tmp_path, []) as workspace:
-        assert workspace.data_hub == hub
+    with open_data_directory(tmp_path, []) as data_directory:
+        assert data_directory.data_hub == hub
 
 
 # External directories.
 
 
-def test_external_directories_are_mounted_read_only_at_the_same_path(tmp_path: Path) -> None:
+def test_external_directories_are_taken_as_they_are_named(tmp_path: Path) -> None:
     (data := tmp_path / "da ta,=").mkdir()
-    with open_data_directory(tmp_path, [data, Path("/usr/share")]) as workspace:
-        mounts = workspace.mounts(None)[1:]
-    assert [(mount.source, mount.target, mount.writable) for mount in mounts] == [
-        (data, str(data), False),
-        (Path("/usr/share"), "/usr/share", False),
-    ]
+    with open_data_directory(tmp_path, [data, Path("/usr/share")]) as data_directory:
+        assert data_directory.external == (data, Path("/usr/share"))
 
 
 @pytest.mark.parametrize("path", ["relative", "/does/not/exist", "/etc/passwd", "/usr/../usr"])
@@ -504,8 +500,8 @@ def test_nor_are_its_data_directories(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_what_is_below_is_mounted(tmp_path: Path) -> None:
     (below := tmp_path / "tmp").mkdir()
     assert tmp_path.is_relative_to("/tmp")
-    with open_data_directory(tmp_path, [below]) as workspace:
-        assert [mount.source for mount in workspace.mounts(None)[1:]] == [below]
+    with open_data_directory(tmp_path, [below]) as data_directory:
+        assert list(data_directory.external) == [below]
 
 
 def test_no_directory_is_mounted_twice(tmp_path: Path) -> None:

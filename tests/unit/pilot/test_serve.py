@@ -321,30 +321,30 @@ async def test_a_task_that_is_killed_for_want_of_memory_fails_saying_so(lab: Lab
 
 async def test_what_dead_pilots_have_left_is_swept_before_an_event_is_taken(lab: Lab) -> None:
     def looking(call: str) -> None:
-        assert call != "consumer.take" or lab.guard.swept
+        assert call != "consumer.take" or lab.guardian.swept
 
     lab.broker.fault = looking
     lab.put(1)
     await lab.run()
-    assert lab.guard.watched == [("data", lab.directory / "ewms-pilot-data")]
+    assert lab.guardian.watched == [("data", lab.directory / "ewms-pilot-data")]
 
 
 async def test_the_engine_is_made_known_to_the_guard(lab: Lab) -> None:
     lab.runtime.engine = Path("/engine.sock")
     await lab.run()
-    assert ("engine", Path("/engine.sock")) in lab.guard.watched
+    assert ("engine", Path("/engine.sock")) in lab.guardian.watched
 
 
 @pytest.mark.parametrize("leaves_some", [False, True])
 async def test_the_guard_stays_if_the_runtime_leaves_something(lab: Lab, leaves_some: bool) -> None:
     lab.runtime.leaves_some = leaves_some
     await lab.run()
-    assert lab.guard.outlives_us == leaves_some
+    assert lab.guardian.outlives_us == leaves_some
 
 
 async def test_the_directory_of_images_is_made_known_to_the_guard_before_one_is_unpacked(lab: Lab) -> None:
     def looking(call: str) -> None:
-        assert call != "runtime.prepare" or ("images", Path("/images")) in lab.guard.watched
+        assert call != "runtime.prepare" or ("images", Path("/images")) in lab.guardian.watched
 
     lab.runtime.images = Path("/images")
     lab.runtime.fault = looking
