@@ -412,7 +412,7 @@ def _engines_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_engines_alone")
-@pytest.mark.parametrize("clean_up", [sweep, guard_another])
+@pytest.mark.parametrize("clean_up", [sweep_as_a_pilot_that_starts, guard_another])
 def test_the_word_that_a_pilot_has_left_goes_with_the_last_of_its_containers(
     engine: Engine, tmp_path: Path, clean_up: Callable[[Engine, Path], None]
 ) -> None:
@@ -429,7 +429,7 @@ def test_the_word_that_a_pilot_has_left_goes_with_the_last_of_its_containers(
 
 
 @pytest.mark.usefixtures("_engines_alone")
-@pytest.mark.parametrize("clean_up", [sweep, guard_another])
+@pytest.mark.parametrize("clean_up", [sweep_as_a_pilot_that_starts, guard_another])
 def test_the_word_of_a_pilot_that_dies_while_an_engine_is_swept_is_kept_for_the_next_sweep(
     engine: Engine, tmp_path: Path, clean_up: Callable[[Engine, Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
