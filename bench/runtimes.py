@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.support import engines
 from tests.support.apptainer import open_apptainer
-from tests.support.runtimes import make_image
+from tests.support.images import make_image
 from tests.support.servers import UnavailableError, need
 
 __all__ = ["Runtime", "UnavailableError", "open_runtime"]

@@ -9,9 +9,9 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
@@ -19,9 +19,8 @@ from onefile.__main__ import found_pythons, make
 from tests.support import engines, servers, worker_groups
 from tests.support.apptainer import open_apptainer
 from tests.support.condor.pool import Pool, open_pool
-from tests.support.runtimes import make_image
-
-SERVICES: list[str] = []
+from tests.support.images import make_image
+from tests.support.services import SERVICES, cannot, open_rabbitmq
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,13 +53,6 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
-def cannot(reason: str) -> NoReturn:
-    """Skip a test for want of something; where nothing may be skipped, fail."""
-    if os.environ.get("CI", "").lower() == "true" or os.environ.get("TRIO_PILOT_NO_SKIP") == "1":
-        pytest.fail(f"must not be skipped here, but: {reason}", pytrace=False)
-    pytest.skip(reason)
-
-
 @pytest.fixture(scope="session")
 def rabbitmq() -> Iterator[servers.RabbitServer]:
     with open_rabbitmq() as server:
@@ -79,17 +71,6 @@ def rabbitmq_sid() -> Iterator[servers.RabbitServer]:
     """RabbitMQ 4.3 or later."""
     with open_rabbitmq("sid") as server:
         yield server
-
-
-@contextmanager
-def open_rabbitmq(suite: str = "", config: str = "", plugins: str = "") -> Iterator[servers.RabbitServer]:
-    """Run a server, or skip the test; see `servers.rabbitmq`."""
-    try:
-        with servers.rabbitmq(suite, config, plugins) as server:
-            SERVICES.append(f"RabbitMQ {server.version}")
-            yield server
-    except servers.UnavailableError as error:
-        cannot(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.containment import CONTAINMENTS, Containment
-from tests.support.runtimes import PilotCommand, bubblewrap_fault
+from tests.support.images import bubblewrap_fault
+from tests.support.pilots import PilotCommand
 
 
 @pytest.fixture(params=["process", "bubblewrap"])

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runtimes import PilotCommand, until_sync
+from tests.support.pilots import PilotCommand
+from tests.support.waiting import until_sync
 from trio_pilot.errors import NodeError
 
 EVENTS = 60

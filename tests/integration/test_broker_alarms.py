@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.conftest import open_rabbitmq
 from tests.integration.test_broker_faults import receive_all, send_all, settings
 from tests.support.brokers import Rabbit, eventually, new_name, nothing_comes, take
 from tests.support.gate import Gate
 from tests.support.pilot_process import assert_nothing_left, pilot
 from tests.support.servers import RabbitServer
+from tests.support.services import open_rabbitmq
 from trio_pilot.brokers import Settlement, rabbitmq_connection
 from trio_pilot.wire import EwmsWire, Message
 

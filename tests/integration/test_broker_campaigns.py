@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.conftest import open_rabbitmq
 from tests.integration.test_broker_faults import send_all, settings
 from tests.support import network_proxy as proxies
 from tests.support import servers
 from tests.support.brokers import Nats, Rabbit, new_name
 from tests.support.pilot_process import COMMAND, assert_nothing_left, environment, pilot
+from tests.support.services import open_rabbitmq
 from trio_pilot.brokers.nats import place_of
 from trio_pilot.brokers.reconnecting import RETRY_DELAY_MOST
 from trio_pilot.wire import EwmsWire, Message

@@ -19,7 +19,7 @@ import pytest
 from bench.process import running
 from tests.support.chirp_proxy import FAULTS, Fault, chirp_proxy, hangs
 from tests.support.pilot_process import COMMAND, Ended, assert_nothing_left, environment, pilot, run_pilot
-from tests.support.runtimes import until_sync
+from tests.support.waiting import until_sync
 from trio_pilot.condor.reporter import LAST_TIMEOUT
 
 EVENTS = 20

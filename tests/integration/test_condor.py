@@ -17,14 +17,15 @@ from typing import Any
 import pika
 import pytest
 
-from tests.conftest import cannot
 from tests.integration.test_images import build_image
 from tests.support.apptainer import open_apptainer
 from tests.support.brokers import new_name
 from tests.support.condor.pool import PACKAGES, SUITE, USER_ID, Job, Pool, open_pool
 from tests.support.paths import ROOT
-from tests.support.runtimes import command_line, processes_with, until_sync
+from tests.support.processes import command_line, processes_with
 from tests.support.servers import RabbitServer, UnavailableError, debian
+from tests.support.services import cannot
+from tests.support.waiting import until_sync
 from trio_pilot.cli.condor_submit import LEAST_SILENCE, RELEASE_AFTER, SILENT
 from trio_pilot.errors import BrokerError, NodeError
 

@@ -7,7 +7,8 @@ import pytest
 
 from tests.support.containment import Containment
 from tests.support.engines import IMAGE, Engine
-from tests.support.runtimes import NOBODY, UNPRIVILEGED, PilotCommand, needs_root
+from tests.support.pilots import PilotCommand
+from tests.support.users import NOBODY, UNPRIVILEGED, needs_root
 
 OUTFILES = """
 case "$(cat "$1")" in

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runtimes import UNPRIVILEGED, PilotCommand, Running, needs_root, small_disk
+from tests.support.disks import small_disk
+from tests.support.pilots import PilotCommand, Running
+from tests.support.users import UNPRIVILEGED, needs_root
 
 COPY = ("sh", "-c", 'cp "$0" "$1"', "{{INFILE}}", "{{OUTFILE}}")
 RETURNED, FAILED_ONCE = (0, False), (1, False)  # (attempts, claimed) of a message in a queue

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from tests.support.containment import CONTAINMENTS, Containment
-from tests.support.runtimes import PilotCommand, Running, command_line, needs_root, processes_with, until_sync
+from tests.support.pilots import PilotCommand, Running
+from tests.support.processes import command_line, processes_with
+from tests.support.users import needs_root
+from tests.support.waiting import until_sync
 from trio_pilot.files.data_directory import owner_files_of_dead
 from trio_pilot.processes.cgroups import Groups, hierarchies
 from trio_pilot.processes.identity import PARENT, STATE, stat_of

@@ -12,8 +12,8 @@ import pytest
 from tests.support.condor.pool import PACKAGES, SUITE
 from tests.support.engines import Engine
 from tests.support.paths import ROOT
-from tests.support.runtimes import NOBODY, needs_root
 from tests.support.servers import UnavailableError, debian
+from tests.support.users import NOBODY, needs_root
 
 TIMEOUT = 120
 BASE, IMAGE = "base:local", "trio-pilot:local"

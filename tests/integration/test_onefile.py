@@ -14,7 +14,9 @@ from onefile.__main__ import found_pythons
 from tests.integration.test_guardian import guardians
 from tests.support.containment import CONTAINMENTS
 from tests.support.paths import ROOT
-from tests.support.runtimes import AS_ROOT, NOBODY, processes_with, until_sync
+from tests.support.processes import processes_with
+from tests.support.users import AS_ROOT, NOBODY
+from tests.support.waiting import until_sync
 
 TIMEOUT = 60
 PYTHONS = list(found_pythons())

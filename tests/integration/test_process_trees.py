@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runtimes import PilotCommand, Running, bubblewrap_fault, processes_with, until_sync
+from tests.support.images import bubblewrap_fault
+from tests.support.pilots import PilotCommand, Running
+from tests.support.processes import processes_with
+from tests.support.waiting import until_sync
 
 COPY = ("sh", "-c", 'cp "$0" "$1"', "{{INFILE}}", "{{OUTFILE}}")
 RETURNED, FAILED_ONCE = (0, False), (1, False)  # (attempts, claimed) of a message in a queue

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.conftest import open_rabbitmq
 from tests.integration.test_broker_faults import send_all, settings
 from tests.support.brokers import Rabbit, eventually, new_name
 from tests.support.pilot_process import pilot, run_pilot
 from tests.support.servers import RabbitServer
+from tests.support.services import open_rabbitmq
 from trio_pilot.wire import EwmsWire, Message
 
 CONFIG = """

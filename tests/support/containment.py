@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.engines import IMAGE, Engine
-from tests.support.runtimes import bubblewrap_fault
+from tests.support.images import bubblewrap_fault
 
 
 @dataclass(frozen=True)

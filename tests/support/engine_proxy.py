@@ -8,7 +8,7 @@ from pathlib import Path
 
 import trio
 
-from tests.support.runtimes import serving
+from tests.support.sockets import serving
 
 NOTHING = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]"
 FAILURE = b'HTTP/1.1 500 Internal Server Error\r\nContent-Length: 22\r\n\r\n{"message": "no more"}'

@@ -78,7 +78,7 @@ def _settings(given: Mapping[str, Any], directory: Path) -> Settings:
 
 def _laid_out(directory: Path) -> Path:
     """Give the task's program a file of its own: ours may be in an archive."""
-    task = directory / "task" / "pixel.py"
+    task = directory / "task" / "demo_task.py"
     task.parent.mkdir()
     task.write_bytes(resources.files(demo_sky.__package__).joinpath(task.name).read_bytes())
     return task

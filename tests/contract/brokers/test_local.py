@@ -17,8 +17,8 @@ import inotify_simple
 import pytest
 import trio
 
-from tests.conftest import cannot
 from tests.support.brokers import LONG, Local, eventually, failure_of, nothing_comes, take
+from tests.support.services import cannot
 from trio_pilot.brokers import QueueAddress, Settlement, local
 from trio_pilot.errors import BrokerError
 

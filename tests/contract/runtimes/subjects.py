@@ -11,8 +11,9 @@ from typing import Any, cast
 import pytest
 import trio
 
+from tests.support.containers import new_container
 from tests.support.engines import IMAGE
-from tests.support.runtimes import bubblewrap_fault, new_container
+from tests.support.images import bubblewrap_fault
 from trio_pilot.runtimes import (
     NOT_FOUND_REASONS,
     Container,

@@ -23,8 +23,11 @@ import trio
 
 from tests.contract.runtimes.subjects import Subject, make_apptainer
 from tests.contract.runtimes.test_contract import AWKWARD, READY, Marked
+from tests.support.containers import new_container
 from tests.support.paths import ROOT
-from tests.support.runtimes import PATIENCE, UNPRIVILEGED, needs_root, new_children, new_container, own_children, until
+from tests.support.processes import new_children, own_children
+from tests.support.users import UNPRIVILEGED, needs_root
+from tests.support.waiting import PATIENCE, until
 from trio_pilot.errors import NodeError
 from trio_pilot.files.error_summary import error_summary
 from trio_pilot.processes import orphans

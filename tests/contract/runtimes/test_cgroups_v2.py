@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import cannot
+from tests.support.images import bubblewrap_fault
 from tests.support.paths import ROOT
-from tests.support.runtimes import AS_ROOT, UNPRIVILEGED, bubblewrap_fault
 from tests.support.servers import UnavailableError, debian
+from tests.support.services import cannot
+from tests.support.users import AS_ROOT, UNPRIVILEGED
 
 BOOT_TIMEOUT = 120.0  # seconds; it takes 5
 SUITE = "sid"  # kernels before 6.13 panic on a CPU with AMX: they cannot set the registers of their processes
@@ -51,8 +52,9 @@ INSIDE = textwrap.dedent("""\
     import json, os, subprocess, sys, tempfile, trio
     from dataclasses import asdict, replace
     from pathlib import Path
-    from tests.support.runtimes import new_container
-    from trio_pilot import cgroups, limits
+    from tests.support.containers import new_container
+    from trio_pilot.processes import cgroups
+    from trio_pilot.runtimes import confinement
     from trio_pilot.runtimes import Limits, Options, bubblewrap, process
 
     ALL = Limits(64 << 20, 0.5, 10)
@@ -73,7 +75,7 @@ INSIDE = textwrap.dedent("""\
                 yield name, {**ended, "stdout": container.stdout.read_text(), "stderr": container.stderr.read_text()}
 
     async def main():
-        found = {"how": dict(await limits.how(ALL))}
+        found = {"how": dict(await confinement.how(ALL))}
         for family in (process, bubblewrap) if not os.geteuid() else (process,):
             found[family.__name__.rpartition(".")[2]] = {name: ended async for name, ended in run_all(family)}
         found["left"] = [str(path) for path in HERE.rglob("trio-pilot-*")]
@@ -89,7 +91,7 @@ INSIDE = textwrap.dedent("""\
 KILLED = textwrap.dedent("""\
     import json, os, signal, subprocess, sys, time
     from pathlib import Path
-    from trio_pilot import cgroups
+    from trio_pilot.processes import cgroups
     from trio_pilot.processes.identity import Identity, own
 
     HERE = Path("/run/groups/killed")

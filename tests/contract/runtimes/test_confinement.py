@@ -18,7 +18,9 @@ import trio
 from tests.contract.runtimes.subjects import BUBBLEWRAPS, Subject
 from tests.contract.runtimes.test_contract import AWKWARD, Marked
 from tests.support.paths import ROOT
-from tests.support.runtimes import PATIENCE, UNPRIVILEGED, command_line, new_children, own_children, until
+from tests.support.processes import command_line, new_children, own_children
+from tests.support.users import UNPRIVILEGED
+from tests.support.waiting import PATIENCE, until
 from trio_pilot.errors import NodeError
 from trio_pilot.files.error_summary import error_summary
 from trio_pilot.processes import cgroups
@@ -235,8 +237,8 @@ UNPRIVILEGED_RUN = """
 import ctypes, json, sys, trio
 from dataclasses import replace
 from pathlib import Path
-from tests.support.runtimes import new_container
-from trio_pilot import limits
+from tests.support.containers import new_container
+from trio_pilot.runtimes import confinement
 from trio_pilot.runtimes import Limits, Options
 from trio_pilot.runtimes import bubblewrap, process
 
@@ -246,7 +248,7 @@ async def main(directory, runtime, args, **limit):
     async with {"process": process, "bubblewrap": bubblewrap}[runtime].open_runtime(Options(0.3)) as opened:
         ended = await opened.run(container)
     said = container.stderr.read_text()
-    print(json.dumps([ended.code, ended.out_of_memory, said, dict(await limits.how(limit))]))
+    print(json.dumps([ended.code, ended.out_of_memory, said, dict(await confinement.how(limit))]))
 
 given = json.loads(sys.argv[1])
 ctypes.CDLL(None).prctl(47, 4, 0, 0, 0)  # what it takes to read Python is not for children: no ambient capabilities
@@ -292,7 +294,7 @@ def test_a_user_who_may_make_no_control_groups_has_rlimits(
 
 @pytest.fixture
 def bubblewrap_works() -> None:
-    from tests.support.runtimes import bubblewrap_fault
+    from tests.support.images import bubblewrap_fault
 
     if fault := bubblewrap_fault():
         pytest.skip(f"bubblewrap does not work here: {fault}")
@@ -390,7 +392,7 @@ async def test_without_limits_there_is_neither_a_shell_nor_a_group(tmp_path: Pat
 
 PILOT = """
 import subprocess, sys
-from trio_pilot import cgroups
+from trio_pilot.processes import cgroups
 group = cgroups.Groups().make("container", [cgroups.pids(10)])
 (entrance,) = group.entrances
 script = f"echo 0 > {entrance}; echo; exec sleep 1000 > /dev/null"

@@ -16,17 +16,10 @@ import pytest
 import trio
 
 from tests.contract.runtimes.subjects import Subject, all_of_them, isolating_ones, pretend, real_ones, those_without_root
-from tests.support.runtimes import (
-    PATIENCE,
-    bubblewrap_fault,
-    command_line,
-    new_children,
-    new_container,
-    open_files,
-    own_children,
-    processes_with,
-    until,
-)
+from tests.support.containers import new_container
+from tests.support.images import bubblewrap_fault
+from tests.support.processes import command_line, new_children, open_files, own_children, processes_with
+from tests.support.waiting import PATIENCE, until
 from trio_pilot.errors import NodeError
 from trio_pilot.files.error_summary import error_summary
 from trio_pilot.processes.orphans import MARKER

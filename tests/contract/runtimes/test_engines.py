@@ -14,24 +14,17 @@ from typing import cast
 import pytest
 import trio
 
-from tests.conftest import cannot
 from tests.contract.runtimes.subjects import ENGINES, Subject
 from tests.support import engines
+from tests.support.containers import new_container
 from tests.support.engine_proxy import EngineProxy, engine_proxy
 from tests.support.engines import IMAGE, Engine
+from tests.support.pilots import PilotCommand
+from tests.support.processes import command_line, new_children, open_files, own_children, processes_with
 from tests.support.registry import PASSWORD, USER, Registry, registry
-from tests.support.runtimes import (
-    PATIENCE,
-    PilotCommand,
-    command_line,
-    new_children,
-    new_container,
-    open_files,
-    own_children,
-    processes_with,
-    until,
-)
 from tests.support.servers import UnavailableError
+from tests.support.services import cannot
+from tests.support.waiting import PATIENCE, until
 from trio_pilot.cleanup.engine_containers import remove_containers
 from trio_pilot.errors import ContainerLostError, NodeError
 from trio_pilot.files.error_summary import error_summary

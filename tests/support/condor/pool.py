@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.runtimes import processes_with
+from tests.support.processes import processes_with
 from tests.support.servers import UnavailableError, debian, free_port
 
 HERE = Path(__file__).parent

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import pytest
 
-from tests.support.runtimes import until_sync
+from tests.support.waiting import until_sync
 from trio_pilot.cleanup import engine_containers, guardian
 from trio_pilot.cleanup.engine_containers import DATA_LABEL, LABEL, remove_containers
 from trio_pilot.cleanup.image_builds import remove_unfinished

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.disks import small_disk
 from tests.support.paths import ROOT
-from tests.support.runtimes import AS_ROOT, as_nobody, needs_root, small_disk
+from tests.support.users import AS_ROOT, as_nobody, needs_root
 from trio_pilot.errors import DecodeError, NodeError, OutfileError, SettingsError
 from trio_pilot.files import task_directory
 from trio_pilot.files.data_directory import open_data_directory

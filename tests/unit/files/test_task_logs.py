@@ -6,7 +6,7 @@ import pytest
 import trio
 
 from tests.support.lab import Lab
-from tests.support.runtimes import PATIENCE, until
+from tests.support.waiting import PATIENCE, until
 from trio_pilot.errors import TasksFailedError
 from trio_pilot.files import task_logs
 from trio_pilot.files.blocking_calls import BlockingCalls

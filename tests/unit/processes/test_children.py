@@ -11,7 +11,8 @@ from subprocess import DEVNULL, PIPE
 import pytest
 import trio
 
-from tests.support.runtimes import PATIENCE, open_files, own_children, processes_with, until, until_sync
+from tests.support.processes import open_files, own_children, processes_with
+from tests.support.waiting import PATIENCE, until, until_sync
 from trio_pilot.processes import children as module
 from trio_pilot.processes.children import Child, Children, Command, exit_code
 from trio_pilot.processes.orphans import MARKER

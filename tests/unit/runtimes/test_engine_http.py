@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.support.runtimes import serving
+from tests.support.sockets import serving
 from trio_pilot.runtimes.engine_http import EngineConnections, NoConnectionError
 
 ANSWER = b'HTTP/1.1 201 Created\r\nContent-Length: 9\r\n\r\n{"Id": 1}'

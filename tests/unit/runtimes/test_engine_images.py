@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.support.runtimes import serving, until
+from tests.support.sockets import serving
+from tests.support.waiting import until
 from trio_pilot.errors import NodeError
 from trio_pilot.runtimes import engine_images
 from trio_pilot.runtimes.docker import DOCKER

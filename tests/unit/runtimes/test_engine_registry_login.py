@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.runtimes import as_nobody
+from tests.support.users import as_nobody
 from trio_pilot.errors import NodeError
 from trio_pilot.runtimes.engine_registry_login import HUBS_ENTRY, login_header, registry_of
 

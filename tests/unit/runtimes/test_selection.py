@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runtimes import as_nobody
+from tests.support.users import as_nobody
 from trio_pilot.errors import NodeError
 from trio_pilot.runtimes import Options, Runtime, selection
 from trio_pilot.runtimes.selection import NAMES, choose, open_runtime

@@ -1,0 +1,31 @@
+"""Containers with directories of their own."""
+
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from trio_pilot.runtimes import Container, Mount
+
+
+def new_container(
+    directory: Path,
+    args: Iterable[str],
+    *,
+    image: str = "/",
+    env: Mapping[str, str] | None = None,
+    mounts: Iterable[Mount] = (),
+) -> Container:
+    """Order a container with directories of its own below `directory`."""
+    name = str(uuid.uuid4())
+    root = directory / name
+    (root / "scratch").mkdir(parents=True)
+    return Container(
+        name=name,
+        image=image,
+        args=tuple(args),
+        env=env or {},
+        mounts=tuple(mounts),
+        scratch=root / "scratch",
+        stdout=root / "stdoutfile",
+        stderr=root / "stderrfile",
+    )

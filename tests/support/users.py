@@ -1,0 +1,39 @@
+"""Users that tests act as."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+NOBODY = 65534
+
+AS_ROOT = os.geteuid() == 0
+
+
+# One who may read everything (Python may be installed in a home directory), and write nothing.
+UNPRIVILEGED = (
+    [
+        *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
+        *("--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"),
+    ]
+    if AS_ROOT
+    else []
+)
+
+needs_root = pytest.mark.skipif(not AS_ROOT, reason="mounting file systems and changing users takes root")
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Be one to whom file permissions mean something; which those who are not root are already."""
+    if not AS_ROOT:
+        yield
+        return
+    os.setegid(NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
