@@ -44,7 +44,7 @@ def tasks_of(directory: Path) -> list[str]:
             environment = (process / "environ").read_bytes() + (process / "cmdline").read_bytes()
         except OSError:
             continue
-        if b"pixel.py" in environment and str(directory).encode() in environment:
+        if b"demo_task.py" in environment and str(directory).encode() in environment:
             found.append(process.name)
     return found
 
