@@ -13,7 +13,7 @@ import trio
 from trio_pilot.allocation.resources import find_allocation, fitted
 from trio_pilot.brokers import Sink, Source, open_sinks, open_sources
 from trio_pilot.cleanup.client import Guardian
-from trio_pilot.pilot.serve import serve
+from trio_pilot.pilot.serve import Parts, serve
 from trio_pilot.processes.children import end_strays
 from trio_pilot.runtimes import Runtime
 from trio_pilot.settings import Settings, load
@@ -47,7 +47,7 @@ def run(
         incoming = sources(open_sources(settings.incoming(), lambda _: False))
         outgoing = sinks(open_sinks(settings.outgoing(), lambda _: False))
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
-            await serve(settings, guard, nullcontext(), runtime, incoming, outgoing, signals, Status())
+            await serve(settings, Parts(guard, nullcontext(), runtime, incoming, outgoing), signals, Status())
 
     try:
         trio.run(serve_here)

@@ -122,7 +122,7 @@ class TimedRuntime(Timed):
 
     async def run(self, container: Container) -> Exit:
         """Run a container, and note when that was asked for, when the runtime began to wait, and when it was over."""
-        if container.plain:  # a canary
+        if container.plain:  # a probe
             return cast(Exit, await self._part.run(container))
         self._times.note()
         ended: Exit = await Noting(self._part.run(container), self._times.note)

@@ -92,6 +92,11 @@ def names(error: BaseException) -> set[str]:
     return {cls.__name__ for cls in type(error).__mro__}
 
 
+def reported_name(error: BaseException) -> str:
+    """Return the class name by which EWMS knows and counts an error: its own kinds of ContainerRunError are all one."""
+    return ContainerRunError.__name__ if isinstance(error, ContainerRunError) else type(error).__name__
+
+
 def leaves(group: BaseExceptionGroup[Any]) -> Iterator[Any]:
     """Give the errors in a group of errors, and in the groups in it."""
     for error in group.exceptions:

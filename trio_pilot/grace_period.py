@@ -1,41 +1,45 @@
-"""Cancel scopes that trio does not have."""
+"""Time for what is almost done after everything around it was cancelled."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import trio
 
 
 class GracePeriod:
-    """Lets what is almost done, and would be lost, go on for a while after all around it was cancelled."""
+    """Lets bodies that would lose finished work run on for a while when they are cancelled.
+
+    It begins when the scope around `open` is cancelled, for all shielded bodies at once.
+    """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._deadline = math.inf
-        self._sheltered: set[trio.CancelScope] = set()
-        self._watching = trio.CancelScope()
+        self._shielded: set[trio.CancelScope] = set()
 
-    async def watch(self) -> None:
-        """Watch for the cancelling: run this beside the tasks that are to be sheltered from it."""
-        with self._watching:
-            try:
-                await trio.sleep_forever()
-            finally:
-                self._deadline = trio.current_time() + self._seconds
-                for scope in self._sheltered:
-                    scope.deadline = self._deadline
-
-    def close(self) -> None:
-        """End the watch: there is nothing left to shelter."""
-        self._watching.cancel()
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """Watch for the cancellation of the scope around, which is to be that of the shielded bodies too."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch)
+            yield
+            nursery.cancel_scope.cancel()
 
     @contextmanager
-    def linger(self) -> Iterator[trio.CancelScope]:
-        """Shield the body; from the moment the watch is cancelled, for so many seconds more."""
+    def shield(self) -> Iterator[trio.CancelScope]:
+        """Shield the body from cancellation; once the grace period has begun, for what is left of it."""
         with trio.CancelScope(shield=True, deadline=self._deadline) as scope:
-            self._sheltered.add(scope)
+            self._shielded.add(scope)
             try:
                 yield scope
             finally:
-                self._sheltered.discard(scope)
+                self._shielded.discard(scope)
+
+    async def _watch(self) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            self._deadline = trio.current_time() + self._seconds
+            for scope in self._shielded:
+                scope.deadline = self._deadline

@@ -1,4 +1,4 @@
-"""What the pilot is doing and has done, for whoever wants to know."""
+"""The state of the pilot and its counters, and run times summed up in constant memory."""
 
 import math
 import time
@@ -9,15 +9,15 @@ from enum import Enum
 import trio
 from trio_util import AsyncValue
 
-from trio_pilot.errors import PilotError, first
+from trio_pilot.errors import PilotError, first, reported_name
 
 BUCKETS_PER_DOUBLING = 16  # a percentile is right within 2.2 %
 BAR = 40  # characters of the longest bar of a histogram
-MOST_ERRORS = 20  # errors of tasks that are told one by one; memory must not grow with the events
+MOST_ERRORS = 20  # errors of tasks that are listed one by one; memory must not grow with the events
 
 
 class State(Enum):
-    """The pilot's state, in the words that EWMS reads."""
+    """The state of the pilot, in the words that EWMS reads."""
 
     STARTED = "Started"
     INIT = "RunningInitCommand"
@@ -28,27 +28,18 @@ class State(Enum):
     DONE = "Done"
 
 
-class Status:
-    """Counters and state; the values can be waited for."""
+class SlotCounts:
+    """Counts of slots and of events at hand. The pilot's slots write them; everything else only reads."""
 
     def __init__(self) -> None:
-        self.state: AsyncValue[State] = AsyncValue(State.STARTED)
         self.running: AsyncValue[int] = AsyncValue(0)  # tasks that have a slot
         self.at_hand: AsyncValue[int] = AsyncValue(0)  # events that are run, or sent and settled
-        self.succeeded: AsyncValue[int] = AsyncValue(0)
-        self.failed: AsyncValue[int] = AsyncValue(0)
-        self.returned: AsyncValue[int] = AsyncValue(0)
-        self.error: AsyncValue[BaseException | None] = AsyncValue(None)  # the last
-        self.errors: list[PilotError] = []
-        self.run_times = RunTimes()
-        self.runtime = ""
         self.taken = 0  # events
-        self.started_at = time.time()
         self.last_event_at: float | None = None  # Unix time
         self._busy, self._busy_at = 0.0, 0.0  # seconds of all slots together, up to when (trio time)
 
     def start_task(self) -> None:
-        """Count an event that was taken, and runs now."""
+        """Count an event that was taken, and whose task runs now."""
         self._busy, self._busy_at = self.seconds_busy(), trio.current_time()
         self.taken += 1
         self.last_event_at = time.time()
@@ -56,17 +47,33 @@ class Status:
         self.at_hand.value += 1
 
     def end_task(self) -> None:
-        """Count an event that runs no more."""
+        """Count a task that no longer runs."""
         self._busy, self._busy_at = self.seconds_busy(), trio.current_time()
         self.running.value -= 1
 
     def leave_event(self) -> None:
-        """Count an event that is settled, or is to be tried again."""
+        """Count an event that is settled, or waits for its retry."""
         self.at_hand.value -= 1
 
     def seconds_busy(self) -> float:
-        """Give for how long slots have run tasks, all slots together, in seconds."""
+        """Return for how long slots have run tasks, all slots together, in seconds."""
         return self._busy + self.running.value * (trio.current_time() - self._busy_at)
+
+
+class Status:
+    """What the pilot is doing and has done; it is read, and decides nothing."""
+
+    def __init__(self) -> None:
+        self.state: AsyncValue[State] = AsyncValue(State.STARTED)
+        self.slots = SlotCounts()
+        self.succeeded: AsyncValue[int] = AsyncValue(0)
+        self.failed: AsyncValue[int] = AsyncValue(0)
+        self.returned: AsyncValue[int] = AsyncValue(0)
+        self.error: AsyncValue[BaseException | None] = AsyncValue(None)  # the last
+        self.errors: list[PilotError] = []
+        self.run_times = RunTimes()
+        self.runtime = ""
+        self.started_at = time.time()
 
     def fail(self, error: PilotError) -> None:
         """Count a task that failed."""
@@ -77,7 +84,7 @@ class Status:
 
     @contextmanager
     def concluding(self) -> Iterator[None]:
-        """Conclude with the last state, and the error that was the end."""
+        """Set the last state when the body ends, and the error that ended it."""
         try:
             yield
         except Exception as error:
@@ -87,7 +94,7 @@ class Status:
         self.state.value = State.FATAL if self.failed.value else State.DONE
 
     def summary(self) -> Iterator[str]:
-        """Say in the end what was done."""
+        """Yield lines that sum up what was done."""
         yield (
             f"{self.succeeded.value + self.failed.value} task(s): {self.succeeded.value} succeeded, "
             f"{self.failed.value} failed; {self.returned.value} event(s) returned"
@@ -95,8 +102,8 @@ class Status:
         yield from self.run_times.lines()
 
     def failures(self) -> str:
-        """Say which tasks failed, in EWMS's words."""
-        told = [repr(error) for error in self.errors]
+        """Return which tasks failed, in the words of EWMS."""
+        told = [f"{reported_name(error)}({str(error)!r})" for error in self.errors]
         if self.failed.value > len(told):
             told.append("...")
         return f"{self.failed.value} TASK(S) FAILED: {', '.join(told)}"
@@ -120,7 +127,7 @@ class RunTimes:
         self._buckets[bucket] = self._buckets.get(bucket, 0) + 1
 
     def percentile(self, percent: float) -> float:
-        """Give the time that `percent` of the runs did not exceed, in seconds."""
+        """Return the time that `percent` of the runs did not exceed, in seconds."""
         wanted = max(1, math.ceil(self.count * percent / 100))
         for bucket in sorted(self._buckets):
             wanted -= self._buckets[bucket]
@@ -129,7 +136,7 @@ class RunTimes:
         return math.nan
 
     def lines(self) -> Iterator[str]:
-        """Say it for people."""
+        """Yield lines for people: mean, percentiles and a histogram."""
         if not self.count:
             return
         yield f"run times: mean {_time(self._sum / self.count)}, median {_time(self.percentile(50))}"

@@ -254,8 +254,8 @@ class FakeGuardian:
 Script = Callable[[Container], Awaitable[int]]
 
 
-async def sing(container: Container) -> int:  # noqa: ARG001 -- a script's
-    """Be a canary that is well."""
+async def succeed(container: Container) -> int:  # noqa: ARG001 -- a script's
+    """Be a probe that finds nothing wrong."""
     return 0
 
 
@@ -273,7 +273,7 @@ class FakeRuntime:
     """Runs containers that are coroutines."""
 
     script: Script = copy
-    canary: Script = sing
+    probe: Script = succeed
     fault: Fault = no_fault
     kill_seconds: float = 0.5  # what it takes to kill a container
     out_of_memory: bool = False  # all containers are killed for want of it
@@ -302,7 +302,7 @@ class FakeRuntime:
         await trio.lowlevel.checkpoint()
         self.fault("runtime.run")
         if container.plain:
-            return Exit(await self.canary(container))
+            return Exit(await self.probe(container))
         container.stdout.write_bytes(b"")
         container.stderr.write_bytes(b"")
         self.ran.append(container)

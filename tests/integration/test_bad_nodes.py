@@ -70,7 +70,7 @@ def test_a_node_that_was_bad_from_the_start_touches_no_event_and_holds_its_slot(
     assert pilots.queue() == [(0, False)] * 3
 
 
-def test_an_image_without_the_canarys_command_will_do(
+def test_an_image_without_the_probes_command_will_do(
     pilots: PilotCommand, own_image: Path, need: Callable[[str, str], None]
 ) -> None:
     need("bwrap", "bubblewrap")

@@ -83,7 +83,7 @@ def test_a_task_that_runs_out_of_time_is_gone_with_all_it_started_and_its_event_
     took = time.monotonic() - begun
     assert took < 1 + 0.5 + 1.5, "the deadline, the grace, and a second and a half for a busy machine"
     assert pilot.wait() == 1
-    assert pilot.last_line == ("1 TASK(S) FAILED: ContainerTimeoutError('task failed: [Timeout-Error] timed out after 1s')")
+    assert pilot.last_line == ("1 TASK(S) FAILED: ContainerRunError('task failed: [Timeout-Error] timed out after 1s')")
     assert pilots.queue() == [FAILED_ONCE]
     nothing_is_left(pilots)
 
@@ -284,7 +284,7 @@ def test_an_init_container_that_is_not_done_in_time_is_ended(pilots: PilotComman
     init = f"sh -c 'trap \"\" TERM; (setsid sleep 1000 {mark} &); sleep 1000' {mark}"
     pilot = pilots.run(*COPY, runtime=runtime, init_image="/", init_args=init, init_timeout=0.5, kill_grace=0.2)
     assert pilot.wait() == 1
-    assert pilot.last_line == ("ContainerTimeoutError: init-container failed: [Timeout-Error] timed out after 0.5s")
+    assert pilot.last_line == ("ContainerRunError: init-container failed: [Timeout-Error] timed out after 0.5s")
     assert pilots.queue() == [RETURNED]
     nothing_is_left(pilots)
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import trio
 
-from trio_pilot.pilot.serve import serve
+from trio_pilot.pilot.serve import Parts, serve
 from trio_pilot.settings import Settings
 from trio_pilot.status import Status
 from trio_pilot.testing import FakeBroker, FakeGuardian, FakeRuntime
@@ -61,11 +61,13 @@ class Lab:
         settings = Settings(**{**self.DEFAULTS, "data_dir_parent_path_on_host": self.directory, **options})
         return await serve(
             settings,
-            self.guardian.open(),
-            self.reporter,
-            self.runtime.open(),
-            all_of(map(self.broker.open_source, settings.queue_incoming)),
-            all_of(map(self.broker.open_sink, settings.queue_outgoing)),
+            Parts(
+                self.guardian.open(),
+                self.reporter,
+                self.runtime.open(),
+                all_of(map(self.broker.open_source, settings.queue_incoming)),
+                all_of(map(self.broker.open_sink, settings.queue_outgoing)),
+            ),
             self._signals,
             self.status,
         )

@@ -19,7 +19,7 @@ from bench.report import Report, aligned, commit, machine, rounded
 from bench.throughput import Plan, events, points
 from bench.timed import STAGES, Noting, TimedRuntime, TimedSink, TimedSource, Times, wrapped
 from tests.support.lab import Lab, all_of
-from trio_pilot.pilot.serve import serve
+from trio_pilot.pilot.serve import Parts, serve
 from trio_pilot.settings import Settings
 
 
@@ -204,11 +204,13 @@ async def test_the_stages_of_events_are_timed_from_outside(lab: Lab, monkeypatch
     _, signals = trio.open_memory_channel[int](0)
     await serve(
         settings,
-        lab.guardian.open(),
-        nullcontext(),
-        wrapped(lab.runtime.open(), lambda runtime: TimedRuntime(runtime, times)),
-        all_of([wrapped(lab.broker.open_source("in"), lambda source: TimedSource(source, times))]),
-        all_of([wrapped(lab.broker.open_sink("out"), lambda sink: TimedSink(sink, times))]),
+        Parts(
+            lab.guardian.open(),
+            nullcontext(),
+            wrapped(lab.runtime.open(), lambda runtime: TimedRuntime(runtime, times)),
+            all_of([wrapped(lab.broker.open_source("in"), lambda source: TimedSource(source, times))]),
+            all_of([wrapped(lab.broker.open_sink("out"), lambda sink: TimedSink(sink, times))]),
+        ),
         signals,
         lab.status,
     )

@@ -27,7 +27,7 @@ from trio_pilot.files.blocking_calls import BlockingCalls
 from trio_pilot.files.data_directory import open_data_directory, root_in
 from trio_pilot.files.task_logs import TaskLogs
 from trio_pilot.pilot import container_runs
-from trio_pilot.pilot.serve import seen_to
+from trio_pilot.pilot.serve import guarded
 from trio_pilot.processes.children import end_strays
 from trio_pilot.runtimes.selection import open_runtime
 from trio_pilot.settings import Settings
@@ -117,7 +117,7 @@ async def _run(settings: Settings, event: Message) -> int:
         guardian.watch("data", root_in(parent))
         with open_data_directory(parent, external, keep=settings.keep_all_task_files) as data_directory:
             opening = open_runtime(settings.runtime, settings.task_image, settings.runtime_options)
-            async with seen_to(opening, guardian) as runtime:
+            async with guarded(opening, guardian) as runtime:
                 await runtime.prepare(settings.task_image)
                 tools = container_runs.Tools(guardian, data_directory, runtime, ())
                 if settings.init_image or settings.init_args:

@@ -15,7 +15,15 @@ from typing import NoReturn
 
 from trio_pilot import log
 from trio_pilot.cli.exit_codes import SIGNALLED, SOFTWARE_ERROR, SignalledError
-from trio_pilot.errors import ContainerRunError, NodeError, PilotError, TasksFailedError, leaves, map_exceptions
+from trio_pilot.errors import (
+    ContainerRunError,
+    NodeError,
+    PilotError,
+    TasksFailedError,
+    leaves,
+    map_exceptions,
+    reported_name,
+)
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what a disk says that takes no more
 
@@ -73,7 +81,7 @@ def _line(error: PilotError) -> str:
     """Word an error as EWMS does where EWMS reads it, and for people elsewhere."""
     if isinstance(error, TasksFailedError):
         return str(error)
-    return f"{type(error).__name__}: {error}" if isinstance(error, ContainerRunError) else f"trio-pilot: {error}"
+    return f"{reported_name(error)}: {error}" if isinstance(error, ContainerRunError) else f"trio-pilot: {error}"
 
 
 def _tell(lines: Iterable[str], code: int) -> int:

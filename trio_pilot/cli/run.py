@@ -15,7 +15,7 @@ from trio_pilot.cleanup.client import open_guardian
 from trio_pilot.cli.exit_codes import SIGNALLED
 from trio_pilot.condor.reporter import open_reporter
 from trio_pilot.log import LOGGER
-from trio_pilot.pilot.serve import serve
+from trio_pilot.pilot.serve import Parts, serve
 from trio_pilot.processes.children import end_strays
 from trio_pilot.runtimes.selection import open_runtime
 from trio_pilot.settings import Settings
@@ -37,18 +37,16 @@ async def serve_here(settings: Settings) -> int | None:
     """Serve with the brokers, the runtime and the signals of this process; give the signal that ended it, if one did."""
     settings, status = _in_this_slot(settings), Status()
     patience = patience_of(settings, status)
+    parts = Parts(
+        open_guardian(),
+        open_reporter(settings, status),
+        open_runtime(settings.runtime, settings.task_image, settings.runtime_options),
+        open_sources(settings.incoming(), patience),
+        open_sinks(settings.outgoing(), patience),
+    )
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         try:
-            return await serve(
-                settings,
-                open_guardian(),
-                open_reporter(settings, status),
-                open_runtime(settings.runtime, settings.task_image, settings.runtime_options),
-                open_sources(settings.incoming(), patience),
-                open_sinks(settings.outgoing(), patience),
-                signals,
-                status,
-            )
+            return await serve(settings, parts, signals, status)
         finally:
             for line in status.summary():
                 LOGGER.info(line)
@@ -66,4 +64,4 @@ def _in_this_slot(settings: Settings) -> Settings:
 
 def patience_of(settings: Settings, status: Status) -> Patience:
     """Wait for a broker without end while tasks run, or are sent: their outputs are worth more than the slot."""
-    return lambda seconds: seconds < settings.broker_patience or status.at_hand.value > 0
+    return lambda seconds: seconds < settings.broker_patience or status.slots.at_hand.value > 0

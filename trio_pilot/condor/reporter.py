@@ -15,7 +15,7 @@ import trio
 from trio_util import wait_any
 
 from trio_pilot import __version__
-from trio_pilot.errors import ReportError
+from trio_pilot.errors import ReportError, reported_name
 from trio_pilot.log import LOGGER
 from trio_pilot.settings import Settings
 from trio_pilot.status import Status
@@ -69,11 +69,11 @@ def attributes(status: Status) -> Iterator[tuple[str, int | str]]:
     yield "StartedTimestamp", int(status.started_at)
     if status.runtime:
         yield "Runtime", status.runtime
-    if status.last_event_at:
-        yield "LastEventTimestamp", int(status.last_event_at)
-        yield "TasksTotal", status.taken
-        yield "TasksRunning", status.running.value
-        yield "SecondsBusy", int(status.seconds_busy())
+    if status.slots.last_event_at:
+        yield "LastEventTimestamp", int(status.slots.last_event_at)
+        yield "TasksTotal", status.slots.taken
+        yield "TasksRunning", status.slots.running.value
+        yield "SecondsBusy", int(status.slots.seconds_busy())
     counts = {
         "TasksFailed": status.failed.value,
         "TasksSuccess": status.succeeded.value,
@@ -158,4 +158,4 @@ class Reporter:
 
 def worded(error: BaseException | None) -> str:
     """Word an error as EWMS does; it counts those that are worded alike."""
-    return f"{type(error).__name__}: {error}"
+    return f"{reported_name(error)}: {error}" if error else ""

@@ -22,7 +22,7 @@ DATA_DIRECTORY = "ewms-pilot-data"  # in the root of every container, and in the
 LOCK = ".lock"  # in a data directory that a pilot made; its pilots share a lock on it
 OWNER = ".pilot-"  # with what the names of its task directories begin with, and PILOT@NODE: a file that is locked
 PREFIX_DIGITS = 8  # of a UUID
-ASIDES = "init", "canary", "clearing"  # how directories of containers begin that are no tasks'
+ASIDES = "init", "probe", "clearing"  # how directories of containers begin that are no tasks'
 
 FORBIDDEN = tuple(map(Path, ("/proc", "/dev", "/sys", "/run", "/boot")))
 NEVER_WRITABLE = tuple(

@@ -28,7 +28,7 @@ from trio_pilot.files.task_logs import TaskLogs
 from trio_pilot.runtimes import NOT_FOUND_REASONS, Container, Exit, Limits, Mount, Runtime
 from trio_pilot.settings import Settings
 
-CANARY, CANARY_TIMEOUT = ("true",), 60.0  # seconds, on a node that is merely busy
+PROBE, PROBE_TIMEOUT = ("true",), 60.0  # seconds, on a node that is merely busy
 CLEARING_TIMEOUT = 10.0  # seconds
 
 
@@ -159,22 +159,22 @@ async def probe(tools: Tools, settings: Settings, error: PilotError | None = Non
     Raises:
         NodeError: it does not work here. An image need not have such a command; but it must have this, or the task's own.
     """
-    await BlockingCalls().call(math.inf, _look_at_node, tools.data_directory.root)
-    async with _aside(tools, "canary", settings.task_image, keep=False) as files:
-        order = replace(RunSpec.task(settings), args=CANARY, env={})
-        with trio.move_on_after(CANARY_TIMEOUT):
+    await BlockingCalls().call(math.inf, _check_machine, tools.data_directory.root)
+    async with _aside(tools, "probe", settings.task_image, keep=False) as files:
+        order = replace(RunSpec.task(settings), args=PROBE, env={})
+        with trio.move_on_after(PROBE_TIMEOUT):
             ended = await tools.runtime.run(replace(_container(tools, order, files), plain=True))
             reason = error_summary(files.stderr) if ended.code else ""
             is_missing = reason.endswith(NOT_FOUND_REASONS)
             if is_missing and str(error).endswith(tuple(f" {settings.task_args[0]}: {why}" for why in NOT_FOUND_REASONS)):
-                raise NodeError(f"the image has neither `{settings.task_args[0]}` nor `{CANARY[0]}`")
+                raise NodeError(f"the image has neither `{settings.task_args[0]}` nor `{PROBE[0]}`")
             if ended.code and not is_missing:
-                raise NodeError(f"`{CANARY[0]}` in a container fails (exit code {ended.code}): {reason}")
+                raise NodeError(f"`{PROBE[0]}` in a container fails (exit code {ended.code}): {reason}")
             return
-        raise NodeError(f"`{CANARY[0]}` in a container takes more than {CANARY_TIMEOUT:g} s")
+        raise NodeError(f"`{PROBE[0]}` in a container takes more than {PROBE_TIMEOUT:g} s")
 
 
-def _look_at_node(root: Path) -> None:
+def _check_machine(root: Path) -> None:
     disk_checks.check_writable(root)
     disk_checks.clock_skew(root)
 

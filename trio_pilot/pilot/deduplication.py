@@ -1,6 +1,6 @@
-"""Which events this pilot runs, or has done and could not settle: should the broker deliver one again, it is not run again.
+"""Events that are delivered again: while they are run, or after they were done, and are not to be run twice.
 
-A broker that has lost the connection to us gives our events to whoever listens; that may be us.
+A broker that has lost its connection to a pilot gives the pilot's events to any consumer, the same pilot included.
 """
 
 from collections import OrderedDict, deque
@@ -11,68 +11,62 @@ from dataclasses import replace
 import trio
 
 from trio_pilot.brokers import Delivery
+from trio_pilot.pilot.task import Task
 
-MOST_DONE = 10_000  # events to remember, of those done and of those acked; a broker that is back delivers them at once
+MOST_DONE = 10_000  # events to remember of those done, and of those acked; a broker that is back delivers them at once
 
 # Seconds for which an ack may not have arrived. A broker has it on its disk within milliseconds; but pika looks for a
 # heartbeat every 25 s, and takes two looks to know that a connection is dead.
 IN_DOUBT = 60.0
 
 
-class Life:
-    """An event that is being run, and the delivery by which it is to be settled."""
-
-    def __init__(self, delivery: Delivery) -> None:
-        self.delivery = delivery
-        self.is_settled = False  # or it was tried for long enough: nobody settles another delivery for it any more
-
-
 class Deduplicator:
     """The events at hand, by queue and message id; equal ones are counted, and never taken for one."""
 
-    def __init__(self) -> None:
-        self._running: dict[tuple[str, str], list[Life]] = {}
+    def __init__(self, most_done: int = MOST_DONE) -> None:
+        self._running: dict[tuple[str, str], list[Task]] = {}
         self._done: OrderedDict[tuple[str, str], int] = OrderedDict()
-        self._acked = deque[tuple[float, Delivery]](maxlen=MOST_DONE)
+        self._acked = deque[tuple[float, Delivery]](maxlen=most_done)
+        self._most_done = most_done
 
     @contextmanager
-    def life(self, delivery: Delivery) -> Iterator[Life]:
-        """Enter an event for as long as it is run."""
-        key, life = _key(delivery), Life(delivery)
-        self._running.setdefault(key, []).append(life)
+    def track(self, task: Task) -> Iterator[None]:
+        """Know an event while it is run and settled."""
+        key = _key(task.delivery)
+        self._running.setdefault(key, []).append(task)
         try:
-            yield life
+            yield
         finally:
-            self._running[key].remove(life)
+            self._running[key].remove(task)
             if not self._running[key]:
                 del self._running[key]
 
     def done(self, delivery: Delivery) -> None:
-        """Enter an event that is done, but was lost before it could be settled."""
+        """Remember an event that is done, but was lost before it could be settled."""
         key = _key(delivery)
         self._done[key] = self._done.pop(key, 0) + 1
-        if len(self._done) > MOST_DONE:
+        if len(self._done) > self._most_done:
             self._done.popitem(last=False)
 
     def acked(self, delivery: Delivery) -> None:
-        """Enter an event that is acked: a connection that breaks, or a broker that crashes, right after may not have it.
+        """Remember an event that is acked: a connection that breaks, or a broker that crashes, right after may lose the ack.
 
-        Not one that its sender gave no name: another, equal to it, could be taken for it.
+        An event whose sender gave it no name is not remembered: another, equal to it, could be taken for it.
         """
         self._forget_acked()
         if delivery.named:
             self._acked.append((trio.current_time(), replace(delivery, body=b"")))
 
     def adopt(self, delivery: Delivery) -> bool:
-        """Give a new delivery to the event that is run already, if its own is lost; tell whether there was one."""
-        for life in self._running.get(_key(delivery), ()) if delivery.redelivered else ():
-            if not life.is_settled and life.delivery.source.has_lost(life.delivery):
-                life.delivery = delivery
+        """Give a new delivery to the running task that has lost its own. Return whether there is such a task."""
+        for task in self._running.get(_key(delivery), ()) if delivery.redelivered else ():
+            if not task.is_settled and task.is_lost:
+                task.delivery = delivery
                 return True
         return False
 
     def was_done(self, delivery: Delivery) -> bool:
-        """Tell whether a new delivery is of an event that is done already; once for each that was."""
+        """Return whether a new delivery is of an event that is done already; once for each time that it was done."""
         if not delivery.redelivered:
             return False
         key = _key(delivery)
@@ -92,7 +86,7 @@ class Deduplicator:
                 self.done(delivery)
 
     def _doubt_acked(self) -> None:
-        """Take those for done and not settled that were acked just before their connection was lost."""
+        """Count those as done and not settled that were acked just before their connection was lost."""
         self._forget_acked()
         acked = list(self._acked)
         self._acked.clear()

@@ -275,15 +275,13 @@ class _Waiting:
 
 async def _finish(function: Callable[[], Awaitable[None]], seconds: float) -> None:
     """Call a function; cancelled, it has so many seconds more."""
-    shelter = GracePeriod(seconds)
+    grace_period = GracePeriod(seconds)
     failure: NodeError | None = None
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(shelter.watch)
-        with shelter.linger():
+    async with grace_period.open():
+        with grace_period.shield():
             try:
                 await function()
             except NodeError as error:
                 failure = error
-        shelter.close()
     if failure:
         raise failure

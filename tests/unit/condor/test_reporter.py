@@ -6,7 +6,7 @@ import pytest
 import trio
 
 from tests.support.lab import Lab
-from tests.unit.pilot.test_node_health import does_not_sing
+from tests.unit.pilot.test_node_health import finds_a_fault
 from tests.unit.pilot.test_serve import fails
 from trio_pilot.condor.reporter import LAST_TIMEOUT, MOST_ERRORS, Reporter, Value
 from trio_pilot.errors import ContainerRunError, NodeError, ReportError, TasksFailedError
@@ -125,7 +125,7 @@ async def test_a_quarantine_is_told_before_it_is_over(reported: Lab, chirp: Fake
 
 
 async def test_why_a_node_is_bad_is_told_before_its_slot_is_held(reported: Lab, chirp: FakeChirp) -> None:
-    reported.runtime.canary = does_not_sing
+    reported.runtime.probe = finds_a_fault
     with pytest.raises(BaseExceptionGroup):
         await reported.run(quarantine_time=600.0)
     assert chirp.values("Error") == ["NodeError: `true` in a container fails (exit code 126): true: Input/output error"]
@@ -184,7 +184,7 @@ async def test_a_slow_proxy_gets_what_has_come_together_meanwhile(reported: Lab,
 async def test_an_interval_of_nothing_does_not_chirp_without_end(chirp: FakeChirp) -> None:
     status = Status()
     async with Reporter(status, chirp.tell, 0).open():
-        status.start_task()
+        status.slots.start_task()
         await trio.sleep(100)
     assert chirp.attempts <= 101
 

@@ -8,7 +8,8 @@ from trio_pilot.brokers import Delivery, Settlement, rabbitmq_connection
 from trio_pilot.errors import TasksFailedError
 from trio_pilot.pilot import deduplication
 from trio_pilot.pilot.deduplication import Deduplicator
-from trio_pilot.pilot.task_runner import Event, TaskRunner
+from trio_pilot.pilot.task import Task
+from trio_pilot.pilot.task_runner import TaskRunner
 from trio_pilot.runtimes import Container
 from trio_pilot.testing import FakeBroker, FakeSource, copy
 from trio_pilot.wire import Message
@@ -88,10 +89,9 @@ async def test_a_first_delivery_is_never_one_that_was_done(lab: Lab) -> None:
         assert not known.was_done(delivery(source, "a"))
 
 
-async def test_the_memory_of_what_was_done_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deduplication, "MOST_DONE", 3)
+async def test_the_memory_of_what_was_done_is_bounded() -> None:
     async with FakeBroker().open_source("in") as source:
-        known = Deduplicator()
+        known = Deduplicator(most_done=3)
         for message_id in "abcd":
             known.done(delivery(source, message_id))
         assert [known.was_done(delivery(source, message_id)) for message_id in "abcd"] == [False, True, True, True]
@@ -117,10 +117,10 @@ async def test_an_event_that_comes_again_while_its_files_are_removed_is_settled_
         if delivery.redelivered:
             await settle(source, delivery, settlement, *said)
 
-    async def discard_slowly(worker: TaskRunner, event: Event) -> None:
+    async def discard_slowly(runner: TaskRunner, task: Task) -> None:
         lab.broker.lose_connections()
         await trio.sleep(5)
-        await discard(worker, event)
+        await discard(runner, task)
 
     monkeypatch.setattr(FakeSource, "settle", lose_the_first_ack)
     monkeypatch.setattr(TaskRunner, "discard", discard_slowly)
@@ -156,10 +156,11 @@ async def test_an_ack_into_a_connection_that_is_dead_is_in_doubt_for_longer_than
 
 async def test_the_memory_of_what_was_acked_is_bounded(lab: Lab) -> None:
     source = Losing(lab.broker, "in")
-    known = Deduplicator()
-    for number in range(deduplication.MOST_DONE + 1):
-        known.acked(delivery(source, str(number)))
-    assert len(known._acked) == deduplication.MOST_DONE
+    known = Deduplicator(most_done=3)
+    for message_id in "abcd":
+        known.acked(delivery(source, message_id))
+    source.has_lost_all = True
+    assert [known.was_done(delivery(source, message_id)) for message_id in "abcd"] == [False, True, True, True]
 
 
 async def test_an_ack_of_an_event_without_a_name_of_its_own_is_never_in_doubt(lab: Lab) -> None:

@@ -20,7 +20,7 @@ GO_ON = {"stop_listening_on_task_error": False, "retry_delay": 0.0}
 QUARANTINED = {"stop_listening_on_task_error": True, "quarantine_time": 600.0}
 
 
-async def does_not_sing(container: Container) -> int:
+async def finds_a_fault(container: Container) -> int:
     container.stderr.write_text("true: Input/output error\n")
     return 126
 
@@ -30,12 +30,12 @@ async def hangs(container: Container) -> int:
     await trio.sleep_forever()
 
 
-def well_at_first(canary: Script) -> Script:
+def well_at_first(probe: Script) -> Script:
     """Be well before any event is taken."""
     looks = itertools.count()
 
     async def script(container: Container) -> int:
-        return await canary(container) if next(looks) else 0
+        return await probe(container) if next(looks) else 0
 
     return script
 
@@ -56,7 +56,7 @@ async def run_on_a_bad_node(lab: Lab, **options: Any) -> str:
 
 def breaks(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     del monkeypatch
-    lab.runtime.canary = does_not_sing
+    lab.runtime.probe = finds_a_fault
 
 
 def is_not_there(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,20 +113,20 @@ async def test_a_node_that_breaks_touches_what_runs_by_then_charges_none_and_hol
     async def script(container: Container) -> int:
         return await (fails if trio.current_time() > breaks_at else copy)(container)
 
-    async def canary(container: Container) -> int:
-        return await does_not_sing(container) if trio.current_time() > breaks_at else 0
+    async def probe(container: Container) -> int:
+        return await finds_a_fault(container) if trio.current_time() > breaks_at else 0
 
     async def ends_at_another_time_than_others(container: Container) -> int:
         await trio.sleep(0.1 * int(event_of(container)) / slots)
         return await script(container)
 
-    lab.runtime.script, lab.runtime.canary = ends_at_another_time_than_others, canary
+    lab.runtime.script, lab.runtime.probe = ends_at_another_time_than_others, probe
     lab.broker.delays = {"source.release": 1}  # in which nothing else is to be taken
     lab.put(*range(50))
     why = await run_on_a_bad_node(lab, max_concurrent_tasks=slots, **options)
     assert why.startswith(
         "this node breaks tasks: `true` in a container fails (exit code 126): true: Input/output error;"
-        " so this may be none of the event's: "
+        " so the event may not be at fault: "
     )
     assert trio.current_time() > ends_after + breaks_at
     touched = [what for what, _ in settled(lab) if what != "ACK"]
@@ -143,12 +143,12 @@ async def test_no_event_is_taken_while_the_node_is_in_doubt(lab: Lab, code: int,
         started.append(trio.current_time())
         return await (copy if event_of(container) == "good" else fails)(container)
 
-    async def canary(container: Container) -> int:
+    async def probe(container: Container) -> int:
         del container
         await trio.sleep(10)
         return code
 
-    lab.runtime.script, lab.runtime.canary = script, well_at_first(canary)
+    lab.runtime.script, lab.runtime.probe = script, well_at_first(probe)
     lab.broker.delays = {"source.release": 1}
     lab.put("bad", "good", *["another"] * (len(starts) - 2 or 10))
     with pytest.raises(BaseException):  # noqa: B017, PT011 -- which, is another matter
@@ -159,7 +159,7 @@ async def test_no_event_is_taken_while_the_node_is_in_doubt(lab: Lab, code: int,
 async def test_those_that_fail_while_the_node_is_looked_at_share_the_next_look(lab: Lab) -> None:
     looks: list[float] = []
 
-    async def canary(container: Container) -> int:
+    async def probe(container: Container) -> int:
         del container
         looks.append(trio.current_time())
         await trio.sleep(10)
@@ -169,7 +169,7 @@ async def test_those_that_fail_while_the_node_is_looked_at_share_the_next_look(l
         await trio.sleep(1 + int(event_of(container)))
         return 3
 
-    lab.runtime.script, lab.runtime.canary = script, canary
+    lab.runtime.script, lab.runtime.probe = script, probe
     lab.put(*range(8))
     with pytest.raises(TasksFailedError):
         await lab.run(**GO_ON, max_concurrent_tasks=8, max_attempts=1)
@@ -221,23 +221,23 @@ async def test_nothing_but_poison_never_stops_a_good_node(lab: Lab) -> None:
 async def test_a_limit_that_the_user_has_set_is_no_reason_to_look_at_the_node(lab: Lab) -> None:
     looked: list[str] = []
 
-    async def canary(container: Container) -> int:
+    async def probe(container: Container) -> int:
         looked.append(container.name)
         return 0
 
-    lab.runtime.canary = canary
+    lab.runtime.probe = probe
     lab.put(1, 2)
     with pytest.raises(TasksFailedError):
         await lab.run(**GO_ON, max_attempts=1, task_timeout=0.5)
     assert len(looked) == 1  # in the beginning
 
 
-async def test_an_image_without_the_canarys_command_is_no_fault_of_the_node(lab: Lab) -> None:
-    async def canary(container: Container) -> int:
+async def test_an_image_without_the_probes_command_is_no_fault_of_the_node(lab: Lab) -> None:
+    async def probe(container: Container) -> int:
         container.stderr.write_text("true: No such file or directory\n")
         return 127
 
-    lab.runtime.script, lab.runtime.canary = fails_on_7, canary
+    lab.runtime.script, lab.runtime.probe = fails_on_7, probe
     lab.put(1, 7)
     with pytest.raises(TasksFailedError):
         await lab.run(**GO_ON, max_attempts=1)
@@ -249,26 +249,26 @@ async def test_an_image_that_has_neither_is_one(lab: Lab) -> None:
         container.stderr.write_text(f"{container.args[0]}: No such file or directory\n")
         return 127
 
-    lab.runtime.script = lab.runtime.canary = has_nothing
+    lab.runtime.script = lab.runtime.probe = has_nothing
     lab.put(1)
     assert "this node breaks tasks: the image has neither `run` nor `true`" in await run_on_a_bad_node(lab)
     assert settled(lab) == [("RELEASE", "1")]
 
 
-@pytest.mark.parametrize(("canary", "touched"), [(hangs, []), (well_at_first(hangs), [("RELEASE", "1")])])
-async def test_a_canary_that_hangs_is_a_fault_of_the_node(lab: Lab, canary: Script, touched: list[tuple[str, str]]) -> None:
-    lab.runtime.script, lab.runtime.canary = fails, canary
+@pytest.mark.parametrize(("probe", "touched"), [(hangs, []), (well_at_first(hangs), [("RELEASE", "1")])])
+async def test_a_probe_that_hangs_is_a_fault_of_the_node(lab: Lab, probe: Script, touched: list[tuple[str, str]]) -> None:
+    lab.runtime.script, lab.runtime.probe = fails, probe
     lab.put(1)
     assert "`true` in a container takes more than 60 s" in await run_on_a_bad_node(lab)
     assert settled(lab) == touched
     lab.assert_the_promise([1])
 
 
-@pytest.mark.parametrize(("canary", "touched"), [(hangs, []), (well_at_first(hangs), [("RELEASE", "1")])])
-async def test_a_pilot_told_to_end_does_not_wait_for_a_canary(
-    lab: Lab, canary: Script, touched: list[tuple[str, str]]
+@pytest.mark.parametrize(("probe", "touched"), [(hangs, []), (well_at_first(hangs), [("RELEASE", "1")])])
+async def test_a_pilot_told_to_end_does_not_wait_for_a_probe(
+    lab: Lab, probe: Script, touched: list[tuple[str, str]]
 ) -> None:
-    lab.runtime.script, lab.runtime.canary = fails, canary
+    lab.runtime.script, lab.runtime.probe = fails, probe
     lab.put(1)
     await lab.run_signalled([2, 3], stop_listening_on_task_error=False)
     assert trio.current_time() < 5
@@ -276,7 +276,7 @@ async def test_a_pilot_told_to_end_does_not_wait_for_a_canary(
     lab.assert_the_promise([1])
 
 
-async def test_an_engine_that_goes_with_the_canary_leaves_it_open_whose_fault_it_was(lab: Lab) -> None:
+async def test_an_engine_that_goes_with_the_probe_leaves_it_open_whose_fault_it_was(lab: Lab) -> None:
     calls = itertools.count()
 
     async def is_lost(container: Container) -> int:
@@ -286,7 +286,7 @@ async def test_an_engine_that_goes_with_the_canary_leaves_it_open_whose_fault_it
     async def script(container: Container) -> int:
         return await (copy if next(calls) else fails)(container)
 
-    lab.runtime.script, lab.runtime.canary = script, well_at_first(is_lost)
+    lab.runtime.script, lab.runtime.probe = script, well_at_first(is_lost)
     lab.put(1)
     assert await lab.run(**GO_ON) is None
     assert settled(lab) == [("RELEASE", "1"), ("ACK", "1")]

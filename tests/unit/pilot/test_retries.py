@@ -7,13 +7,15 @@ import pytest
 import trio
 
 from tests.support.lab import Lab
-from trio_pilot.errors import TasksFailedError
+from trio_pilot.errors import ContainerRunError, TasksFailedError
 from trio_pilot.pilot.retries import LONGEST_DELAY, DelayedRetries
+from trio_pilot.pilot.task import EventFailed
 from trio_pilot.runtimes import Container
 from trio_pilot.testing import copy
 
 pytestmark = pytest.mark.mock_clock
 
+FAILED = EventFailed(ContainerRunError("task failed (exit code 1): "))
 POISON = {"7", "17", "27"}
 
 
@@ -32,7 +34,7 @@ class Starts:
 async def test_the_delay_doubles_up_to_a_limit_and_is_never_the_same() -> None:
     async def delay(attempt: int) -> float:
         begun = trio.current_time()
-        await DelayedRetries(1).sit_out(attempt)
+        await DelayedRetries(1).delay(attempt, FAILED)
         return trio.current_time() - begun
 
     for attempt in range(1, 40):

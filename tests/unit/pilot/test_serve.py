@@ -268,7 +268,7 @@ async def test_a_fault_of_the_node_returns_the_event_uncounted_and_ends_the_pilo
     calls = iter(range(100))
 
     def broken(call: str) -> None:
-        if call == "runtime.run" and next(calls):  # not of the canary
+        if call == "runtime.run" and next(calls):  # not of the probe
             raise NodeError("no containers here")
 
     lab.runtime.fault = broken
@@ -313,7 +313,7 @@ async def test_a_container_that_is_lost_with_its_engine_returns_the_event_uncoun
 async def test_a_task_that_is_killed_for_want_of_memory_fails_saying_so(lab: Lab, limit: Any, used: str) -> None:
     lab.runtime.out_of_memory = True
     lab.put(1)
-    error = "ContainerOutOfMemoryError('task failed (exit code 137): out of memory: it used "
+    error = "ContainerRunError('task failed (exit code 137): out of memory: it used "
     with pytest.raises(TasksFailedError, match=re.escape(error + used)):
         await lab.run(**limit)
     assert settled(lab) == [("REJECT", "1")]
@@ -547,3 +547,48 @@ async def test_what_a_task_says_is_copied_however_it_ends(
     with pytest.raises(TasksFailedError):
         await lab.run(dump_task_output=True)
     assert b"Oh no.\n" in capfdbinary.readouterr().err
+
+
+async def runs_in_a_nursery(container: Container) -> int:
+    """Wait as the engines' runtimes do: cancelled, their nurseries raise a group."""
+    del container
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.sleep_forever)
+    return 0
+
+
+async def test_an_event_cancelled_inside_a_nursery_counts_as_returned(lab: Lab) -> None:
+    lab.runtime.script = runs_in_a_nursery
+    lab.put(1)
+    await lab.run_signalled([1, 2])
+    assert settled(lab) == [("RELEASE", "1")]
+    assert lab.status.returned.value == 1
+
+
+async def test_a_task_that_takes_too_long_ends_the_pilot_in_words_of_ewms(lab: Lab) -> None:
+    lab.runtime.script = sleeps_long
+    lab.put(1)
+    expected = "1 TASK(S) FAILED: ContainerRunError('task failed: [Timeout-Error] timed out after 2s')"
+    with pytest.raises(TasksFailedError) as caught:
+        await lab.run(task_timeout=2.0, max_attempts=1)
+    assert str(caught.value) == expected
+
+
+async def test_the_files_of_an_event_that_never_ran_are_not_kept(lab: Lab) -> None:
+    lab.runtime.script = fails
+    lab.put(*range(4))
+    with pytest.raises(TasksFailedError):
+        await lab.run(keep_all_task_files=True, prefetch=4)
+    assert len(lab.runtime.ran) == 1
+    kept = [path.name for path in (lab.directory / "ewms-pilot-data").iterdir() if path.is_dir()]
+    assert sorted(kept) == sorted(["data-hub", lab.runtime.ran[0].name])
+
+
+async def test_external_directories_are_mounted_read_only_at_the_same_path(lab: Lab, tmp_path: Path) -> None:
+    (data := tmp_path / "da ta,=").mkdir()
+    lab.put(1)
+    await lab.run(external_directories=(data,))
+    mounts = {mount.target: mount for mount in lab.runtime.ran[0].mounts}
+    assert sorted(mounts) == sorted(["/ewms-pilot-data/data-hub", "/ewms-pilot-data/task-io", str(data)])
+    assert (mounts[str(data)].source, mounts[str(data)].writable) == (data, False)
+    assert mounts["/ewms-pilot-data/data-hub"].writable

@@ -43,8 +43,8 @@ class Watched(trio.abc.Instrument):
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
         del task
         status = self._lab.status
-        assert status.running.value <= status.at_hand.value
-        self.most = max(self.most, len(self._lab.broker.unsettled), status.at_hand.value)
+        assert status.slots.running.value <= status.slots.at_hand.value
+        self.most = max(self.most, len(self._lab.broker.unsettled), status.slots.at_hand.value)
 
 
 async def test_the_next_task_runs_while_an_output_waits_for_its_confirm(lab: Lab) -> None:
@@ -95,10 +95,10 @@ async def test_a_pilot_stops_listening_though_an_output_is_not_confirmed_and_end
         nursery.start_soon(lambda: lab.run(prefetch=2, timeout_queue_incoming=3.0))
         await trio.sleep(1 + 3 + 0.5)
         assert lab.status.state.value.value == "PendingRemainingTasks"
-        assert (lab.status.running.value, lab.status.at_hand.value) == (0, 1)
-        assert lab.status.seconds_busy() == 1
+        assert (lab.status.slots.running.value, lab.status.slots.at_hand.value) == (0, 1)
+        assert lab.status.slots.seconds_busy() == 1
     assert trio.current_time() == 1 + 30
-    assert lab.status.at_hand.value == 0
+    assert lab.status.slots.at_hand.value == 0
     lab.assert_the_promise([1])
 
 
@@ -109,7 +109,7 @@ async def test_a_broker_is_waited_for_without_end_while_an_output_is_to_be_sent_
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lambda: lab.run(prefetch=2))
         await trio.sleep(20)
-        assert lab.status.running.value == 0
+        assert lab.status.slots.running.value == 0
         assert patience(1000)
     assert not patience(6)
 
@@ -171,7 +171,7 @@ async def test_a_refused_output_is_a_failure_after_which_what_runs_by_then_is_fi
     with pytest.raises(TasksFailedError, match=r"^1 TASK\(S\) FAILED"):
         await lab.run(prefetch=8)
     assert lab.outputs() == ["1"]
-    assert lab.status.taken == 2
+    assert lab.status.slots.taken == 2
 
 
 async def test_what_is_sent_and_what_runs_is_each_ended_in_its_way(lab: Lab) -> None:
@@ -227,7 +227,7 @@ async def test_what_is_staged_goes_back_when_the_pilot_takes_no_more(lab: Lab) -
     await lab.run_signalled([1], prefetch=4, grace=200.0)
     assert lab.outputs() == ["0"]
     assert lab.broker.history[0] == ("RELEASE", "1")
-    assert (lab.status.taken, lab.status.returned.value) == (1, 0)
+    assert (lab.status.slots.taken, lab.status.returned.value) == (1, 0)
     lab.assert_the_promise(range(4))
 
 
@@ -249,6 +249,6 @@ async def test_what_cannot_be_staged_fails_in_its_turn(lab: Lab, body: bytes) ->
     with pytest.raises(TasksFailedError, match="DecodeError"):
         await lab.run(prefetch=3, stop_listening_on_task_error=False, max_attempts=1)
     assert starts == [0, 1]
-    assert lab.status.taken == 3
+    assert lab.status.slots.taken == 3
     assert [message.message_id for message in lab.broker.queues["in.dead-letters"]] == ["bad"]
     lab.assert_the_promise([0, 2, "bad"])
