@@ -175,6 +175,21 @@ def try_to_remove(files: TaskFiles) -> bool:
     return filesystem.try_to_remove(files.root)
 
 
+def keep_only_files(files: TaskFiles) -> None:
+    """Remove what a kept directory is not to have: its scratch directory, or all of it if no container was started."""
+    remove_tree(_not_kept(files))
+
+
+def try_to_keep_only_files(files: TaskFiles) -> bool:
+    """Do the same, and return whether it worked: in the scratch directory may be files of another user."""
+    return filesystem.try_to_remove(_not_kept(files))
+
+
+def _not_kept(files: TaskFiles) -> Path:
+    was_started = os.path.lexists(files.stdout) or os.path.lexists(files.stderr)
+    return files.scratch if was_started else files.root
+
+
 def dump(files: TaskFiles) -> None:
     """Copy what a container has written to our own stdout and stderr."""
     _copy(files.stdout, STDOUT)
