@@ -16,7 +16,8 @@ from tests.support.processes import command_line, processes_with
 from tests.support.users import needs_root
 from tests.support.waiting import until_sync
 from trio_pilot.files.data_directory import owner_files_of_dead
-from trio_pilot.processes.cgroups import Groups, hierarchies
+from trio_pilot.processes.cgroup_hierarchies import hierarchies
+from trio_pilot.processes.cgroups import Groups
 from trio_pilot.processes.identity import PARENT, STATE, stat_of
 
 IN_PROCESS = Containment("process")

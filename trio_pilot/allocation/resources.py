@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trio_pilot.allocation import classad
+from trio_pilot.allocation import cgroup_limits, classad
 from trio_pilot.parsing import AUTO
-from trio_pilot.processes import cgroups
 from trio_pilot.settings import Settings
 
 MACHINE_AD, JOB_AD, SCRATCH = "_CONDOR_MACHINE_AD", "_CONDOR_JOB_AD", "_CONDOR_SCRATCH_DIR"
@@ -94,12 +93,12 @@ def _said(job: Ad, in_job: str, machine: Ad, in_machine: str, unit: int = 1) -> 
 
 
 def _own_cpus() -> tuple[float, str]:
-    usable, quota = len(os.sched_getaffinity(0)), cgroups.most_cpus()
+    usable, quota = len(os.sched_getaffinity(0)), cgroup_limits.most_cpus()
     return (quota, "control group") if quota and quota < usable else (usable, "affinity")
 
 
 def _own_memory() -> tuple[int, str]:
-    there_is, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), cgroups.most_memory()
+    there_is, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), cgroup_limits.most_memory()
     return (limit, "control group") if limit and limit < there_is else (there_is, "machine")
 
 

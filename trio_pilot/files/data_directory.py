@@ -1,4 +1,9 @@
-"""The data directory of a pilot: made, shared with other pilots, and removed by the last. Everything here blocks."""
+"""The data directory of a pilot: made, shared with other pilots, and removed by the last one. Everything here blocks.
+
+A data directory that a pilot made has a lock file in it. It appears and disappears together with that file, by renaming, so
+there is no moment at which it has none. A data directory without a lock file was made by hand, or has task directories in
+it that are kept: no pilot removes it.
+"""
 
 import errno
 import fcntl
@@ -19,10 +24,11 @@ from trio_pilot.processes import identity
 from trio_pilot.processes.identity import Identity
 
 DATA_DIRECTORY = "ewms-pilot-data"  # in the root of every container, and in the pilot's own directory
-LOCK = ".lock"  # in a data directory that a pilot made; its pilots share a lock on it
-OWNER = ".pilot-"  # with what the names of its task directories begin with, and PILOT@NODE: a file that is locked
+LOCK = ".lock"  # in a data directory that a pilot made; the pilots that use it share a lock on this file
+KEPT = b"task directories are kept\n"  # what is in the lock file if a pilot keeps its task directories
+OWNER = ".pilot-"  # an owner file is .pilot-PREFIX-PILOT@NODE; PREFIX begins the names of that pilot's task directories
 PREFIX_DIGITS = 8  # of a UUID
-ASIDES = "init", "probe", "clearing"  # how directories of containers begin that are no tasks'
+NOT_OF_TASKS = "init", "probe", "clearing"  # how the names of the directories of other containers begin, before PREFIX
 
 FORBIDDEN = tuple(map(Path, ("/proc", "/dev", "/sys", "/run", "/boot")))
 NEVER_WRITABLE = tuple(
@@ -34,62 +40,63 @@ NEVER_WRITABLE = tuple(
 
 HUB = "data-hub"  # in the data directory, here and in containers
 TASK_IO = "task-io"
-OF_CONTAINERS = ("tmp",), (DATA_DIRECTORY,), (DATA_DIRECTORY, HUB), (DATA_DIRECTORY, TASK_IO)  # what is mounted there anyway
+OF_CONTAINERS = ("tmp",), (DATA_DIRECTORY,), (DATA_DIRECTORY, HUB), (DATA_DIRECTORY, TASK_IO)  # mounted in each container
 
 
 @dataclass(frozen=True)
 class DataDirectory:
-    """The data directory of a pilot, and the directories that all its containers see."""
+    """The data directory of a pilot, and the external directories that all its containers see."""
 
     root: Path
     external: tuple[Path, ...]
     prefix: str = field(default_factory=lambda: uuid.uuid4().hex[:PREFIX_DIGITS])  # of all that this pilot makes
 
     def new_name(self) -> str:
-        """Make up the name of a task: a UUID by which its directory is known to be this pilot's."""
+        """Return a new name for a task: a UUID that begins with this pilot's prefix."""
         return str(uuid.UUID(self.prefix + uuid.uuid4().hex[PREFIX_DIGITS:]))
 
     @cached_property
     def data_hub(self) -> Path:
-        """What the init container writes, and tasks read."""
+        """The directory that the init container writes and tasks read."""
         return self.root / HUB
 
 
 def root_in(parent: Path) -> Path:
-    """Name the data directory."""
+    """Return the path of the data directory in `parent`."""
     return _real(parent) / DATA_DIRECTORY
 
 
 def _real(path: Path) -> Path:
-    """Follow all links. Of a circle of them, Path.resolve would end in a RuntimeError: who uses it finds out."""
+    """Follow all links. A circle of links is left for the caller's next call to find; Path.resolve raises RuntimeError."""
     return Path(os.path.realpath(path))
 
 
 @contextmanager
 def open_data_directory(parent: Path, external: Sequence[Path], *, keep: bool = False) -> Iterator[DataDirectory]:
-    """Make the data directory; the last pilot that leaves it removes it, unless it was there before.
+    """Make the data directory; the last pilot that uses it removes it, unless it was made by hand.
 
-    With `keep`, nobody will remove the task directories that are left in it.
+    With `keep`, the task directories that are left in it are never removed, and nothing else is left beside them and the
+    data hub.
 
     Raises:
-        NodeError: it cannot be written.
-        SettingsError: a directory is not one that containers may see, or write.
+        NodeError: The data directory cannot be written.
+        SettingsError: A directory is not one that containers may see, or write.
     """
     mounts = _checked(external)
     root = root_in(parent)
     _refuse(_real(root), NEVER_WRITABLE + FORBIDDEN, "task directories cannot be made below")
-    with _writing(root):
-        lock = _enter(root)
+    with _mapped_errors(root):
+        lock = _make_and_share(root, keep=keep)
     try:
-        with _writing(root):
+        with _mapped_errors(root):
             _try_to_write(root)
         data_directory = DataDirectory(root, mounts)
-        with nullcontext() if keep else _owning(data_directory):
+        with nullcontext() if keep else _owner_file(data_directory):
             yield data_directory
     finally:
         if lock:
             with lock, suppress(OSError):
-                _leave(root, lock)
+                _remove_unused(root, lock)
 
 
 def _checked(paths: Sequence[Path]) -> tuple[Path, ...]:
@@ -114,26 +121,26 @@ def _refuse(path: Path, forbidden: Sequence[Path], why: str) -> None:
             raise SettingsError(f"{why} {one}: {path}")
 
 
-def _enter(root: Path) -> IO[bytes] | None:
-    """Share the lock of the data directory, made if it is not there; None if it was made by hand, and is nobody's to remove.
-
-    A directory of ours comes into being, and goes, together with its lock file, by renaming: there is no moment in between.
-    """
+def _make_and_share(root: Path, *, keep: bool) -> IO[bytes] | None:
+    """Make the data directory if it is missing, and return its lock file, locked; None if it has none."""
     while True:
         if not root.exists():
             _make_root(root)
-        # The last of its pilots may remove it at any moment.
+        # At any moment, the last of the other pilots may remove the data directory, or the lock file alone.
         with suppress(FileNotFoundError), opened(root, os.O_DIRECTORY) as directory, ExitStack() as stack:
-            lock = _lock(directory)
+            lock = _share_lock(directory)
             if lock:
                 stack.enter_context(lock)
+                os.stat(LOCK, dir_fd=directory)  # now that it is locked, it stays
+                if keep:
+                    os.pwrite(lock.fileno(), KEPT, 0)
             if os.path.samestat(root.stat(), os.fstat(directory)):
                 stack.pop_all()
                 return lock
 
 
 def _make_root(root: Path) -> None:
-    with _made_beside(root) as new:
+    with _directory_beside(root) as new:
         try:
             (new / HUB).mkdir()
             (new / LOCK).touch()
@@ -144,83 +151,83 @@ def _make_root(root: Path) -> None:
                 raise
 
 
-def _beside(root: Path) -> Path:
-    """Make up the name of a data directory that is not one yet, or not any more: whoever finds it knows whose it is."""
-    return root.with_name(f".{root.name}-{_us()}-{uuid.uuid4().hex}")
+def _new_name_beside(root: Path) -> Path:
+    """Return a name for a data directory that is being made or removed. It tells a sweep whose directory it is."""
+    return root.with_name(f".{root.name}-{_pilot_at_node()}-{uuid.uuid4().hex}")
 
 
-def _us() -> str:
-    """Say who we are, and where, for `_is_orphaned`."""
+def _pilot_at_node() -> str:
+    """Return PILOT@NODE for this process, as `_is_orphaned` reads it."""
     return f"{identity.own()}@{os.uname().nodename}"
 
 
 @contextmanager
-def _made_beside(root: Path) -> Iterator[Path]:
-    """Make a directory beside the data directory, and hold its lock for as long as it is used; no child of ours has that."""
+def _directory_beside(root: Path) -> Iterator[Path]:
+    """Make a directory beside the data directory, locked while the body runs. Child processes do not inherit the lock."""
     with ExitStack() as stack:
         while True:
-            new = _beside(root)
+            new = _new_name_beside(root)
             new.mkdir()
-            # A sweep may come between that and the lock, and one in another PID namespace takes us for dead.
+            # Before it is locked, a sweep may remove it: one in another PID namespace takes this pilot for dead.
             with suppress(FileNotFoundError):
                 directory = stack.enter_context(opened(new, os.O_DIRECTORY))
-                if _hold(directory) and new.exists():
+                if _lock_directory(directory) and new.exists():
                     break
             with suppress(OSError):
                 new.rmdir()
         yield new
 
 
-def _hold(directory: int) -> bool:
-    """Lock a directory, unless a sweep has, which looks at it or removes it."""
+def _lock_directory(directory: int) -> bool:
+    """Lock a directory; return False if a sweep has locked it, to look at it or to remove it."""
     try:
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # a file system without locks: a sweep goes by what else it knows then
+    except OSError as error:  # on a file system without locks, a sweep goes by the name alone
         return not isinstance(error, BlockingIOError)
     return True
 
 
 @contextmanager
 def open_temporary(parent: Path) -> Iterator[Path]:
-    """Make a directory for a moment, beside the data directory of that parent: a sweep of that removes it, if we cannot.
+    """Make a temporary directory beside the data directory in `parent`. If this process dies, a sweep removes it.
 
     Raises:
-        NodeError: it, or what is to be in it, cannot be written.
+        NodeError: The directory, or what is in it, cannot be written.
     """
     root = root_in(parent)
-    with _writing(root), _made_beside(root) as passing:
+    with _mapped_errors(root), _directory_beside(root) as temporary:
         try:
-            yield passing
+            yield temporary
         finally:
-            remove_tree(passing)
+            remove_tree(temporary)
 
 
-def _lock(directory: int) -> IO[bytes] | None:
+def _share_lock(directory: int) -> IO[bytes] | None:
     try:
         file = os.fdopen(os.open(LOCK, os.O_RDWR | os.O_CLOEXEC, dir_fd=directory), "r+b")
     except FileNotFoundError:
         return None
-    _try_to_lock(file, fcntl.LOCK_SH)
+    _lock_if_possible(file, fcntl.LOCK_SH)
     return file
 
 
-def _try_to_lock(file: IO[Any], how: int = fcntl.LOCK_EX) -> None:
-    with suppress(OSError):  # a file system without locks: nobody cleans up then
+def _lock_if_possible(file: IO[Any], how: int) -> None:
+    with suppress(OSError):  # on a file system without locks, the data directory is never removed
         fcntl.flock(file, how)
 
 
 @contextmanager
-def _writing(root: Path) -> Iterator[None]:
+def _mapped_errors(root: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:  # its file name would be one that nobody knows
+    except OSError as error:  # the file named in it would mean nothing to a reader
         raise NodeError(f"cannot write the data directory {root}: {error.strerror}") from error
 
 
 def _try_to_write(root: Path) -> None:
-    """Find out now, rather than with the first event, that the directory is read-only or the disk full."""
+    """Find out before the first event whether the directory is read-only, or the disk full."""
     hub = root / HUB
-    if hub.is_symlink():  # containers would write to where it leads
+    if hub.is_symlink():  # containers would write to its target
         raise SettingsError(f"{hub} must be a directory, not a link: remove it")
     hub.mkdir(exist_ok=True)
     with tempfile.TemporaryFile(dir=root) as file:
@@ -228,14 +235,14 @@ def _try_to_write(root: Path) -> None:
 
 
 @contextmanager
-def _owning(data_directory: DataDirectory) -> Iterator[None]:
-    """Leave word of whose the task directories are, for when we have no time to remove them."""
-    owner = data_directory.root / f"{OWNER}{data_directory.prefix}-{_us()}"
+def _owner_file(data_directory: DataDirectory) -> Iterator[None]:
+    """Hold a locked file that names this pilot: if it dies, a sweep removes the task directories by that."""
+    owner = data_directory.root / f"{OWNER}{data_directory.prefix}-{_pilot_at_node()}"
     with ExitStack() as stack:
-        with _writing(data_directory.root):
-            # A sweep may come between that and the lock, and one in another PID namespace takes us for dead.
+        with _mapped_errors(data_directory.root):
+            # Before it is locked, a sweep may remove it: one in another PID namespace takes this pilot for dead.
             while not owner.exists():
-                _try_to_lock(stack.enter_context(owner.open("xb")))
+                _lock_if_possible(stack.enter_context(owner.open("xb")), fcntl.LOCK_EX)
         try:
             yield
         finally:
@@ -243,23 +250,25 @@ def _owning(data_directory: DataDirectory) -> Iterator[None]:
 
 
 def sweep(root: Path, forget: Collection[Path] | None = None) -> int:
-    """Remove what pilots that are no more have left in a data directory, and itself if they were the last.
-
-    Gives the number of task directories.
+    """Remove what dead pilots left in a data directory, and the directory itself if no pilot uses it.
 
     Args:
-        root: the data directory.
-        forget: words of the dead whose containers are gone, for which others are needed still; None: all of them.
+        root: The data directory.
+        forget: The owner files of dead pilots that may be removed too, because the containers of these pilots are gone;
+            None: all.
+
+    Returns:
+        The number of task directories that were removed.
     """
     removed = 0
-    for owner, prefix, said in _owners(root):
+    for owner, prefix, pilot_at_node in _owner_files(root):
         with suppress(OSError), owner.open("rb") as file:
-            if _is_orphaned(said, file.fileno()):
-                removed += _remove_of(root, prefix)
+            if _is_orphaned(pilot_at_node, file.fileno()):
+                removed += _remove_task_directories(root, prefix)
                 if forget is None or owner in forget:
                     owner.unlink()
     with suppress(OSError), (root / LOCK).open("r+b") as lock:
-        _leave(root, lock)
+        _remove_unused(root, lock)
     for directory in root.parent.glob(f".{root.name}-*"):
         with suppress(OSError), opened(directory, os.O_DIRECTORY | os.O_NOFOLLOW) as descriptor:
             if _is_orphaned(directory.name.removeprefix(f".{root.name}-").rpartition("-")[0], descriptor):
@@ -268,47 +277,50 @@ def sweep(root: Path, forget: Collection[Path] | None = None) -> int:
 
 
 def owner_files_of_dead(root: Path, dead: Identity | None = None) -> set[Path]:
-    """List the words that pilots which are dead by now have left in a data directory.
+    """Return the owner files in a data directory whose pilots are dead.
 
-    One of them may be known to be: a thread of it may still hold its lock for a moment.
+    Args:
+        root: The data directory.
+        dead: A pilot that is known to be dead, although one of its threads may still hold its lock for a moment.
     """
     found: set[Path] = set()
     with suppress(OSError):
-        found.update(owner for owner, _, said in _owners(root) if _is_of(dead, said) or _is_owner_file_of_dead(owner, said))
+        files = _owner_files(root)
+        found.update(owner for owner, _, name in files if _is_of(dead, name) or _is_owner_file_of_dead(owner, name))
     return found
 
 
 def has_orphaned(root: Path, pilot: Identity) -> bool:
-    """Tell whether a pilot is dead by the word that it has left in a data directory. If there is none here, nobody knows."""
-    return any(_is_of(pilot, said) and _is_owner_file_of_dead(owner, said) for owner, _, said in _owners(root))
+    """Return whether a pilot is dead by its owner file in a data directory; False if it has none there."""
+    return any(_is_of(pilot, name) and _is_owner_file_of_dead(owner, name) for owner, _, name in _owner_files(root))
 
 
-def _is_of(pilot: Identity | None, said: str) -> bool:
-    return said.partition("@")[0] == str(pilot)
+def _is_of(pilot: Identity | None, pilot_at_node: str) -> bool:
+    return pilot_at_node.partition("@")[0] == str(pilot)
 
 
-def _is_owner_file_of_dead(owner: Path, said: str) -> bool:
+def _is_owner_file_of_dead(owner: Path, pilot_at_node: str) -> bool:
     with suppress(OSError), owner.open("rb") as file:
-        return _is_orphaned(said, file.fileno(), fcntl.LOCK_SH)  # many may ask at once
+        return _is_orphaned(pilot_at_node, file.fileno(), fcntl.LOCK_SH)  # several pilots may check at once
     return False
 
 
-def _owners(root: Path) -> Iterator[tuple[Path, str, str]]:
-    """List the words that pilots have left, each with what the names of its task directories begin with, and PILOT@NODE."""
+def _owner_files(root: Path) -> Iterator[tuple[Path, str, str]]:
+    """Yield each owner file, the prefix of its pilot's task directories, and PILOT@NODE."""
     for owner in root.glob(f"{OWNER}*"):
-        prefix, _, said = owner.name.removeprefix(OWNER).partition("-")
-        yield owner, prefix, said
+        prefix, _, pilot_at_node = owner.name.removeprefix(OWNER).partition("-")
+        yield owner, prefix, pilot_at_node
 
 
-def _is_orphaned(said: str, descriptor: int, how: int = fcntl.LOCK_EX) -> bool:
-    """Tell whether the pilot that made a file or a directory is dead: it would hold the lock, which a crash takes from it.
+def _is_orphaned(pilot_at_node: str, descriptor: int, how: int = fcntl.LOCK_EX) -> bool:
+    """Return whether the pilot that made a file or a directory is dead. A living pilot holds its lock; a crash releases it.
 
     Args:
-        said: who and where it is, as the name says: PILOT@NODE.
-        descriptor: of what it made.
-        how: to lock it, which keeps others from doing the same, or not.
+        pilot_at_node: The pilot and its node, from the name of the file or directory.
+        descriptor: The file or directory, open.
+        how: The lock to take on it: LOCK_EX keeps others from checking it at the same time, LOCK_SH does not.
     """
-    who, _, node = said.partition("@")
+    who, _, node = pilot_at_node.partition("@")
     pilot = Identity.parse(who)
     if pilot is None:
         return False
@@ -318,27 +330,49 @@ def _is_orphaned(said: str, descriptor: int, how: int = fcntl.LOCK_EX) -> bool:
         return False
     except OSError:  # a file system without locks
         return pilot.is_dead
-    # A lock tells of the processes of one kernel, where a file system is mounted with local locks only.
+    # Where a file system is mounted with local locks only, a lock shows the processes of one kernel.
     here = identity.own()
     if pilot.boot != here.boot:
         return node == os.uname().nodename
     return pilot.is_dead or pilot.namespace != here.namespace
 
 
-def _remove_of(root: Path, prefix: str) -> int:
-    asides = [directory for what in ASIDES for directory in root.glob(f"{what}-{prefix}*")]
-    directories = [*root.glob(f"{prefix}-*"), *asides]
+def _remove_task_directories(root: Path, prefix: str) -> int:
+    others = [directory for what in NOT_OF_TASKS for directory in root.glob(f"{what}-{prefix}*")]
+    directories = [*root.glob(f"{prefix}-*"), *others]
     for directory in directories:
         remove_tree(directory)
     return len(directories)
 
 
-def _leave(root: Path, lock: IO[bytes]) -> None:
-    """Remove the data directory, if no other pilot is in it, nor a task directory that was to be kept."""
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if another pilot is there
-    if {entry.name for entry in root.iterdir()} <= {LOCK, HUB}:
+def _remove_unused(root: Path, lock: IO[bytes]) -> None:
+    """Remove the data directory, unless another pilot uses it or something is in it.
+
+    If task directories are kept in it, remove the lock file alone, or leave that to the sweep that removes the owner files
+    of dead pilots. A pilot that is about to lock the file finds it gone (`_make_and_share`), and tries again.
+
+    Raises:
+        OSError: There is no lock file any more, or something cannot be removed.
+
+    Args:
+        root: The data directory.
+        lock: Its lock file, open.
+    """
+    is_locked = True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:  # another pilot uses it
+        return
+    except OSError:  # a file system without locks: another pilot may use it
+        is_locked = False
+    if not os.path.samestat((root / LOCK).stat(), os.fstat(lock.fileno())):
+        return  # the data directory was removed in the meantime, and another pilot has made a new one
+    entries = {entry.name for entry in root.iterdir()} - {LOCK, HUB}
+    if is_locked and not entries:
         with opened(root, os.O_DIRECTORY) as directory:
-            _hold(directory)  # no sweep is to remove it at the same time
-            gone = _beside(root)
+            _lock_directory(directory)  # no sweep is to remove it at the same time
+            gone = _new_name_beside(root)
             root.rename(gone)
             remove_tree(gone)
+    elif os.fstat(lock.fileno()).st_size and not any(name.startswith(OWNER) for name in entries):
+        (root / LOCK).unlink()

@@ -1,4 +1,4 @@
-"""What a machine must have to run anything: a disk to write to, and a clock that is right. Everything here blocks."""
+"""Checks of what each machine needs: a disk that can be written, and a clock that is right. Everything here blocks."""
 
 import os
 import tempfile
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from trio_pilot.errors import NodeError, map_exceptions
 
-YEARS = range(2026, 2100)  # that a clock may show
-MOST_SKEW = 60.0  # seconds between our clock and that of the data directory's file system
-TRIAL = 2**14  # bytes
+YEARS = range(2026, 2100)  # that a clock that is right may show
+MOST_SKEW = 60.0  # seconds between the clock of this machine and that of the data directory's file system
+TRIAL = 2**14  # bytes to write as a test
 
 
 def check_writable(directory: Path) -> None:
-    """Write a file, and have it on the disk. Raises NodeError if that does not work."""
+    """Write a file and sync it to disk. Raises NodeError if that fails."""
     with map_exceptions({OSError: NodeError}, f"cannot write in {directory}"), tempfile.TemporaryFile(dir=directory) as file:
         file.write(b"?" * TRIAL)
         file.flush()
@@ -22,7 +22,7 @@ def check_writable(directory: Path) -> None:
 
 
 def disk_fault(directory: Path) -> str:
-    """Say that a disk is full, if it is."""
+    """Return what is wrong with the disk of a directory: it is full, or fails; an empty text if nothing is."""
     try:
         free = os.statvfs(directory)
     except OSError as error:
@@ -31,11 +31,15 @@ def disk_fault(directory: Path) -> str:
 
 
 def clock_skew(directory: Path) -> float:
-    """Give the seconds that a directory's file system is ahead of our clock. Raises NodeError if either is wrong."""
+    """Return the seconds by which the file system of a directory is ahead of this machine's clock.
+
+    Raises:
+        NodeError: This machine's clock, or that of the file system, is wrong.
+    """
     if (now := datetime.now(UTC)).year not in YEARS:
         raise NodeError(f"the clock says {now:%Y-%m-%d}")
     with map_exceptions({OSError: NodeError}, f"no file in {directory}"), tempfile.TemporaryFile(dir=directory) as file:
         skew = os.fstat(file.fileno()).st_mtime - time.time()
     if abs(skew) > MOST_SKEW:
-        raise NodeError(f"the file system of {directory} is {skew:+.0f} s off our clock")
+        raise NodeError(f"the file system of {directory} is {skew:+.0f} s off this machine's clock")
     return skew

@@ -1,4 +1,4 @@
-"""Directories and files, where the standard library leaves something to wish for. Everything here blocks."""
+"""Directories and files, where the standard library does not suffice. Everything here blocks."""
 
 import os
 import shutil
@@ -9,15 +9,15 @@ from pathlib import Path
 
 from trio_pilot.log import LOGGER
 
-# Those of pathlib raise, before Python 3.14, where we may not look or a name is too long. These say no.
+# Before Python 3.14, those of pathlib raise if a directory may not be read, or a name is too long. These return False.
 exists, is_directory, is_file, is_link = os.path.exists, os.path.isdir, os.path.isfile, os.path.islink
 
-RM_TIMEOUT = 60.0  # seconds that rm may take for what nothing else removes
+RM_TIMEOUT = 60.0  # seconds that rm may take
 
 
 @contextmanager
 def opened(path: Path, flags: int) -> Iterator[int]:
-    """Open a file (open(2)) for a while."""
+    """Open a file (open(2)) for the body."""
     descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
         yield descriptor
@@ -26,13 +26,13 @@ def opened(path: Path, flags: int) -> Iterator[int]:
 
 
 def remove_tree(root: Path) -> None:
-    """Remove a directory with all that is in it, locked directories too; log what cannot be removed."""
+    """Remove a directory with all that is in it, also directories without permissions. Log it if something is left."""
     if not try_to_remove(root):
         LOGGER.warning("cannot remove all of %s", root)
 
 
 def try_to_remove(root: Path) -> bool:
-    """Remove a directory as `remove_tree` does, and tell whether it is gone."""
+    """Remove a directory as `remove_tree` does; return whether it is gone."""
     for remove in (_remove, _unlock, _remove, _remove_by_rm):
         if os.path.lexists(root):
             remove(root)
@@ -40,29 +40,29 @@ def try_to_remove(root: Path) -> bool:
 
 
 def _remove(root: Path) -> None:
-    with suppress(RecursionError):  # a thousand directories in each other
+    with suppress(RecursionError):  # a thousand nested directories
         shutil.rmtree(root, ignore_errors=True)
 
 
 def _unlock(root: Path) -> None:
-    """Let us into the directories that a task has locked, from the top down."""
+    """Give this user permissions in the directories that a task took them from, from the top down."""
     directories = [root]
-    while directories:  # os.walk goes no deeper than a thousand of them
+    while directories:  # os.walk goes no deeper than a thousand
         directory = directories.pop()
         with suppress(OSError):
             directory.chmod(0o700)
         with suppress(OSError), os.scandir(directory) as entries:
-            # What a symbolic link leads to is none of ours.
+            # The target of a symbolic link is not part of the tree.
             directories += [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
 def _remove_by_rm(root: Path) -> None:
-    """Remove what is nested deeper than Python goes."""
+    """Remove directories that are nested deeper than Python's recursion goes."""
     nothing = subprocess.DEVNULL
     with suppress(OSError, subprocess.TimeoutExpired):
         subprocess.run(
             ["rm", "-rf", "--", str(root)],
-            env={},  # it is found by os.defpath then: the guardian has no PATH
+            env={},  # rm is found by os.defpath then: the guardian has no PATH
             stdin=nothing,
             stdout=nothing,
             stderr=nothing,
@@ -73,7 +73,7 @@ def _remove_by_rm(root: Path) -> None:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file that is either there as a whole, on disk, or not at all."""
+    """Write a file and sync it to disk; after a crash it is there as a whole, or not at all."""
     temporary = path.with_name(f".{path.name}.part")
     try:
         with temporary.open("wb") as file:
@@ -89,14 +89,14 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def write_all(descriptor: int, content: bytes) -> None:
-    """Write to a descriptor, for as long as it takes."""
+    """Write all of `content` to a descriptor, however many calls it takes."""
     rest = memoryview(content)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
 
 
 def make_durably(directory: Path) -> None:
-    """Make a directory, and those above it, so that they are there after a power failure."""
+    """Make a directory and its parents, and sync them to disk: they survive a power failure."""
     if not directory.is_dir():
         make_durably(directory.parent)
         directory.mkdir(exist_ok=True)
@@ -104,6 +104,6 @@ def make_durably(directory: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or the names in a directory, on disk."""
+    """Sync a file, or the names in a directory, to disk."""
     with opened(path, os.O_RDONLY) as descriptor:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""Output files whose sending takes long: those are worth having on disk for good, should the machine fail meanwhile.
+"""Sync of output files to disk if sending them takes long, so that they survive a failure of the machine.
 
-A confirm takes a millisecond, a sync to disk often ten: so no output pays for one unless its sending is late, because the
-broker is away, say. The file is in the task's directory until then.
+A broker confirms in a millisecond, a sync to disk often takes ten. So an output is synced only if its sending is late, for
+example because the broker is away. Its file stays in the task's directory until it is sent.
 """
 
 from collections.abc import Iterator
@@ -13,32 +13,32 @@ import trio
 from trio_pilot.files.filesystem import sync
 from trio_pilot.log import LOGGER
 
-LATE = 5.0  # seconds
+LATE = 5.0  # seconds after which the sending of an output is late
 
 
 class LateSync:
-    """The outputs that are being sent."""
+    """Syncs outputs whose sending is late."""
 
     def __init__(self) -> None:
         self._since: dict[Path, float] = {}
         self._watching = trio.CancelScope()
 
     async def watch(self) -> None:
-        """Have outputs on disk that are late: run this beside the tasks."""
+        """Sync outputs that are late, until closed. Runs beside the tasks."""
         with self._watching:
             while True:
                 await trio.sleep(LATE)
                 for path in [path for path, since in self._since.items() if since + LATE <= trio.current_time()]:
-                    if self._since.pop(path, None) is not None:  # once is enough; it may be sent by now
-                        await trio.to_thread.run_sync(_keep, path, abandon_on_cancel=True)
+                    if self._since.pop(path, None) is not None:  # only once, and not if it is sent by now
+                        await trio.to_thread.run_sync(_sync_output, path, abandon_on_cancel=True)
 
     def close(self) -> None:
-        """End the watch: there is nothing left to send."""
+        """End `watch`: there is nothing left to send."""
         self._watching.cancel()
 
     @contextmanager
     def sending(self, path: Path) -> Iterator[None]:
-        """Watch over an output while it is sent."""
+        """Sync an output if the body, which sends it, takes long."""
         self._since[path] = trio.current_time()
         try:
             yield
@@ -46,10 +46,10 @@ class LateSync:
             self._since.pop(path, None)
 
 
-def _keep(path: Path) -> None:
+def _sync_output(path: Path) -> None:
     try:
-        with suppress(FileNotFoundError):  # it was sent at this very moment
+        with suppress(FileNotFoundError):  # it was sent just now, and removed
             for one in (path, path.parent, path.parent.parent):
                 sync(one)
     except OSError as error:
-        LOGGER.warning("the output %s is not sent yet, and cannot be synced to disk: %s", path, error.strerror)
+        LOGGER.warning("output %s not synced to disk (%s): a failure of this machine would lose it", path, error.strerror)

@@ -1,4 +1,4 @@
-"""A task's directory: what goes in and what comes out. Everything here blocks."""
+"""The directory of a task: its input file, output file and logs. Everything here blocks."""
 
 import errno
 import json
@@ -16,12 +16,12 @@ from trio_pilot.files import filesystem
 from trio_pilot.files.filesystem import opened, remove_tree, write_all
 
 STDOUT, STDERR = 1, 2
-PIECE = 65536  # bytes that are copied at once
+PIECE = 65536  # bytes that are copied in one step
 
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """The directory of one run of a container, and the names in it."""
+    """The paths of the directory of one run of a container."""
 
     root: Path
     infile: str
@@ -29,47 +29,47 @@ class TaskFiles:
 
     @cached_property
     def io(self) -> Path:
-        """Where the input file and the output file are."""
+        """The directory of the input file and the output file."""
         return self.root / "task-io"
 
     @cached_property
     def infile_path(self) -> Path:
-        """The event."""
+        """The file with the event."""
         return self.io / self.infile
 
     @cached_property
     def outfile_path(self) -> Path:
-        """What the task makes of it."""
+        """The file that the task writes."""
         return self.io / self.outfile
 
     @cached_property
     def scratch(self) -> Path:
-        """The container's own."""
+        """The directory that only the container uses."""
         return self.root / "scratch"
 
     @cached_property
     def outputs(self) -> Path:
-        """Where the container's stdout and stderr are."""
+        """The directory of the container's stdout and stderr."""
         return self.root / "outputs"
 
     @cached_property
     def stdout(self) -> Path:
-        """What the container writes to its stdout."""
+        """The file with the container's stdout."""
         return self.outputs / "stdoutfile"
 
     @cached_property
     def stderr(self) -> Path:
-        """What the container writes to its stderr."""
+        """The file with the container's stderr."""
         return self.outputs / "stderrfile"
 
 
 def make(files: TaskFiles, *, any_user: bool = False) -> None:
-    """Make the directories of a task; the init container has no input file, and no place for one.
+    """Make the directories of a task; the init container has no input file, and no directory for one.
 
-    With `any_user`, a container may write in them whoever it is there, and nobody else of this machine may enter.
+    With `any_user`, containers of any user may write in them, and no other user of this machine may enter.
 
     Raises:
-        NodeError: the disk does not take them.
+        NodeError: They cannot be made.
     """
     with map_exceptions({OSError: NodeError}, f"cannot make the task directory {files.root}"):
         for directory in (files.root, files.scratch, files.outputs, *([files.io] if files.infile else [])):
@@ -79,7 +79,7 @@ def make(files: TaskFiles, *, any_user: bool = False) -> None:
 
 
 def modes(files: TaskFiles) -> Mapping[Path, int]:
-    """Give the modes of the directories that are for any user."""
+    """Return the modes of directories in which any user may write."""
     return {files.root: 0o700, files.io: 0o777, files.scratch: 0o1777}
 
 
@@ -87,8 +87,8 @@ def write_infile(files: TaskFiles, data: Any) -> None:
     """Write an event: text and bytes as they are, any other value as JSON.
 
     Raises:
-        DecodeError: it is text that cannot be written as UTF-8.
-        NodeError: the disk does not take it.
+        DecodeError: It is text that cannot be written as UTF-8.
+        NodeError: The file cannot be written.
     """
     try:
         content = data if isinstance(data, bytes) else _text(data).encode()
@@ -99,24 +99,25 @@ def write_infile(files: TaskFiles, data: Any) -> None:
 
 
 def _overwrite(path: Path, content: bytes) -> None:
-    """Write a file that may be there already. Emptied first, ext4 would send it to the disk as it is closed."""
-    with open(path, "wb", opener=_open_as_it_is) as file:
+    """Write a file that may exist already. It is not emptied first: ext4 would write it to disk when it is closed."""
+    with open(path, "wb", opener=_open_without_emptying) as file:
         file.write(content)
         file.truncate()
 
 
-def _open_as_it_is(path: str, flags: int) -> int:
+def _open_without_emptying(path: str, flags: int) -> int:
     return os.open(path, flags & ~os.O_TRUNC | os.O_NOFOLLOW, 0o666)
 
 
 def read_outfile(files: TaskFiles, max_size: int) -> bytes | None:
-    """Read what a task has written; None if it has written nothing.
+    """Return the content of the output file; None if there is none.
 
     Raises:
-        OutfileError: it is not a plain file, or has more than `max_size` bytes.
+        OutfileError: It is not a plain file, or has more than `max_size` bytes.
+        NodeError: The disk fails.
     """
     try:
-        # Neither following a link out of the directory nor waiting for the other end of a FIFO.
+        # This neither follows a link out of the directory nor waits for the other end of a FIFO.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
         with opened(files.outfile_path, flags) as descriptor:
             return _content(descriptor, max_size)
@@ -141,10 +142,10 @@ def _content(descriptor: int, max_size: int) -> bytes:
 
 
 def parse_outfile(content: bytes, *, is_json: bool) -> Any:
-    """Give the value of an output file: of JSON what it says, else text as it is, or bytes if it is no UTF-8.
+    """Return the value of an output file: parsed if it is JSON, else as text, or as bytes if it is no UTF-8.
 
     Raises:
-        OutfileError: it should be JSON, and is not.
+        OutfileError: It should be JSON, and is not.
     """
     if is_json:
         try:
@@ -158,7 +159,7 @@ def parse_outfile(content: bytes, *, is_json: bool) -> Any:
 
 
 def outfile_size(files: TaskFiles) -> int:
-    """Tell how many bytes a task has written, 0 for none."""
+    """Return the size of the output file in bytes; 0 if there is none."""
     try:
         return files.outfile_path.lstat().st_size
     except OSError:
@@ -166,17 +167,32 @@ def outfile_size(files: TaskFiles) -> int:
 
 
 def remove(files: TaskFiles) -> None:
-    """Remove the directory of a task. What cannot be removed is logged: no good task fails by it."""
+    """Remove the directory of a task. What cannot be removed is logged: the task does not fail by that."""
     remove_tree(files.root)
 
 
 def try_to_remove(files: TaskFiles) -> bool:
-    """Remove it, and tell whether it is gone."""
+    """Remove the directory of a task; return whether it is gone."""
     return filesystem.try_to_remove(files.root)
 
 
+def keep_only_files(files: TaskFiles) -> None:
+    """Remove from a task directory what is not kept: scratch, or the whole of it if no container was started."""
+    remove_tree(_not_kept(files))
+
+
+def try_to_keep_only_files(files: TaskFiles) -> bool:
+    """Remove what `keep_only_files` does; return whether it is gone: scratch may have files of another user."""
+    return filesystem.try_to_remove(_not_kept(files))
+
+
+def _not_kept(files: TaskFiles) -> Path:
+    was_started = os.path.lexists(files.stdout) or os.path.lexists(files.stderr)
+    return files.scratch if was_started else files.root
+
+
 def dump(files: TaskFiles) -> None:
-    """Copy what a container has written to our own stdout and stderr."""
+    """Copy the logs of a container to the stdout and stderr of this process."""
     _copy(files.stdout, STDOUT)
     _copy(files.stderr, STDERR)
 
@@ -186,7 +202,7 @@ def _text(data: Any) -> str:
 
 
 def _copy(path: Path, descriptor: int) -> None:
-    """Copy a file to who reads a descriptor. Past sys.stdout: its lock would be held by a thread that waits in it."""
+    """Copy a file to a descriptor. Not through sys.stdout: a thread that waits there would hold its lock."""
     with suppress(OSError), path.open("rb") as file:
         while piece := file.read(PIECE):
             write_all(descriptor, piece)

@@ -1,12 +1,12 @@
-"""What a task says on its stdout and stderr, and how much of it is kept: the beginning, and until it has ended the end too.
+"""The logs of a task, its stdout and stderr, and how much of them is kept: the beginning, and while it runs the end too.
 
-A task that says more than that is not hurt by it. Its outputs are open to append: when one is cut, its writer goes on from
-there. So the disk is filled with no more than what is written between two looks.
+A task that writes more than that is not disturbed. Its logs are open to append: when one is cut, its writer goes on from
+there. So they never take more room on the disk than that and what is written between two checks.
 """
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -20,14 +20,14 @@ from trio_pilot.files.filesystem import opened
 from trio_pilot.files.task_directory import TaskFiles, dump
 from trio_pilot.log import LOGGER
 
-TAIL = MOST  # bytes of the end that are kept meanwhile: the last words are taken from them
+TAIL = MOST  # bytes of the end that are kept while a task runs: the error summary is taken from them
 
-INTERVAL = 1.0  # seconds between two looks
-SHOW_TIMEOUT = 30.0  # seconds to wait for a reader of our own stdout and stderr
+INTERVAL = 1.0  # seconds between two checks
+SHOW_TIMEOUT = 30.0  # seconds to wait for a reader of this process's stdout and stderr
 
 
 def open_log(path: Path) -> IO[bytes]:
-    """Open an output of a task, empty. Each write goes to its end, wherever that is by then: so it can be cut meanwhile."""
+    """Open a log of a task, empty. Each write goes to its current end, so it can be cut at any time."""
     return open(path, "wb", 0, opener=_open_to_append)
 
 
@@ -36,35 +36,45 @@ def _open_to_append(path: str, flags: int) -> int:
 
 
 def cut(path: Path, most: int) -> None:
-    """Take the middle out of an output that has grown too long. Blocks; failing is no reason to stop.
+    """Remove the middle of a log that has grown too long. Blocks; errors are ignored.
 
-    What is written at this very moment may be lost, as the rest of the middle is.
+    What is written to it at the same moment may be lost, like the rest of the middle.
     """
     with suppress(OSError):
         size = path.lstat().st_size
         if size > most + TAIL:
-            with opened(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK) as output:
-                tail = os.pread(output, TAIL, os.fstat(output).st_size - TAIL)
-                os.ftruncate(output, most)
-                os.write(output, tail)
+            with opened(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK) as log:
+                tail = os.pread(log, TAIL, os.fstat(log).st_size - TAIL)
+                os.ftruncate(log, most)
+                os.write(log, tail)
 
 
 def finish(path: Path, most: int) -> None:
-    """Keep no more than the beginning of an output that is complete, and say so in it. Blocks."""
+    """Keep only the beginning of a log that is complete, with a note at its end. Blocks."""
     with suppress(OSError):
         facts = path.lstat()
         if facts.st_size > most and stat.S_ISREG(facts.st_mode):
-            with opened(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK) as output:
-                os.ftruncate(output, most)
-                os.write(output, b"\n[trio-pilot: output beyond %d bytes was dropped]\n" % most)
+            with opened(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK) as log:
+                os.ftruncate(log, most)
+                os.write(log, b"\n[trio-pilot: output beyond %d bytes was dropped]\n" % most)
 
 
 class TaskLogs:
-    """The outputs of all running tasks, each kept from growing without end."""
+    """The logs of all running tasks. Keeps each from growing without limit."""
 
-    def __init__(self, most: int, disk: BlockingCalls) -> None:
+    def __init__(
+        self,
+        most: int,
+        disk: BlockingCalls,
+        *,
+        show_timeout: float | None = None,
+        dump: Callable[[TaskFiles], None] = dump,
+    ) -> None:
+        """Keep `most` bytes of each log, and `show` them through `dump`. Without a `show_timeout` it is SHOW_TIMEOUT."""
         self._most = most
         self._disk = disk
+        self._show_timeout = SHOW_TIMEOUT if show_timeout is None else show_timeout
+        self._dump = dump
         self._growing: set[Path] = set()
         self._some_grow = AsyncValue(False)
         self._showing = trio.CapacityLimiter(1)
@@ -72,7 +82,7 @@ class TaskLogs:
         self._watching = trio.CancelScope()
 
     async def watch(self) -> None:
-        """Look at the outputs now and then, while there are any: run this beside the tasks."""
+        """Cut the logs of running tasks once a second, until closed. Runs beside the tasks."""
         with self._watching:
             while True:
                 await self._some_grow.wait_value(True)
@@ -81,12 +91,12 @@ class TaskLogs:
                     await self._disk.call(TAIL, cut, path, self._most)
 
     def close(self) -> None:
-        """End the watch: there is nothing left to look at."""
+        """End `watch`: no task runs any more."""
         self._watching.cancel()
 
     @contextmanager
     def growing(self, *paths: Path) -> Iterator[None]:
-        """Keep outputs from growing without end while the body runs."""
+        """Keep logs from growing without limit while the body runs."""
         self._growing.update(paths)
         self._some_grow.value = True
         try:
@@ -96,16 +106,16 @@ class TaskLogs:
             self._some_grow.value = bool(self._growing)
 
     async def show(self, files: TaskFiles) -> None:
-        """Copy what a task has said to our own stdout and stderr. Once nobody reads these, no other task waits for it."""
+        """Copy the logs of a task to this process's stdout and stderr. While these are not read, only one task waits."""
         if self._is_unread and not self._showing.available_tokens:
             return
-        with trio.move_on_after(SHOW_TIMEOUT, shield=True) as patience:  # what it has made is not to be lost meanwhile
-            await trio.to_thread.run_sync(dump, files, abandon_on_cancel=True, limiter=self._showing)
-        if patience.cancelled_caught and not self._is_unread:
-            LOGGER.warning("nobody reads our stdout or stderr: what tasks say is not copied to them until somebody does")
-        self._is_unread = patience.cancelled_caught
+        with trio.move_on_after(self._show_timeout, shield=True) as scope:  # the output of the task must not be lost
+            await trio.to_thread.run_sync(self._dump, files, abandon_on_cancel=True, limiter=self._showing)
+        if scope.cancelled_caught and not self._is_unread:
+            LOGGER.warning("stdout or stderr is not read: the logs of tasks are not copied to it until it is")
+        self._is_unread = scope.cancelled_caught
 
     def finish(self, *paths: Path) -> None:
-        """Keep no more than the beginning of outputs that are complete. Blocks."""
+        """Keep only the beginning of logs that are complete. Blocks."""
         for path in paths:
             finish(path, self._most)

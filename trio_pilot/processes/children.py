@@ -1,13 +1,13 @@
 """Child processes: started on the Trio thread, waited for by pidfd, and never left behind.
 
 A child is started by `subprocess.Popen` on the Trio thread itself: it costs 0.3 ms there, and PR_SET_PDEATHSIG (bubblewrap's
-`--die-with-parent`) is tied to the *thread* that spawned; a worker thread of Trio's goes away after 10 s idle.
+`--die-with-parent`) is tied to the *thread* that started the child; a worker thread of Trio ends after 10 s idle.
 
 The pilot is a child subreaper (PR_SET_CHILD_SUBREAPER(2const)): when a process dies anywhere below it, its children become
-the pilot's own. So the tree below a child is found by looking at the pilot's own children, again and again, killing those
-that are of the tree: they carry the child's marker in their environment, or are of its session. A dying process has no
-environment any more, and its children come into view only when it is dead; in the middle of execve(2) it has none yet. So
-both are waited for.
+the pilot's own. So the tree below a child is ended by listing the pilot's own children, again and again, and killing those
+that belong to the tree: they carry the child's marker in their environment, or are in its session. A dying process has no
+environment any more, and its children become the pilot's only when it is dead; in the middle of execve(2) a process has no
+environment yet. So both are waited for.
 """
 
 import ctypes
@@ -26,25 +26,24 @@ from typing import IO, ClassVar
 import trio
 
 from trio_pilot.log import LOGGER
-from trio_pilot.processes.identity import ENV_END, ENV_START, FLAGS, THREADS, stat_of
 from trio_pilot.processes.orphans import MARKER, mark
+from trio_pilot.processes.proc import environment_of, is_dying
 
-# Seconds that killing and reaping a process tree may take. SIGKILL acts at once, but for a process in the kernel's hands
-# (a hanging file system), for which nobody can do more than wait.
+# Seconds that killing and reaping a process tree may take. SIGKILL acts at once, except on a process that waits in the
+# kernel, for a hanging file system, say: nothing but waiting helps then.
 REAP_TIMEOUT = 5.0
-REAP_INTERVAL = 0.002  # seconds between looks for what became an orphan by the last kill
-DEATH_INTERVAL = 0.01  # the same, while one is seen to be dying: bubblewrap's, of which the kernel has a lot to undo
+REAP_INTERVAL = 0.002  # seconds between two searches for what became an orphan by the last kill
+DEATH_INTERVAL = 0.01  # the same while a process is dying: for one of bubblewrap's, the kernel has a lot to undo
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-PF_EXITING = 0x4  # linux/sched.h
 
-# By these HTCondor's condor_procd knows the processes of a job that it is to kill, whoever their parents are by then.
+# By these, HTCondor's condor_procd finds the processes of a job that it has to kill, whatever their parents are by then.
 _OF_CONDOR = {name: value for name, value in os.environ.items() if name.startswith("_CONDOR_ANCESTOR_")}
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What to start: arguments, environment, directory, the files for its output, and the marker it is known by."""
+    """A program to start: arguments, environment, directory, files for its output, and the marker of its processes."""
 
     argv: Sequence[str]
     env: Mapping[str, str]
@@ -53,24 +52,25 @@ class Command:
     stderr: IO[bytes]
     marker: str
     pass_fds: Sequence[int] = ()
-    cpus: Sequence[int] = ()  # that it may run on; none: any of ours
+    cpus: Sequence[int] = ()  # that it may run on; none: all that this process may
 
 
 class Children:
-    """The children of this process, which becomes a subreaper by it for the rest of its life."""
+    """The children of this process, which becomes a subreaper for the rest of its life."""
 
-    # Of the whole process: what one starts, no other may take for an orphan.
+    # Shared by all instances: the child of one is no orphan to another.
     _living: ClassVar[set[int]] = set()
 
-    def __init__(self) -> None:
+    def __init__(self, death_interval: float = DEATH_INTERVAL) -> None:
         if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
-        # Inherited from a careless parent, it would have the kernel reap our children, and every exit code be 0.
+        # Inherited from a careless parent, SIG_IGN would let the kernel reap the children, and every exit code be 0.
         if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self.death_interval = death_interval
 
     def spawn(self, command: Command) -> "Child":
-        """Start a child in a session of its own, with nothing to read. Raises OSError if it cannot be started."""
+        """Start a child in a session of its own, with an empty stdin. Raises OSError if it cannot be started."""
         with _on(command.cpus):
             process = _popen(command)
         try:
@@ -83,17 +83,17 @@ class Children:
         return child
 
     def orphans(self) -> list[int]:
-        """List the children that nobody here has started."""
-        return [pid for pid in _own_children() if pid not in self._living and pid not in _SPARED]
+        """Return the children that this process did not start itself."""
+        return [pid for pid in _own_children() if pid not in self._living and pid not in _EXCLUDED]
 
     @classmethod
     def know(cls, pid: int) -> None:
-        """Take note of a child that is seen to elsewhere."""
+        """Register a child that other code starts and reaps."""
         cls._living.add(pid)
 
     @classmethod
     def forget(cls, pid: int) -> None:
-        """Take note that a child is no more."""
+        """Unregister a child that was reaped."""
         cls._living.discard(pid)
 
 
@@ -113,20 +113,20 @@ class Child:
         return self._process.returncode is None
 
     async def wait(self) -> int:
-        """Wait for the child itself; give its exit code, 128 + n for death by signal n. Cancelling leaves it alone."""
+        """Wait for the child itself; return its exit code, 128 + n for death by signal n. Cancelling leaves it running."""
         while self._process.poll() is None:
             await trio.lowlevel.wait_readable(self._pidfd)
         return exit_code(self._process.returncode)
 
     async def see_to_its_end(self, grace: float, terminate: Callable[[], None] | None = None) -> int:
-        """Wait for the child, and `end` it and all below it on every way out; give its exit code."""
+        """Wait for the child, and `end` it and all processes below it in any case; return its exit code."""
         try:
             return await self.wait()
         finally:
             await self.end(grace, terminate)
 
     async def end(self, grace: float, terminate: Callable[[], None] | None = None) -> None:
-        """End the child and all below it: `terminate` (SIGTERM), `grace` seconds later SIGKILL, then reap. Shielded."""
+        """End the child and all processes below it: `terminate` (SIGTERM), after `grace` seconds SIGKILL. Shielded."""
         with trio.move_on_after(grace + REAP_TIMEOUT, shield=True) as reaping:
             if self.running and grace > 0:
                 (terminate or partial(self.signal_group, signal.SIGTERM))()
@@ -137,17 +137,17 @@ class Child:
                 await self.wait()
             await self._reap_orphans()
         if reaping.cancelled_caught:
-            LOGGER.error("process %d, or one that it started, cannot be killed", self.pid)
+            LOGGER.error("process %d, or one that it started, cannot be killed: it is left behind", self.pid)
         self._close()
 
     def signal_group(self, number: signal.Signals) -> None:
-        """Send a signal to the child's process group, as long as its number is sure to be its own."""
+        """Send a signal to the child's process group, unless the child is reaped: the number may be another's then."""
         if self.running:
-            with suppress(ProcessLookupError, PermissionError):  # it may have become another user's
+            with suppress(ProcessLookupError, PermissionError):  # the child may have become another user
                 os.killpg(self.pid, number)
 
     def terminate_below(self, pid: int | None) -> None:
-        """Send SIGTERM to what a process below has started; while that is nothing, to the child's process group."""
+        """Send SIGTERM to the children of a process below; if it has none yet, to the child's process group."""
         started: list[str] = []
         with suppress(OSError):
             started = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -157,25 +157,25 @@ class Child:
             self.signal_group(signal.SIGTERM)
 
     async def _reap_orphans(self) -> None:
-        ours: set[int] = set()
+        below: set[int] = set()
         while True:
-            claims = {pid: pid in ours or self._is_ours(pid) for pid in self._children.orphans()}
-            ours = {pid for pid, claim in claims.items() if claim}
-            if not ours and None not in claims.values():
+            verdicts = {pid: pid in below or self._is_below(pid) for pid in self._children.orphans()}
+            below = {pid for pid, verdict in verdicts.items() if verdict}
+            if not below and None not in verdicts.values():
                 return
-            dying = [pid for pid in ours if not _kill_and_reap(pid)]
+            dying = [pid for pid in below if not _kill_and_reap(pid)]
             if dying:
-                await _death_of(dying[0])
-            else:  # what they leave us is in view by now
-                await trio.sleep(REAP_INTERVAL if None in claims.values() else 0)
+                await _wait_for_death(dying[0], self._children.death_interval)
+            else:  # their children are this process's by now
+                await trio.sleep(REAP_INTERVAL if None in verdicts.values() else 0)
 
-    def _is_ours(self, pid: int) -> bool | None:
-        """Tell whether a process is to be reaped; None while it cannot be told."""
+    def _is_below(self, pid: int) -> bool | None:
+        """Return whether an orphan belongs to this child's tree, or is dying; None while that is unknown."""
         try:
-            if os.getsid(pid) == self.pid or _is_dying(pid):
+            if os.getsid(pid) == self.pid or is_dying(pid):
                 return True
-            environment = _environment(pid)
-        except OSError:  # gone meanwhile, or another user's
+            environment = environment_of(pid)
+        except OSError:  # gone in the meantime, or another user's
             return False
         return None if environment is None else self._marker in environment.split(b"\0")
 
@@ -186,7 +186,7 @@ class Child:
 
 @contextmanager
 def _on(cpus: Sequence[int]) -> Iterator[None]:
-    """Have this thread on some CPUs for a moment: what it starts is there from its first instruction."""
+    """Restrict this thread to some CPUs in the body: a child started there is restricted from its first instruction."""
     if not cpus:
         yield
         return
@@ -214,90 +214,66 @@ def _popen(command: Command) -> "subprocess.Popen[bytes]":
         )
     except OSError as error:
         if program and error.filename == program:
-            error.filename = command.argv[0]  # as it was called
+            error.filename = command.argv[0]  # as the caller named it
         raise
 
 
 @cache
 def _program(name: str, path: str) -> str | None:
-    """Look for a program once, rather than by trial in each child: the pilot stands still until a child's execve(2)."""
+    """Find a program in PATH once, not by trial in each child: the pilot is blocked until the child's execve(2)."""
     found = None if "/" in name else shutil.which(name, path=path)
     return found if found and found.startswith("/") else None  # a child has another working directory
 
 
 def exit_code(returncode: int) -> int:
-    """Give a shell's view of a return code of `subprocess`: 128 + n for death by signal n."""
+    """Return the exit code that a shell would show for a return code of `subprocess`: 128 + n for death by signal n."""
     return returncode if returncode >= 0 else 128 - returncode
 
 
 def end_strays() -> None:
-    """Kill and reap all children of a program that is about to exit, and what becomes its child by that.
+    """Kill and reap all children of this program, which is about to exit, and what becomes its child by that.
 
     Nothing else finds a process with a new session *and* a cleaned environment.
     """
     deadline = time.monotonic() + REAP_TIMEOUT
-    while (pids := set(_own_children()) - _SPARED) and time.monotonic() < deadline:
+    while (pids := set(_own_children()) - _EXCLUDED) and time.monotonic() < deadline:
         for pid in pids:
             _kill_and_reap(pid)
         time.sleep(REAP_INTERVAL)
 
 
 def _own_children() -> list[int]:
-    """List this process's children. Orphans become children of its main thread, which is the one that spawns."""
+    """Return the children of the main thread: it starts all children, and orphans become its children."""
     with open(f"/proc/self/task/{os.getpid()}/children", "rb", 0) as file:  # noqa: PTH123 -- once an event: half the time of Path
         return [int(pid) for pid in file.read().split()]
 
 
-# Not ours to kill: from before an exec of this program, as in `helper & exec trio-pilot`, or to outlive us.
-_SPARED = set(_own_children())
+# Children that are never ended: from before an exec, as in `helper & exec trio-pilot`, or to outlive this process.
+_EXCLUDED = set(_own_children())
 
 
 def spare(pid: int) -> None:
-    """Have a child outlive us."""
-    _SPARED.add(pid)
-
-
-def _is_dying(pid: int) -> bool:
-    """Tell whether a process is on its way out, or a zombie; but its first thread may end before the others."""
-    facts = _facts(pid)
-    return bool(int(facts[FLAGS]) & PF_EXITING) and int(facts[THREADS]) <= 1
-
-
-def _environment(pid: int) -> bytes | None:
-    """Give the environment of a process; None in the middle of execve(2), where it looks empty, and of one just dead."""
-    try:
-        environment = Path(f"/proc/{pid}/environ").read_bytes()
-    except ProcessLookupError:  # what it has started may be our orphan by now: look again
-        return None
-    facts = _facts(pid)
-    is_empty = int(facts[ENV_START]) == int(facts[ENV_END]) > 0
-    return environment if environment or is_empty else None
-
-
-def _facts(pid: int) -> list[str]:
-    """Give the fields of /proc/PID/stat. Raises FileNotFoundError if it is gone."""
-    if (facts := stat_of(pid)) is None:
-        raise FileNotFoundError(pid)
-    return facts
+    """Let a child outlive this process: never end it."""
+    _EXCLUDED.add(pid)
 
 
 def _kill_and_reap(pid: int) -> bool:
-    """Kill a child, and tell whether it is no more: it may take its time to die."""
+    """Kill a child; return whether it is reaped already: it may take a while to die."""
     with suppress(ProcessLookupError, ChildProcessError, PermissionError):
         os.kill(pid, signal.SIGKILL)
         return os.waitpid(pid, os.WNOHANG)[0] == pid
     return False
 
 
-async def _death_of(pid: int) -> None:
-    """Wait until a process is dead, or a moment: there may be others by then."""
+async def _wait_for_death(pid: int, seconds: float) -> None:
+    """Wait until a process is dead, or for some seconds: there may be others by then."""
     try:
         pidfd = os.pidfd_open(pid)
-    except OSError:  # it is gone, or no file descriptor is left
+    except OSError:  # the process is gone, or no file descriptor is left
         await trio.sleep(REAP_INTERVAL)
         return
     try:
-        with trio.move_on_after(DEATH_INTERVAL):
+        with trio.move_on_after(seconds):
             await trio.lowlevel.wait_readable(pidfd)
     finally:
         os.close(pidfd)

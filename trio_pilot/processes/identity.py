@@ -1,4 +1,4 @@
-"""Who a pilot is, in words that it leaves on all it starts, so that another can tell whether it is still there."""
+"""The identity of a pilot's process. All that a pilot starts bears it, so that others can check if it is dead."""
 
 import errno
 import os
@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-# Fields of /proc/PID/stat after the name, proc(5): its third is the first of these.
+# Indices of the fields of /proc/PID/stat after the name: number 0 here is the third in proc(5).
 STATE, PARENT, SESSION, FLAGS, THREADS, STARTED, ENV_START, ENV_END = 0, 1, 3, 6, 17, 19, 47, 48
 DEAD_STATES = ("Z", "X", "x")
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A process, told apart from all others that ever had, or will have, its number.
+    """A process, distinct from all others that had, or will have, its number.
 
-    A number is of a PID namespace, and used again: so the moment at which the process started is part of it, and the boot
-    of the machine that this is counted from.
+    A number belongs to a PID namespace, and is used again: so the time at which the process started is part of the identity,
+    and the boot of the machine from which that time is counted.
     """
 
     boot: str  # /proc/sys/kernel/random/boot_id, without its dashes
@@ -29,7 +29,7 @@ class Identity:
 
     @classmethod
     def parse(cls, text: str) -> "Identity | None":
-        """Read what `str` has written; None if it is nothing of ours."""
+        """Parse what `str` returns; None if it is something else."""
         parts = text.split(".")
         if len(parts) != 4 or not all(part.isascii() and part.isdigit() for part in parts[1:]):
             return None
@@ -37,7 +37,7 @@ class Identity:
 
     @property
     def is_dead(self) -> bool:
-        """Whether it is sure to be dead: of this boot and namespace, where we can look, and not there any more."""
+        """Whether it is certainly dead: of this boot and namespace, where it would be visible, and not there any more."""
         here = own()
         if (self.boot, self.namespace) != (here.boot, here.namespace):
             return False
@@ -48,7 +48,7 @@ class Identity:
 
 
 def _is_hidden(pid: int) -> bool:
-    """Tell whether there is a process that /proc does not show: another user's, where it is mounted with `hidepid`."""
+    """Return whether there is a process that /proc does not show: another user's, if it is mounted with `hidepid`."""
     try:
         os.kill(pid, 0)
     except OSError as error:
@@ -58,15 +58,15 @@ def _is_hidden(pid: int) -> bool:
 
 @cache
 def own() -> Identity:
-    """Tell who this process is."""
+    """Return the identity of this process."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
     facts = stat_of(os.getpid())
-    assert facts  # we are alive  # noqa: S101
+    assert facts  # this process is alive  # noqa: S101
     return Identity(boot, Path("/proc/self/ns/pid").stat().st_ino, os.getpid(), int(facts[STARTED]))
 
 
 def stat_of(pid: int) -> list[str] | None:
-    """Give the fields of /proc/PID/stat that follow the name; None if there is no such process."""
+    """Return the fields of /proc/PID/stat that follow the name; None if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:

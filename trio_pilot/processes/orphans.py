@@ -1,6 +1,6 @@
-"""What a pilot that is no more has left: its processes. Everything here blocks.
+"""Processes that a dead pilot left: found, and killed. Everything here blocks.
 
-For the guardian, which has no more than the standard library, and for the sweep at the start of the next pilot.
+Used by the guardian, which loads nothing but the standard library, and by the sweep at the start of a pilot.
 """
 
 import os
@@ -13,16 +13,16 @@ from pathlib import Path
 
 from trio_pilot.processes.identity import DEAD_STATES, PARENT, SESSION, STATE, Identity, own, stat_of
 
-MARKER = "TRIO_PILOT_CONTAINER"  # the environment variable by which a container's processes are known: PILOT/CONTAINER
+MARKER = "TRIO_PILOT_CONTAINER"  # environment variable that marks the processes of a container: PILOT/CONTAINER
 
-KILL_TIMEOUT = 5.0  # seconds for SIGKILL to act; a process in the kernel's hands may take longer, and nobody can help it
-KILL_INTERVAL = 0.01  # seconds between two looks
+KILL_TIMEOUT = 5.0  # seconds for SIGKILL to act; a process that waits in the kernel may take longer, and nothing helps
+KILL_INTERVAL = 0.01  # seconds between two searches
 
-Theirs = Callable[[Identity], bool]
+Theirs = Callable[[Identity], bool]  # returns whether a pilot is one of those whose things are to be removed
 
 
 def mark(container: str) -> str:
-    """Give the value of MARKER for a container of ours."""
+    """Return the value of MARKER for a container of this pilot."""
     return f"{own()}/{container}"
 
 
@@ -31,17 +31,17 @@ class _Process:
     pid: int
     parent: int
     session: int
-    pilot: Identity | None  # for whom it runs, as far as its environment says
+    pilot: Identity | None  # that it runs for, by its environment
 
 
 def end_processes(theirs: Theirs) -> int:
-    """Kill all processes of some pilots, and what these have started; give their number.
+    """Kill all processes of some pilots, and their descendants; return the number of processes.
 
-    Known are a container's processes by the marker in their environment; those that have cleaned it, by their session or
-    their parent.
+    The processes of a container are found by the marker in their environment, those that have cleaned it by their session
+    or their parent.
     """
     killed: set[int] = set()
-    sessions: set[int] = set()  # for all looks: what is forked during one may be all that is left of a session at the next
+    sessions: set[int] = set()  # of all searches: what is forked during one may be all that is left of a session at the next
     deadline = time.monotonic() + KILL_TIMEOUT
     while (found := _find(theirs, sessions)) and time.monotonic() < deadline:
         for pid in found:

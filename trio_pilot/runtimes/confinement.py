@@ -19,6 +19,7 @@ import trio
 from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.log import LOGGER
 from trio_pilot.processes import cgroups
+from trio_pilot.processes.cgroup_removal import REMOVE_TIMEOUT
 from trio_pilot.processes.identity import THREADS, stat_of
 from trio_pilot.runtimes import NOT_EXECUTABLE, NOT_FOUND, Container, Limits
 
@@ -29,7 +30,7 @@ SHELL, SHELL_NAME = "/bin/sh", "trio-pilot"
 NOT_ENTERED = 125  # the shell's exit code if it could not set a limit for itself
 OF_SHELLS = ("PWD", "OLDPWD", "SHLVL")  # variables that shells add
 
-CALL_TIMEOUT = cgroups.REMOVE_TIMEOUT + 1.0  # seconds for what has a deadline of its own
+CALL_TIMEOUT = REMOVE_TIMEOUT + 1.0  # seconds for what has a deadline of its own
 
 CONTROLLERS = {"memory": "memory", "cpus": "cpu", "pids": "pids"}  # of each of the limits
 

@@ -24,6 +24,8 @@ from tests.support.waiting import PATIENCE, until
 from trio_pilot.errors import NodeError
 from trio_pilot.files.error_summary import error_summary
 from trio_pilot.processes import cgroups
+from trio_pilot.processes.cgroup_hierarchies import MAIN_FILES, PREFIX, hierarchies
+from trio_pilot.processes.cgroup_hierarchies import PILOT as PILOT_GROUP
 from trio_pilot.processes.identity import Identity, own
 from trio_pilot.processes.orphans import MARKER
 from trio_pilot.runtimes import Container, Exit, Limits, Options, Runtime, confinement, process
@@ -56,7 +58,7 @@ def groups() -> None:
     """Need control groups for all that can be limited."""
     found = cgroups.Groups()
     found.close()
-    if missing := cgroups.MAIN_FILES.keys() - found.controllers:
+    if missing := MAIN_FILES.keys() - found.controllers:
         pytest.skip(f"no control groups here: {', '.join(map(found.fault, sorted(missing)))}")
 
 
@@ -74,14 +76,14 @@ def nothing_is_left() -> Iterator[None]:
 
 
 def groups_of(pilot: Identity) -> list[Path]:
-    tops = (top for one in cgroups.hierarchies() for top in cgroups._tops(one.mount))
-    return [top for top in tops if top.name == f"{cgroups.PREFIX}{pilot}"]
+    tops = (top for one in hierarchies() for top in one.pilot_groups())
+    return [top for top in tops if top.name == f"{PREFIX}{pilot}"]
 
 
 def groups_in(controller: str) -> list[Path]:
     """List the groups of this process's containers."""
-    (place,) = [one for one in cgroups.hierarchies() if controller in one.controllers]
-    return [group for group in place.top.glob("*") if group.is_dir() and group.name != cgroups.PILOT]
+    (place,) = [one for one in hierarchies() if controller in one.controllers]
+    return [group for group in place.top.glob("*") if group.is_dir() and group.name != PILOT_GROUP]
 
 
 def limited(
@@ -408,8 +410,8 @@ def pilot_with_a_container() -> Iterator[tuple[int, Path]]:
     try:
         assert pilot.stdout
         pilot.stdout.read(1)
-        (mount,) = [one.mount for one in cgroups.hierarchies() if "pids" in one.controllers]
-        (top,) = [top for top in cgroups._tops(mount) if f".{pilot.pid}." in top.name]
+        (place,) = [one for one in hierarchies() if "pids" in one.controllers]
+        (top,) = [top for top in place.pilot_groups() if f".{pilot.pid}." in top.name]
         yield pilot.pid, top
     finally:
         cgroups.sweep(lambda one: one.pid == pilot.pid)

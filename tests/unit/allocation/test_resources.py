@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from trio_pilot.allocation import classad
+from trio_pilot.allocation import cgroup_limits, classad
 from trio_pilot.allocation.cpu_sets import CpuSets
 from trio_pilot.allocation.resources import PILOTS_OWN, THREADS, Allocation, find_allocation, fitted
-from trio_pilot.processes import cgroups
+from trio_pilot.processes.cgroup_hierarchies import Hierarchy
 from trio_pilot.settings import Settings, load
 
 GB = 2**30
@@ -77,16 +77,16 @@ def test_the_job_ad_will_do(tmp_path: Path) -> None:
 
 
 def test_without_ads_the_slot_is_what_affinity_lets_us_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cgroups, "most_cpus", lambda: None)
-    monkeypatch.setattr(cgroups, "most_memory", lambda: None)
+    monkeypatch.setattr(cgroup_limits, "most_cpus", lambda: None)
+    monkeypatch.setattr(cgroup_limits, "most_memory", lambda: None)
     found = find_allocation({})
     assert (found.cpus, found.cpus_by, found.memory_by) == (len(os.sched_getaffinity(0)), "affinity", "machine")
     assert found.memory > GB / 4
 
 
 def test_a_control_group_may_let_us_use_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cgroups, "most_cpus", lambda: 0.5)
-    monkeypatch.setattr(cgroups, "most_memory", lambda: 10**8)
+    monkeypatch.setattr(cgroup_limits, "most_cpus", lambda: 0.5)
+    monkeypatch.setattr(cgroup_limits, "most_memory", lambda: 10**8)
     found = find_allocation({})
     assert (found.cpus, found.cpus_by, found.memory, found.memory_by) == (0.5, "control group", 10**8, "control group")
 
@@ -108,9 +108,9 @@ def test_the_tightest_group_counts(
     for name, text in files.items():
         (tmp_path / name).write_text(f"{text}\n")
     (tmp_path.parent / "memory.max").write_text("1")  # outside
-    found = cgroups.Hierarchy(tmp_path, tmp_path / "a/b", frozenset({"memory", "cpu"}), unified)
-    monkeypatch.setattr(cgroups, "hierarchies", lambda: [found])
-    assert (cgroups.most_cpus(), cgroups.most_memory()) == (cpus, memory)
+    found = Hierarchy(tmp_path, tmp_path / "a/b", frozenset({"memory", "cpu"}), unified)
+    monkeypatch.setattr(cgroup_limits, "hierarchies", lambda: [found])
+    assert (cgroup_limits.most_cpus(), cgroup_limits.most_memory()) == (cpus, memory)
 
 
 def settled(**texts: str) -> Settings:

@@ -189,16 +189,16 @@ def test_what_a_pilot_starts_does_not_hold_a_directory_that_this_uses_for_a_mome
 def test_a_pilot_leaves_its_word_again_when_a_sweep_was_quicker_to_lock_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, maker: Identity
 ) -> None:
-    lock = data_directory._try_to_lock
+    lock = fcntl.flock
 
-    def be_late(file: IO[Any], how: int = fcntl.LOCK_EX) -> None:
+    def be_late(file: IO[Any], how: int) -> None:
         if how == fcntl.LOCK_EX:
             monkeypatch.undo()
             data_directory.sweep(tmp_path / "ewms-pilot-data")
         lock(file, how)
 
     monkeypatch.setattr(identity, "own", lambda: maker)
-    monkeypatch.setattr(data_directory, "_try_to_lock", be_late)
+    monkeypatch.setattr(fcntl, "flock", be_late)
     with open_data_directory(tmp_path, []) as mine:
         (word,) = mine.root.glob(f".pilot-{mine.prefix}-*")
         data_directory.sweep(mine.root)
@@ -229,20 +229,20 @@ def test_a_data_directory_that_is_being_removed_is_left_to_who_does_that(
 def test_a_directory_is_made_again_when_a_sweep_was_quicker_to_lock_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, maker: Identity
 ) -> None:
-    hold = data_directory._hold
+    lock = fcntl.flock
 
-    def be_late(directory: int) -> bool:
+    def be_late(directory: int, how: int) -> None:
         monkeypatch.undo()
         if maker == own():
             (made,) = tmp_path.iterdir()
             with opened(made, os.O_DIRECTORY) as sweeping:
-                fcntl.flock(sweeping, fcntl.LOCK_EX)
-                return hold(directory)
+                lock(sweeping, fcntl.LOCK_EX)
+                return lock(directory, how)
         data_directory.sweep(tmp_path / "ewms-pilot-data")
-        return hold(directory)
+        return lock(directory, how)
 
     monkeypatch.setattr(identity, "own", lambda: maker)
-    monkeypatch.setattr(data_directory, "_hold", be_late)
+    monkeypatch.setattr(fcntl, "flock", be_late)
     with data_directory.open_temporary(tmp_path) as directory:
         assert list(tmp_path.iterdir()) == [directory]
     assert list(tmp_path.iterdir()) == []

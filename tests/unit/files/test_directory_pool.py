@@ -9,8 +9,8 @@ from trio_pilot.files.directory_pool import DirectoryPool
 from trio_pilot.files.task_directory import TaskFiles
 
 
-@pytest.fixture(params=[False, True], ids=["our own user", "any user"])
-def spares(request: pytest.FixtureRequest) -> DirectoryPool:
+@pytest.fixture(params=[False, True], ids=["this user", "any user"])
+def pool(request: pytest.FixtureRequest) -> DirectoryPool:
     return DirectoryPool(any_user=request.param)
 
 
@@ -18,20 +18,20 @@ def files_of(directory: Path, name: str) -> TaskFiles:
     return TaskFiles(directory / name, infile=f"infile-{name}.in", outfile=f"outfile-{name}.out")
 
 
-def used(spares: DirectoryPool, files: TaskFiles) -> TaskFiles:
-    spares.make(files)
+def used(pool: DirectoryPool, files: TaskFiles) -> TaskFiles:
+    pool.make(files)
     task_directory.write_infile(files, "event")
     for path in (files.io / files.outfile, files.stdout, files.stderr):
-        path.write_text("said")
+        path.write_text("written")
     return files
 
 
-def test_a_clean_directory_is_the_next_tasks(tmp_path: Path, spares: DirectoryPool) -> None:
+def test_a_clean_directory_is_used_for_the_next_task(tmp_path: Path, pool: DirectoryPool) -> None:
     first, second = files_of(tmp_path, "a"), files_of(tmp_path, "b")
-    used(spares, first)
+    used(pool, first)
     inode = first.root.stat().st_ino
-    assert spares.take_back(first)
-    spares.make(second)
+    assert pool.take_back(first)
+    pool.make(second)
     assert second.root.stat().st_ino == inode
     assert not first.root.exists()
     task_directory.write_infile(second, "it")
@@ -39,10 +39,10 @@ def test_a_clean_directory_is_the_next_tasks(tmp_path: Path, spares: DirectoryPo
     assert list(second.io.iterdir()) == [second.infile_path]
 
 
-def test_nothing_is_left_in_the_end(tmp_path: Path, spares: DirectoryPool) -> None:
+def test_closing_removes_all_directories(tmp_path: Path, pool: DirectoryPool) -> None:
     for name in "abc":
-        assert spares.take_back(used(spares, files_of(tmp_path, name)))
-    spares.close()
+        assert pool.take_back(used(pool, files_of(tmp_path, name)))
+    pool.close()
     assert not any(tmp_path.iterdir())
 
 
@@ -99,7 +99,7 @@ def no_directory_at_all(files: TaskFiles) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "change",
     [
         more_in_task_io,
         something_in_scratch,
@@ -115,22 +115,22 @@ def no_directory_at_all(files: TaskFiles) -> None:
         no_directory_at_all,
     ],
 )
-def test_a_spoilt_directory_is_not_used_again(
-    tmp_path: Path, spares: DirectoryPool, spoil: Callable[[TaskFiles], None]
+def test_a_changed_directory_is_not_used_again(
+    tmp_path: Path, pool: DirectoryPool, change: Callable[[TaskFiles], None]
 ) -> None:
-    files = used(spares, files_of(tmp_path, "a"))
-    spoil(files)
-    assert not spares.take_back(files)
+    files = used(pool, files_of(tmp_path, "a"))
+    change(files)
+    assert not pool.take_back(files)
     next_one = files_of(tmp_path, "b")
-    spares.make(next_one)
+    pool.make(next_one)
     assert next_one.scratch.is_dir()
     assert not next_one.stderr.exists()
 
 
-def test_a_spare_that_has_vanished_is_made_anew(tmp_path: Path, spares: DirectoryPool) -> None:
-    files = used(spares, files_of(tmp_path, "a"))
-    assert spares.take_back(files)
+def test_a_kept_directory_that_has_vanished_is_made_anew(tmp_path: Path, pool: DirectoryPool) -> None:
+    files = used(pool, files_of(tmp_path, "a"))
+    assert pool.take_back(files)
     task_directory.remove(files)
     next_one = files_of(tmp_path, "b")
-    spares.make(next_one)
+    pool.make(next_one)
     assert next_one.io.is_dir()

@@ -29,7 +29,7 @@ async def test_an_output_that_is_sent_at_once_is_not_synced(lab: Lab, synced: li
     assert synced == []
 
 
-async def test_an_output_that_is_not_confirmed_for_long_is_on_disk_once(lab: Lab, synced: list[tuple[Path, bool]]) -> None:
+async def test_an_output_that_is_confirmed_late_is_synced_once(lab: Lab, synced: list[tuple[Path, bool]]) -> None:
     lab.broker.delays["sink.confirm"] = 60
     lab.put(1)
     await lab.run()
@@ -39,7 +39,9 @@ async def test_an_output_that_is_not_confirmed_for_long_is_on_disk_once(lab: Lab
     assert lab.outputs() == ["1"]
 
 
-async def test_an_output_that_is_sent_while_another_is_synced_is_let_be(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_output_that_is_sent_in_the_meantime_is_not_synced(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept: list[object] = []
 
     async def slowly(function: object, path: Path, *, abandon_on_cancel: bool) -> None:
@@ -48,7 +50,7 @@ async def test_an_output_that_is_sent_while_another_is_synced_is_let_be(lab: Lab
         await trio.sleep(5)
 
     monkeypatch.setattr(trio.to_thread, "run_sync", slowly)
-    lab.broker.delays["sink.confirm"] = 12  # sent from second 1 on, looked at in second 10
+    lab.broker.delays["sink.confirm"] = 12  # sent from second 1 on, checked in second 10
     lab.put(1, 2, 3)
     await lab.run(max_concurrent_tasks=2)
     assert len(kept) == 2

@@ -5,22 +5,16 @@ import shutil
 import socket
 import stat
 import subprocess
-import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.disks import small_disk
-from tests.support.paths import ROOT
 from tests.support.users import AS_ROOT, as_nobody, needs_root
-from trio_pilot.errors import DecodeError, NodeError, OutfileError, SettingsError
+from trio_pilot.errors import DecodeError, NodeError, OutfileError
 from trio_pilot.files import task_directory
-from trio_pilot.files.data_directory import open_data_directory
 from trio_pilot.files.task_directory import TaskFiles
 
 MOST = 1000  # bytes of an output file, here
@@ -289,225 +283,55 @@ def test_removing_what_is_gone_is_no_error(files: TaskFiles, caplog: pytest.LogC
     assert caplog.text == ""
 
 
-# The data directory.
+# Keeping them.
 
 
-def test_the_data_directory_is_there_while_it_is_used_and_gone_after(tmp_path: Path) -> None:
-    with open_data_directory(tmp_path, []) as data_directory:
-        assert data_directory.root == tmp_path / "ewms-pilot-data"
-        assert data_directory.data_hub.is_dir()
-        (data_directory.data_hub / "calibration").write_text("from the init container")
-    assert list(tmp_path.iterdir()) == []
+def entries(files: TaskFiles) -> set[str]:
+    return {str(path.relative_to(files.root)) for path in files.root.rglob("*")}
 
 
-def test_it_is_removed_when_its_user_fails(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), open_data_directory(tmp_path, []):
-        _ = 1 / 0
-    assert list(tmp_path.iterdir()) == []
+def use(files: TaskFiles) -> None:
+    task_directory.write_infile(files, "event")
+    for path in (files.outfile_path, files.stdout, files.stderr, files.scratch / "file"):
+        path.touch()
+    (files.scratch / "usr/share").mkdir(parents=True)  # where an external directory was mounted
+    (files.scratch / "usr").chmod(0o500)
 
 
-def test_of_two_pilots_the_last_one_out_removes_it(tmp_path: Path) -> None:
-    with open_data_directory(tmp_path, []) as first:
-        (first.data_hub / "file").touch()
-        with open_data_directory(tmp_path, []) as second:
-            assert second.root == first.root
-        assert (first.data_hub / "file").exists()
-    assert list(tmp_path.iterdir()) == []
+def test_of_a_kept_directory_what_goes_in_and_comes_out_stays(files: TaskFiles) -> None:
+    use(files)
+    task_directory.keep_only_files(files)
+    kept = {"task-io", "task-io/infile.json", "task-io/outfile.json", "outputs", "outputs/stdoutfile", "outputs/stderrfile"}
+    assert entries(files) == kept
 
 
-def test_the_first_may_leave_first(tmp_path: Path) -> None:
-    with ExitStack() as first, open_data_directory(tmp_path, []) as second:
-        first.enter_context(open_data_directory(tmp_path, []))
-        first.close()
-        assert second.data_hub.is_dir()
-    assert list(tmp_path.iterdir()) == []
+def test_of_an_init_container_its_logs_stay(tmp_path: Path) -> None:
+    files = TaskFiles(tmp_path / "init-0123", infile="", outfile="")
+    task_directory.make(files)
+    files.stdout.touch()
+    assert task_directory.try_to_keep_only_files(files)
+    assert entries(files) == {"outputs", "outputs/stdoutfile"}
 
 
-def test_a_directory_made_by_hand_stays(tmp_path: Path) -> None:
-    (tmp_path / "ewms-pilot-data").mkdir()
-    with open_data_directory(tmp_path, []), open_data_directory(tmp_path, []):
-        pass
-    assert (tmp_path / "ewms-pilot-data").is_dir()
-    with open_data_directory(tmp_path, []) as data_directory:  # and is still known to be one
-        assert data_directory.data_hub.is_dir()
-    assert (tmp_path / "ewms-pilot-data").is_dir()
-
-
-def test_kept_task_directories_stay_and_do_not_harm_the_next_pilot(tmp_path: Path) -> None:
-    kept = tmp_path / "ewms-pilot-data" / "a-task"
-    with open_data_directory(tmp_path, []):
-        kept.mkdir()
-    with open_data_directory(tmp_path, []):
-        assert kept.is_dir()
-    assert kept.is_dir()
-    kept.rmdir()
-    with open_data_directory(tmp_path, []):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_data_hub_that_a_task_has_locked_is_removed(open_to_all: Path) -> None:
-    with as_nobody():
-        with open_data_directory(open_to_all, []) as data_directory:
-            (data_directory.data_hub / "locked").mkdir()
-            (data_directory.data_hub / "locked/file").touch()
-            (data_directory.data_hub / "locked").chmod(0)
-        assert list(open_to_all.iterdir()) == []
-
-
-def come_and_go(parent: Path, times: int) -> None:
-    for number in range(times):
-        with open_data_directory(parent, []) as data_directory:
-            task = data_directory.root / f"{os.getpid()}-{threading.get_ident()}-{number}"
-            task.mkdir()
-            (task / "file").write_text("data")
-            assert data_directory.data_hub.is_dir()
-            (task / "file").unlink()
-            task.rmdir()
-
-
-def test_many_pilots_come_and_go_at_once_in_threads(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        for done in [pool.submit(come_and_go, tmp_path, 150) for _ in range(4)]:
-            done.result()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_many_pilots_come_and_go_at_once_in_processes(tmp_path: Path) -> None:
-    code = "import sys, pathlib, tests.unit.files.test_task_directory as t; t.come_and_go(pathlib.Path(sys.argv[1]), 150)"
-    pilots = [subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT) for _ in range(4)]
-    assert [pilot.wait(60) for pilot in pilots] == [0] * 4
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_missing_parent_is_said_and_not_made(tmp_path: Path) -> None:
-    with pytest.raises(NodeError, match=r"^cannot write the data directory .*/missing/ewms-pilot-data: No such file"):
-        open_data_directory(tmp_path / "missing", []).__enter__()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_parent_that_is_a_file_is_said(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(NodeError, match="Not a directory"):
-        open_data_directory(tmp_path / "file", []).__enter__()
-
-
-@pytest.mark.parametrize("name", ["parent", "parent/ewms-pilot-data"])
-def test_a_circle_of_links_is_said(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).symlink_to((tmp_path / name).name)
-    with pytest.raises(NodeError, match=r"cannot write the data directory .*/parent/ewms-pilot-data: "):
-        open_data_directory(tmp_path / "parent", []).__enter__()
-
-
-@pytest.mark.parametrize("exists", [True, False])
-def test_a_directory_that_cannot_be_written_is_said(open_to_all: Path, exists: bool) -> None:
-    where = open_to_all / "ewms-pilot-data" if exists else open_to_all
-    where.mkdir(exist_ok=True)
-    where.chmod(0o555)
-    with as_nobody(), pytest.raises(NodeError, match=r"cannot write the data directory .*: Permission denied"):
-        open_data_directory(open_to_all, []).__enter__()
-    where.chmod(0o777)
+def test_the_directory_of_a_task_that_was_never_started_goes(files: TaskFiles) -> None:
+    task_directory.write_infile(files, "event")
+    task_directory.keep_only_files(files)
+    assert not files.root.exists()
+    task_directory.keep_only_files(files)  # which is no error
 
 
 @needs_root
-def test_a_disk_that_is_full_is_said(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", 64) as disk:
-        with suppress(OSError):
-            (disk / "filling").write_bytes(b"x" * 100_000)
-        with pytest.raises(NodeError, match=r"cannot write the data directory .*: No space left"):
-            open_data_directory(disk, []).__enter__()
+def test_what_cannot_be_removed_from_a_kept_directory_is_logged(files: TaskFiles, caplog: pytest.LogCaptureFixture) -> None:
+    use(files)
+    with small_disk(files.scratch / "usr", 16):
+        assert not task_directory.try_to_keep_only_files(files)
+        assert caplog.text == ""
+        task_directory.keep_only_files(files)
+    assert f"cannot remove all of {files.scratch}" in caplog.text
+    assert files.infile_path.exists()
 
 
-@pytest.mark.parametrize("place", ["/etc", "/usr/share", "/bin", "/proc", "/dev", "/var/log"])
-def test_there_are_places_where_no_data_directory_is_made(place: str) -> None:
-    with pytest.raises(SettingsError, match="cannot be made below"):
-        open_data_directory(Path(place), []).__enter__()
-
-
-def test_a_link_to_such_a_place_is_seen_through(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to("/etc")
-    with pytest.raises(SettingsError, match="cannot be made below /etc"):
-        open_data_directory(tmp_path / "link", []).__enter__()
-    (tmp_path / "ewms-pilot-data").symlink_to("/etc")
-    with pytest.raises(SettingsError, match="cannot be made below /etc"):
-        open_data_directory(tmp_path, []).__enter__()
-
-
-def test_a_data_hub_is_no_link(tmp_path: Path) -> None:
-    (tmp_path / "ewms-pilot-data").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    hub = tmp_path / "ewms-pilot-data/data-hub"
-    for target in ("elsewhere", "nonexistent"):
-        hub.symlink_to(tmp_path / target)
-        with pytest.raises(SettingsError, match=f"^{hub} must be a directory, not a link: remove it$"):
-            open_data_directory(tmp_path, []).__enter__()
-        hub.unlink()
-    with open_data_directory(tmp_path, []) as data_directory:
-        assert data_directory.data_hub == hub
-
-
-# External directories.
-
-
-def test_external_directories_are_taken_as_they_are_named(tmp_path: Path) -> None:
-    (data := tmp_path / "da ta,=").mkdir()
-    with open_data_directory(tmp_path, [data, Path("/usr/share")]) as data_directory:
-        assert data_directory.external == (data, Path("/usr/share"))
-
-
-@pytest.mark.parametrize("path", ["relative", "/does/not/exist", "/etc/passwd", "/usr/../usr"])
-def test_external_directories_must_be_absolute_and_exist(tmp_path: Path, path: str) -> None:
-    with pytest.raises(SettingsError, match="EWMS_PILOT_EXTERNAL_DIRECTORIES must name absolute, existing directories"):
-        open_data_directory(tmp_path, [Path(path)]).__enter__()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_external_directories_must_be_where_we_may_look(tmp_path: Path, locked: Path) -> None:
-    with as_nobody(), pytest.raises(SettingsError, match=f"absolute, existing directories, not '{locked}/data'"):
-        open_data_directory(tmp_path, [locked / "data"]).__enter__()
-
-
-@pytest.mark.parametrize("path", ["/proc", "/proc/self/cwd", "/dev", "/sys", "/run"])
-def test_some_directories_are_never_mounted(tmp_path: Path, path: str) -> None:
-    with pytest.raises(SettingsError, match="must not name directories below"):
-        open_data_directory(tmp_path, [Path(path)]).__enter__()
-
-
-def test_links_to_them_are_seen_through(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to("/proc")
-    with pytest.raises(SettingsError, match="must not name directories below /proc"):
-        open_data_directory(tmp_path, [tmp_path / "link"]).__enter__()
-
-
-def test_the_whole_machine_is_never_mounted(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="must not name all of this machine"):
-        open_data_directory(tmp_path, [Path("/")]).__enter__()
-
-
-@pytest.mark.parametrize("path", ["/tmp", "/tmp/", "//tmp"])
-def test_what_is_a_containers_own_is_not_mounted_over(tmp_path: Path, path: str) -> None:
-    with pytest.raises(SettingsError, match=r"must not name /+tmp: that is each container's own$"):
-        open_data_directory(tmp_path, [Path(path)]).__enter__()
-
-
-@pytest.mark.parametrize("name", ["", "/data-hub", "/task-io"])
-def test_nor_are_its_data_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr("trio_pilot.files.data_directory.is_directory", lambda _: True)
-    with pytest.raises(SettingsError, match=f"must not name /ewms-pilot-data{name}: that is each container's own$"):
-        open_data_directory(tmp_path, [Path(f"/ewms-pilot-data{name}")]).__enter__()
-
-
-def test_what_is_below_is_mounted(tmp_path: Path) -> None:
-    (below := tmp_path / "tmp").mkdir()
-    assert tmp_path.is_relative_to("/tmp")
-    with open_data_directory(tmp_path, [below]) as data_directory:
-        assert list(data_directory.external) == [below]
-
-
-def test_no_directory_is_mounted_twice(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="twice"):
-        open_data_directory(tmp_path, [Path("/usr/share"), Path("/usr/share/")]).__enter__()
+# Showing them.
 
 
 def test_a_tasks_output_is_copied_to_ours(files: TaskFiles, capfdbinary: pytest.CaptureFixture[bytes]) -> None:

@@ -6,9 +6,8 @@ import pytest
 import trio
 
 from tests.support.lab import Lab
-from tests.support.waiting import PATIENCE, until
+from tests.support.waiting import PATIENCE
 from trio_pilot.errors import TasksFailedError
-from trio_pilot.files import task_logs
 from trio_pilot.files.blocking_calls import BlockingCalls
 from trio_pilot.files.error_summary import error_summary
 from trio_pilot.files.task_directory import TaskFiles
@@ -20,64 +19,62 @@ NOTE = b"\n[trio-pilot: output beyond %d bytes was dropped]\n"
 
 
 @pytest.fixture
-def output(tmp_path: Path) -> Path:
+def log(tmp_path: Path) -> Path:
     return tmp_path / "stdoutfile"
 
 
-def test_an_output_that_fits_is_left_alone(output: Path) -> None:
+def test_a_log_that_fits_is_not_changed(log: Path) -> None:
     for content in (b"", b"x" * 100):
-        output.write_bytes(content)
-        cut(output, 100)
-        finish(output, 100)
-        assert output.read_bytes() == content
+        log.write_bytes(content)
+        cut(log, 100)
+        finish(log, 100)
+        assert log.read_bytes() == content
 
 
-def test_of_an_output_that_is_complete_the_beginning_is_kept_and_the_rest_said_to_be_dropped(output: Path) -> None:
-    output.write_bytes(b"x" * 100 + b"y")
-    finish(output, 100)
-    assert output.read_bytes() == b"x" * 100 + NOTE % 100
+def test_the_beginning_of_a_complete_log_is_kept_with_a_note(log: Path) -> None:
+    log.write_bytes(b"x" * 100 + b"y")
+    finish(log, 100)
+    assert log.read_bytes() == b"x" * 100 + NOTE % 100
 
 
-def test_what_cannot_be_told_from_the_end_yet_is_not_cut(output: Path) -> None:
-    output.write_bytes(b"x" * (100 + TAIL))
-    cut(output, 100)
-    assert output.stat().st_size == 100 + TAIL
+def test_a_log_is_not_cut_while_beginning_and_end_are_all_of_it(log: Path) -> None:
+    log.write_bytes(b"x" * (100 + TAIL))
+    cut(log, 100)
+    assert log.stat().st_size == 100 + TAIL
 
 
-def test_a_writer_goes_on_after_beginning_and_end(output: Path) -> None:
-    with open_log(output) as writer:
-        writer.write(b"begin" + b"x" * 10 * TAIL + b"\nthe last words so far\n")
-        cut(output, 5)
-        assert output.stat().st_size == 5 + TAIL
-        assert error_summary(output) == "the last words so far"
+def test_a_writer_goes_on_after_beginning_and_end(log: Path) -> None:
+    with open_log(log) as writer:
+        writer.write(b"begin" + b"x" * 10 * TAIL + b"\nthe last line so far\n")
+        cut(log, 5)
+        assert log.stat().st_size == 5 + TAIL
+        assert error_summary(log) == "the last line so far"
         writer.write(b"and some more\n")
-    assert output.stat().st_size == 5 + TAIL + 14
-    assert error_summary(output) == "and some more"
-    assert output.read_bytes().startswith(b"beginxxx")
-    finish(output, 5)
-    assert output.read_bytes() == b"begin" + NOTE % 5
+    assert log.stat().st_size == 5 + TAIL + 14
+    assert error_summary(log) == "and some more"
+    assert log.read_bytes().startswith(b"beginxxx")
+    finish(log, 5)
+    assert log.read_bytes() == b"begin" + NOTE % 5
 
 
-def test_an_output_is_empty_when_it_is_opened(output: Path) -> None:
-    output.write_bytes(b"of the task before")
-    open_log(output).close()
-    assert output.read_bytes() == b""
+def test_a_log_is_empty_when_it_is_opened(log: Path) -> None:
+    log.write_bytes(b"of the task before")
+    open_log(log).close()
+    assert log.read_bytes() == b""
 
 
-def test_what_a_task_puts_in_the_place_of_its_output_is_left_alone(output: Path, tmp_path: Path) -> None:
+def test_what_a_task_puts_in_the_place_of_its_log_is_not_changed(log: Path, tmp_path: Path) -> None:
     (other := tmp_path / "other").write_bytes(b"x" * 10 * TAIL)
-    output.symlink_to(other)
-    cut(output, 5)
-    finish(output, 5)
+    log.symlink_to(other)
+    cut(log, 5)
+    finish(log, 5)
     assert other.stat().st_size == 10 * TAIL
-    for missing in (output.parent / "missing", output.parent):
+    for missing in (log.parent / "missing", log.parent):
         cut(missing, 0)
         finish(missing, 0)
 
 
-async def test_outputs_are_looked_at_while_they_grow_and_no_longer(
-    autojump_clock: trio.testing.MockClock, tmp_path: Path
-) -> None:
+async def test_logs_are_cut_while_they_grow_and_no_longer(autojump_clock: trio.testing.MockClock, tmp_path: Path) -> None:
     task_logs = TaskLogs(5, BlockingCalls())
     (growing := tmp_path / "growing").write_bytes(b"x" * 10 * TAIL)
     (other := tmp_path / "other").write_bytes(b"x" * 10 * TAIL)
@@ -93,7 +90,7 @@ async def test_outputs_are_looked_at_while_they_grow_and_no_longer(
     assert autojump_clock.current_time() == 11.5
 
 
-async def test_nobody_wakes_up_to_look_at_nothing(tmp_path: Path) -> None:
+async def test_without_running_tasks_nothing_wakes_up(tmp_path: Path) -> None:
     task_logs = TaskLogs(5, BlockingCalls())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(task_logs.watch)
@@ -104,11 +101,11 @@ async def test_nobody_wakes_up_to_look_at_nothing(tmp_path: Path) -> None:
         task_logs.close()
 
 
-# Of a pilot.
+# In a pilot.
 
 
-class Talker:
-    """A task that writes a MiB to each output ten times a second for some seconds, and fails."""
+class Writer:
+    """A task that writes a MiB to each log ten times a second for some seconds, and fails."""
 
     def __init__(self, seconds: float, code: int = 1) -> None:
         self.most = 0
@@ -135,27 +132,27 @@ KEPT = [b"e" * 2**20 + NOTE % 2**20, b"o" * 2**20 + NOTE % 2**20]
 
 
 @pytest.mark.mock_clock
-async def test_a_task_that_talks_without_end_fills_no_disk_and_its_last_words_are_heard(lab: Lab) -> None:
-    lab.runtime.script = talker = Talker(seconds=5)
+async def test_a_task_that_writes_without_end_is_cut_and_its_error_is_reported(lab: Lab) -> None:
+    lab.runtime.script = task = Writer(seconds=5)
     lab.put("event")
     with pytest.raises(TasksFailedError, match=r"task failed \(exit code 1\): why it failed'"):
         await run(lab)
-    assert talker.most <= 13 * 2**20
+    assert task.most <= 13 * 2**20
     assert contents(lab) == KEPT
 
 
 @pytest.mark.mock_clock
-async def test_what_an_init_container_says_is_bounded_as_well(lab: Lab) -> None:
-    lab.runtime.script = talker = Talker(seconds=5, code=0)
+async def test_the_logs_of_an_init_container_are_cut_too(lab: Lab) -> None:
+    lab.runtime.script = task = Writer(seconds=5, code=0)
     await run(lab, init_args=("prepare",))
-    assert talker.most <= 13 * 2**20
+    assert task.most <= 13 * 2**20
     assert contents(lab) == KEPT
 
 
 @pytest.mark.mock_clock
 @pytest.mark.parametrize("times", [[0.55], [0.55, 0.55]])
-async def test_what_a_task_that_is_not_done_in_time_said_is_bounded_as_well(lab: Lab, times: list[float]) -> None:
-    lab.runtime.script = Talker(seconds=30)
+async def test_the_logs_of_a_task_that_is_killed_are_cut_too(lab: Lab, times: list[float]) -> None:
+    lab.runtime.script = Writer(seconds=30)
     lab.put("event")
     await lab.run_signalled(times, max_output=2**20, keep_all_task_files=True, grace=0.3)
     assert contents(lab) == KEPT
@@ -165,14 +162,11 @@ async def run(lab: Lab, **more: object) -> None:
     await lab.run(max_output=2**20, keep_all_task_files=True, **more)
 
 
-def test_sixteen_mebibytes_are_kept_unless_told_otherwise() -> None:
+def test_sixteen_mebibytes_are_kept_by_default() -> None:
     assert Settings().max_output == 16 * 2**20
 
 
-async def test_a_stdout_that_nobody_reads_costs_one_task_a_while_and_others_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(task_logs, "SHOW_TIMEOUT", 0.05)
+async def test_while_stdout_is_not_read_only_one_task_waits_for_it(tmp_path: Path) -> None:
     shown: list[TaskFiles] = []
     reads_on = threading.Event()
 
@@ -180,14 +174,15 @@ async def test_a_stdout_that_nobody_reads_costs_one_task_a_while_and_others_noth
         reads_on.wait()
         shown.append(files)
 
-    monkeypatch.setattr(task_logs, "dump", dump)
     first, second, third = (TaskFiles(tmp_path / str(number), "", "") for number in range(3))
-    showing = TaskLogs(100, BlockingCalls())
+    task_logs = TaskLogs(100, BlockingCalls(), show_timeout=0.5, dump=dump)
     with trio.fail_after(PATIENCE):
-        await showing.show(first)
-        monkeypatch.setattr(task_logs, "SHOW_TIMEOUT", 1000)
-        await showing.show(second)
+        await task_logs.show(first)
+        begun = trio.current_time()
+        await task_logs.show(second)
+        assert trio.current_time() - begun < 0.5
         reads_on.set()
-        await until(lambda: showing._showing.available_tokens)
-        await showing.show(third)
+        while third not in shown:  # until the thread that was given up has ended
+            await trio.sleep(0.01)
+            await task_logs.show(third)
     assert shown == [first, third]

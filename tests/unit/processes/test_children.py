@@ -13,9 +13,9 @@ import trio
 
 from tests.support.processes import open_files, own_children, processes_with
 from tests.support.waiting import PATIENCE, until, until_sync
-from trio_pilot.processes import children as module
 from trio_pilot.processes.children import Child, Children, Command, exit_code
 from trio_pilot.processes.orphans import MARKER
+from trio_pilot.processes.proc import environment_of, is_dying
 
 TIDY_ENVIRONMENT = {"PATH": os.environ["PATH"]}
 
@@ -54,7 +54,7 @@ async def running(children: Children, directory: Path, script: str, *arguments: 
 
 
 @pytest.mark.parametrize(("returncode", "code"), [(0, 0), (1, 1), (255, 255), (-9, 137), (-15, 143), (-64, 192)])
-def test_death_by_signal_is_told_as_a_shell_does(returncode: int, code: int) -> None:
+def test_death_by_signal_gives_the_exit_code_of_a_shell(returncode: int, code: int) -> None:
     assert exit_code(returncode) == code
 
 
@@ -73,20 +73,6 @@ async def test_a_grandchild_whose_parent_died_is_an_orphan(children: Children, t
     assert set(children.orphans()) <= before
 
 
-async def test_children_from_before_this_program_are_no_orphans(
-    children: Children, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = subprocess.Popen(["sleep", "1000"])  # noqa: ASYNC220 -- on the main thread, as Children do it
-    assert other.pid in children.orphans()
-    monkeypatch.setattr(module, "_SPARED", frozenset([other.pid]))
-    assert other.pid not in children.orphans()
-    async with running(children, tmp_path, "true") as child:
-        await child.wait()
-    assert other.poll() is None
-    other.kill()
-    other.wait()
-
-
 async def test_a_child_that_was_reaped_is_not_signalled(children: Children, tmp_path: Path) -> None:
     async with running(children, tmp_path, "exit 7") as child:
         assert await child.wait() == 7
@@ -99,7 +85,7 @@ async def test_a_child_that_was_reaped_is_not_signalled(children: Children, tmp_
         assert await child.wait() == 7
 
 
-async def test_a_child_that_exited_and_was_not_waited_for_is_reaped_at_the_end(children: Children, tmp_path: Path) -> None:
+async def test_a_child_that_exited_unnoticed_is_reaped_at_the_end(children: Children, tmp_path: Path) -> None:
     child = spawn(children, tmp_path, "exit 0")
     await until(lambda: is_zombie(child.pid))
     await end(child)
@@ -118,7 +104,7 @@ async def test_ending_goes_on_when_it_is_cancelled(children: Children, tmp_path:
     assert not child.running
 
 
-async def test_a_daemon_with_a_session_of_its_own_is_known_by_its_marker(children: Children, tmp_path: Path) -> None:
+async def test_a_daemon_with_a_new_session_is_found_by_its_marker(children: Children, tmp_path: Path) -> None:
     async with running(children, tmp_path, "setsid sleep 1000 & echo $! > pid") as child:
         await child.wait()
         daemon = int((tmp_path / "pid").read_text())
@@ -126,7 +112,7 @@ async def test_a_daemon_with_a_session_of_its_own_is_known_by_its_marker(childre
     assert daemon not in own_children()
 
 
-async def test_a_daemon_without_the_marker_is_known_by_its_session(children: Children, tmp_path: Path) -> None:
+async def test_a_daemon_without_the_marker_is_found_by_its_session(children: Children, tmp_path: Path) -> None:
     async with running(children, tmp_path, f"env -u {MARKER} sleep 1000 & echo $! > pid") as child:
         await child.wait()
         daemon = int((tmp_path / "pid").read_text())
@@ -145,7 +131,7 @@ async def test_what_another_child_left_is_left_alone(children: Children, tmp_pat
     assert daemon not in own_children()
 
 
-async def test_daemons_that_have_ended_by_themselves_leave_no_zombies(children: Children, tmp_path: Path) -> None:
+async def test_daemons_that_ended_by_themselves_leave_no_zombies(children: Children, tmp_path: Path) -> None:
     script = "setsid sh -c 'until test -e go; do sleep 0.01; done' & echo $! > pid"  # else the shell might reap it
     async with running(children, tmp_path, script) as child:
         await child.wait()
@@ -155,11 +141,9 @@ async def test_daemons_that_have_ended_by_themselves_leave_no_zombies(children: 
     assert daemon not in own_children()
 
 
-async def test_large_daemons_with_children_are_gone_with_them(
-    children: Children, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "DEATH_INTERVAL", 10 * PATIENCE)  # a death is told, it need not be looked for
-    # A dying process has no environment, and takes its time if it is large; its children come into view after.
+async def test_large_daemons_with_children_are_gone_with_them(tmp_path: Path) -> None:
+    children = Children(death_interval=10 * PATIENCE)  # a death is reported by a pidfd: there is no need to poll
+    # A dying process has no environment, and takes a while if it is large; only then are its children the pilot's.
     code = (
         "import os, subprocess, sys; ballast = bytearray(b'x' * 2**28);"
         "child = subprocess.Popen(['setsid', 'sleep', '1000']);"
@@ -173,7 +157,7 @@ async def test_large_daemons_with_children_are_gone_with_them(
         os.kill(grandchild, 0)
 
 
-async def test_a_chain_of_processes_that_run_away_is_caught(children: Children, tmp_path: Path) -> None:
+async def test_a_chain_of_forking_processes_is_ended(children: Children, tmp_path: Path) -> None:
     code = (
         "import os, time\n"
         "open('ready', 'w').close()\n"
@@ -185,14 +169,14 @@ async def test_a_chain_of_processes_that_run_away_is_caught(children: Children, 
     script = f'{sys.executable} -c "$1" & until test -e ready; do sleep 0.01; done'
     async with running(children, tmp_path, script, code) as child:
         await child.wait()
-    await trio.sleep(0.02)  # one that got away would have run on by now
+    await trio.sleep(0.02)  # a process that escaped would have forked again by now
     assert processes_with(str(tmp_path)) == []
 
 
-def test_what_a_process_that_has_just_died_left_is_looked_for_again() -> None:
+def test_the_environment_of_a_process_that_has_just_died_is_unknown() -> None:
     with subprocess.Popen(["true"]) as process:
-        until_sync(lambda: module._is_dying(process.pid))
-        assert module._environment(process.pid) is None
+        until_sync(lambda: is_dying(process.pid))
+        assert environment_of(process.pid) is None
 
 
 async def test_no_pidfd_is_leaked(children: Children, tmp_path: Path) -> None:
@@ -208,13 +192,13 @@ async def test_a_command_that_cannot_be_started_leaves_nothing(children: Childre
         children.spawn(Command(["/does/not/exist"], {}, tmp_path, out, out, "marker"))
 
 
-async def test_without_a_file_descriptor_for_it_a_child_does_not_live(children: Children, tmp_path: Path) -> None:
+async def test_a_child_without_a_file_descriptor_for_it_is_killed(children: Children, tmp_path: Path) -> None:
     before = own_children()
     with (tmp_path / "out").open("wb") as out:
         command = Command(["sleep", "1000"], TIDY_ENVIRONMENT, tmp_path, out, out, "marker")
         with few_file_descriptors(left=0), pytest.raises(OSError, match="Too many open files"):
             children.spawn(command)
-        # Popen itself needs more of them for a moment than a pidfd does; so the case is made here.
+        # Popen itself needs more of them for a moment than a pidfd does; so pidfd_open is replaced.
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "pidfd_open", too_many_open_files)
             with pytest.raises(OSError, match="Too many open files"):
@@ -243,9 +227,9 @@ def few_file_descriptors(left: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-# What changes a whole process is tried in one of its own.
+# Tests of what changes a whole process, each in a process of its own.
 
-STRAYS = """
+STRAY = """
 import os, subprocess, sys, trio
 from pathlib import Path
 from trio_pilot.processes.children import Children, Command, end_strays
@@ -268,13 +252,41 @@ print(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split(), flush
 """
 
 
-def test_strays_with_a_new_session_and_a_cleaned_environment_are_ended_at_the_exit(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", STRAYS], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+def test_a_stray_without_session_and_environment_is_ended_at_the_exit(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", STRAY], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert done.stderr == ""
     pid, lived, left = done.stdout.split(maxsplit=2)
-    assert lived == "True", "the test shows nothing: it was gone before"
+    assert lived == "True", "the test shows nothing: the stray was gone before"
     assert left.strip() == "[]"
     assert not Path(f"/proc/{pid}").exists()
+
+
+FROM_BEFORE = """
+import os, subprocess, trio
+from pathlib import Path
+from trio_pilot.processes.children import Children, Command
+
+async def main():
+    children, helper = Children(), int(Path("pid").read_text())
+    own = subprocess.Popen(["sleep", "1000"])
+    print(helper in children.orphans(), own.pid in children.orphans())
+    own.kill()
+    own.wait()
+    with open("out", "wb") as out:
+        await children.spawn(Command(["true"], dict(os.environ), Path("."), out, out, "marker")).end(0)
+
+trio.run(main)
+"""
+
+
+def test_children_from_before_an_exec_are_no_orphans(tmp_path: Path) -> None:
+    script = 'sleep 1000 > /dev/null 2>&1 & echo $! > pid; exec "$0" -c "$1"'
+    command = ["sh", "-c", script, sys.executable, FROM_BEFORE]
+    done = subprocess.run(command, cwd=tmp_path, check=True, timeout=PATIENCE, capture_output=True, text=True)
+    assert done.stdout == "False True\n"
+    helper = int((tmp_path / "pid").read_text())
+    assert not is_zombie(helper)
+    kill_and_reap(helper)
 
 
 def test_what_was_started_before_this_program_is_not_ended_with_it(tmp_path: Path) -> None:
@@ -302,7 +314,7 @@ sys.exit(trio.run(main))
 """
 
 
-def test_exit_codes_are_right_even_if_sigchld_was_ignored_when_this_program_started(tmp_path: Path) -> None:
+def test_exit_codes_are_right_though_sigchld_was_ignored_at_the_start(tmp_path: Path) -> None:
     starter = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
     done = subprocess.run(
         [sys.executable, "-c", starter, sys.executable, "-c", SIGCHLD_IGNORED],
@@ -342,5 +354,5 @@ def test_a_child_has_a_session_of_its_own_and_nothing_to_read(tmp_path: Path) ->
 
 def kill_and_reap(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
-    with suppress(ChildProcessError):  # some other subreaper's
+    with suppress(ChildProcessError):  # it is the child of another subreaper
         os.waitpid(pid, 0)

@@ -9,7 +9,9 @@ import pytest
 from trio_pilot.cli import check
 from trio_pilot.errors import NodeError
 from trio_pilot.processes import cgroups
+from trio_pilot.processes.cgroup_hierarchies import Hierarchy, hierarchies
 from trio_pilot.processes.identity import own
+from trio_pilot.processes.proc import is_relative, with_ancestors
 from trio_pilot.runtimes import Limits, confinement
 from trio_pilot.settings import Settings
 
@@ -32,7 +34,7 @@ def found(directory: Path, mounts: str, groups: str) -> Mapping[str, tuple[str, 
     """Give the group found for each controller, and whether it is of version 2."""
     (directory / "mountinfo").write_bytes(os.fsencode(OTHERS + mounts))
     (directory / "cgroup").write_bytes(os.fsencode(groups))
-    places = cgroups.hierarchies(directory)
+    places = hierarchies(directory)
     return {name: (str(place.here), place.unified) for place in places for name in place.controllers}
 
 
@@ -71,14 +73,14 @@ def test_a_group_that_cannot_be_seen_is_none(tmp_path: Path, root: str, path: st
 
 
 def test_where_there_is_nothing_nothing_is_found(tmp_path: Path) -> None:
-    assert cgroups.hierarchies(tmp_path) == []
+    assert hierarchies(tmp_path) == []
     assert found(tmp_path, "", "0::/\n") == {}
 
 
 def test_what_is_mounted_in_the_place_of_control_groups_is_not_taken_for_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = cgroups.Hierarchy(tmp_path, tmp_path, frozenset({"memory"}), unified=False)
+    place = Hierarchy(tmp_path, tmp_path, frozenset({"memory"}), unified=False)
     monkeypatch.setattr(cgroups, "hierarchies", lambda: [place])
     groups = cgroups.Groups()
     assert groups.controllers == frozenset()
@@ -166,8 +168,8 @@ async def test_check_has_nothing_to_tell_without_limits() -> None:
 
 
 def test_who_runs_in_the_same_group_is_told_by_descent() -> None:
-    assert cgroups._is_family(os.getpid())
-    assert cgroups._is_family(os.getppid())
+    assert is_relative(os.getpid())
+    assert is_relative(os.getppid())
     stranger = next(pid for pid in itertools.count(2) if not Path(f"/proc/{pid}").exists())
-    assert not cgroups._is_family(stranger)
-    assert own().pid in cgroups._line(os.getpid())
+    assert not is_relative(stranger)
+    assert own().pid in with_ancestors(os.getpid())

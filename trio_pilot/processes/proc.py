@@ -1,0 +1,53 @@
+"""Facts about other processes, read from /proc. Standard library only: the guardian loads nothing else."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from trio_pilot.processes.identity import ENV_END, ENV_START, FLAGS, PARENT, THREADS, stat_of
+
+PF_EXITING = 0x4  # linux/sched.h
+
+
+def is_dying(pid: int) -> bool:
+    """Return whether a process is exiting or a zombie. Its first thread may end before the others do.
+
+    Raises:
+        FileNotFoundError: There is no such process.
+    """
+    fields = _stat(pid)
+    return bool(int(fields[FLAGS]) & PF_EXITING) and int(fields[THREADS]) <= 1
+
+
+def environment_of(pid: int) -> bytes | None:
+    """Return the environment of a process; None in the middle of execve(2), when it looks empty, or after its death.
+
+    Raises:
+        OSError: There is no such process any more, or it is another user's.
+    """
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes()
+    except ProcessLookupError:  # it has just died: what it started may be an orphan by now
+        return None
+    fields = _stat(pid)
+    is_empty = int(fields[ENV_START]) == int(fields[ENV_END]) > 0
+    return environment if environment or is_empty else None
+
+
+def _stat(pid: int) -> list[str]:
+    if (fields := stat_of(pid)) is None:
+        raise FileNotFoundError(pid)
+    return fields
+
+
+def is_relative(pid: int) -> bool:
+    """Return whether a process is this process, one of its ancestors or one of its descendants."""
+    return pid in with_ancestors(os.getpid()) or os.getpid() in with_ancestors(pid)
+
+
+def with_ancestors(pid: int) -> Iterator[int]:
+    """Yield a process, its parent, and so on."""
+    while pid:
+        yield pid
+        fields = stat_of(pid)
+        pid = int(fields[PARENT]) if fields else 0
