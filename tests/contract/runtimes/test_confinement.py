@@ -17,6 +17,7 @@ import trio
 
 from tests.contract.runtimes.subjects import BUBBLEWRAPS, Subject
 from tests.contract.runtimes.test_contract import AWKWARD, Marked
+from tests.support.control_groups import NOWHERE, GroupsWithoutEntrance, GroupsWithoutLimit, NoGroups, tops_of
 from tests.support.paths import ROOT
 from tests.support.processes import command_line, new_children, own_children
 from tests.support.users import UNPRIVILEGED
@@ -24,10 +25,10 @@ from tests.support.waiting import PATIENCE, until
 from trio_pilot.errors import NodeError
 from trio_pilot.files.error_summary import error_summary
 from trio_pilot.processes import cgroups
-from trio_pilot.processes.identity import Identity, own
+from trio_pilot.processes.identity import own
 from trio_pilot.processes.orphans import MARKER
-from trio_pilot.runtimes import Container, Exit, Limits, Options, Runtime, confinement, process
-from trio_pilot.runtimes.confinement import NOT_ENFORCED
+from trio_pilot.runtimes import Container, Exit, Limits, Options, Runtime, bubblewrap, confinement, process
+from trio_pilot.runtimes.confinement import NOT_ENFORCED, OpenGroups
 
 OPTIONS = Options(kill_grace=0.3)
 MOMENTS = [number / 1000 for number in range(25)]  # seconds; bubblewrap is ready after 10 ms
@@ -39,30 +40,36 @@ ALLOCATE = ("dd", "if=/dev/zero", "of=/dev/null", "bs=200M", "count=1")
 MANY = ("sh", "-c", "for number in $(seq 50); do sleep 5 & done; wait")
 SPIN = ("sh", "-c", "while :; do :; done")
 
+MODULES = {"process": process, "bubblewrap": bubblewrap}
+
 children = pytest.mark.parametrize("subject", ["process", *BUBBLEWRAPS], indirect=True)
 in_groups = pytest.mark.usefixtures("groups")
-without_groups = pytest.mark.usefixtures("no_groups")
+without_groups = pytest.mark.parametrize("open_groups", ["none"], indirect=True)
+with_either = pytest.mark.parametrize("open_groups", ["groups", "none"], indirect=True)
 
 
 @pytest.fixture
-async def runtime(subject: Subject) -> AsyncIterator[Runtime]:
-    async with subject.open(OPTIONS) as runtime:
+def open_groups(request: pytest.FixtureRequest) -> OpenGroups:
+    if getattr(request, "param", "groups") == "none":
+        return NoGroups
+    request.getfixturevalue("groups")
+    return cgroups.Groups
+
+
+@pytest.fixture
+async def runtime(subject: Subject, open_groups: OpenGroups) -> AsyncIterator[Runtime]:
+    async with MODULES[subject.name].open_runtime(OPTIONS, open_groups) as runtime:
         await runtime.prepare(subject.image)
         yield runtime
 
 
 @pytest.fixture
 def groups() -> None:
-    """Need control groups for all that can be limited."""
+    """Skip the test where there are no control groups for all limits."""
     found = cgroups.Groups()
     found.close()
     if missing := cgroups.MAIN_FILES.keys() - found.controllers:
         pytest.skip(f"no control groups here: {', '.join(map(found.fault, sorted(missing)))}")
-
-
-@pytest.fixture
-def no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cgroups, "hierarchies", list)
 
 
 @pytest.fixture(autouse=True)
@@ -70,12 +77,7 @@ def nothing_is_left() -> Iterator[None]:
     before = own_children()
     yield
     assert new_children(before) == []
-    assert groups_of(own()) == []
-
-
-def groups_of(pilot: Identity) -> list[Path]:
-    tops = (top for one in cgroups.hierarchies() for top in cgroups._tops(one.mount))
-    return [top for top in tops if top.name == f"{cgroups.PREFIX}{pilot}"]
+    assert list(tops_of(own())) == []
 
 
 def groups_in(controller: str) -> list[Path]:
@@ -303,13 +305,8 @@ def bubblewrap_works() -> None:
 # With either.
 
 
-@pytest.fixture(params=["groups", "no_groups"])
-def either(request: pytest.FixtureRequest) -> None:
-    request.getfixturevalue(request.param)
-
-
 @children
-@pytest.mark.usefixtures("either")
+@with_either
 async def test_limits_change_nothing_else(subject: Subject, runtime: Runtime) -> None:
     most = Limits(8 * SMALL, 1, 50)
     container = subject.container(
@@ -324,7 +321,7 @@ async def test_limits_change_nothing_else(subject: Subject, runtime: Runtime) ->
 
 
 @children
-@pytest.mark.usefixtures("either")
+@with_either
 @pytest.mark.parametrize("command", ["no-such-command", "/no/such/command", "-n", "two\nlines"])
 async def test_a_command_that_is_not_there_is_the_tasks_fault(subject: Subject, runtime: Runtime, command: str) -> None:
     container = limited(subject, command, "argument", memory=8 * SMALL)
@@ -334,7 +331,7 @@ async def test_a_command_that_is_not_there_is_the_tasks_fault(subject: Subject, 
 
 
 @children
-@pytest.mark.usefixtures("either")
+@with_either
 async def test_a_command_that_is_not_executable_is_the_tasks_fault(subject: Subject, runtime: Runtime) -> None:
     container = limited(subject, subject.a_plain_file, memory=8 * SMALL)
     assert await end_of(runtime, container) == Exit(126)
@@ -342,7 +339,7 @@ async def test_a_command_that_is_not_executable_is_the_tasks_fault(subject: Subj
 
 
 @children
-@pytest.mark.usefixtures("either")
+@with_either
 @pytest.mark.parametrize("code", [125, 126, 127])
 @pytest.mark.parametrize("line", ["no", "trio-pilot: no"])
 async def test_what_a_shell_ends_with_may_be_the_tasks_own(subject: Subject, runtime: Runtime, code: int, line: str) -> None:
@@ -353,16 +350,14 @@ async def test_what_a_shell_ends_with_may_be_the_tasks_own(subject: Subject, run
 
 @children
 @in_groups
-async def test_limits_that_cannot_be_set_are_the_nodes_fault(
-    subject: Subject, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cgroups, "PAYLOAD", "elsewhere/payload")
-    with pytest.raises(NodeError, match=r"^cannot limit what a container uses: .*No such file or directory"):
-        await end_of(runtime, limited(subject, "true", memory=SMALL))
-    monkeypatch.undo()
-    monkeypatch.setattr(cgroups.Group, "entrances", [Path("/nowhere/cgroup.procs")])
-    with pytest.raises(NodeError, match=r"^cannot limit what a container uses: trio-pilot: .*/nowhere/cgroup.procs"):
-        await end_of(runtime, limited(subject, "true", memory=SMALL))
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [(GroupsWithoutLimit, ".*No such file or directory"), (GroupsWithoutEntrance, f"trio-pilot: .*{NOWHERE}")],
+)
+async def test_limits_that_cannot_be_set_are_the_nodes_fault(subject: Subject, broken: OpenGroups, reason: str) -> None:
+    async with MODULES[subject.name].open_runtime(OPTIONS, broken) as runtime:
+        with pytest.raises(NodeError, match=rf"^cannot limit what a container uses: {reason}"):
+            await end_of(runtime, limited(subject, "true", memory=SMALL))
 
 
 @children
@@ -385,7 +380,7 @@ async def test_without_limits_there_is_neither_a_shell_nor_a_group(tmp_path: Pat
     async with subject.open(OPTIONS) as runtime:
         assert confinement.Limiter(0).confine(subject.container("true")) is confinement.UNCONFINED
         await output(runtime, subject.container("true"))
-        assert groups_of(own()) == []
+        assert list(tops_of(own())) == []
 
 
 # What dead pilots have left.
@@ -403,13 +398,13 @@ with subprocess.Popen(["sh", "-c", script]):
 
 @contextmanager
 def pilot_with_a_container() -> Iterator[tuple[int, Path]]:
-    """Give the pid of a process that has groups, and its top one. It lives: the sweeps of others keep away."""
+    """Yield the pid of a process that has groups, and its own group. It lives, so other tests do not sweep them."""
     pilot = subprocess.Popen([sys.executable, "-c", PILOT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
     try:
         assert pilot.stdout
         pilot.stdout.read(1)
         (mount,) = [one.mount for one in cgroups.hierarchies() if "pids" in one.controllers]
-        (top,) = [top for top in cgroups._tops(mount) if f".{pilot.pid}." in top.name]
+        (top,) = mount.rglob(f"{cgroups.PREFIX}*.{pilot.pid}.*")
         yield pilot.pid, top
     finally:
         cgroups.sweep(lambda one: one.pid == pilot.pid)
