@@ -19,7 +19,7 @@ def sif(apptainer: Path, image: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Subject:
-    return SUBJECTS[request.param](request, tmp_path)
+    return SUBJECTS[request.param].make(request, tmp_path)
 
 
 @pytest.fixture

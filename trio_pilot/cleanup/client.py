@@ -19,31 +19,31 @@ from trio_pilot.log import LOGGER
 from trio_pilot.processes import identity
 from trio_pilot.processes.children import Children, spare
 
-DISMISSAL_TIMEOUT = 2.0  # seconds for a guardian to go when it is told to
-RESTART_INTERVAL = 0.5  # seconds between two starts of a guardian that somebody ends again and again
+DISMISSAL_TIMEOUT = 2.0  # seconds for a guardian to end when it is dismissed
+RESTART_INTERVAL = 0.5  # seconds between two starts of a guardian that is killed again and again
 
-NOT_FOR_IT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # but for the pilot
+BLOCKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # signals that are meant for the pilot
 
-# Without the user's site and paths, and with nothing but the standard library and us: it starts in some 30 ms.
+# Without the user's site and paths, with only the standard library and this package: it starts in some 30 ms.
 PROGRAM = "import sys; sys.path.insert(0, sys.argv.pop(1)); from trio_pilot.cleanup.guardian import main; main()"
 
 
 class Guardian(Protocol):
-    """Sees to it that nothing is left, of this pilot and of those before it."""
+    """Removes what this pilot leaves when it dies, and what earlier pilots left."""
 
     def watch(self, what: str, path: Path) -> None:
-        """Have the socket of an `engine`, a `data` directory, or one of `images`, seen to when this pilot is dead."""
+        """Clean up at a path when this pilot is dead: the socket of an `engine`, a `data` directory, or one of `images`."""
 
     def outlive_us(self) -> None:
-        """Have what this pilot could not remove removed after its end."""
+        """Stay after the end of this pilot, and remove what it could not remove."""
 
     async def sweep(self) -> None:
-        """Remove what dead pilots have left. Failing is no reason to stop."""
+        """Remove what dead pilots left. Errors are logged only."""
 
 
 @asynccontextmanager
 async def open_guardian() -> AsyncIterator["GuardianClient"]:
-    """Start a guardian, and another whenever it is ended; dismiss it in the end.
+    """Start a guardian, and another one whenever it ends; dismiss it at the end.
 
     Raises:
         NodeError: it cannot be started.
@@ -60,7 +60,7 @@ async def open_guardian() -> AsyncIterator["GuardianClient"]:
 
 
 class GuardianClient:
-    """A guardian, and what it was told."""
+    """A guardian process, and what it watches."""
 
     def __init__(self) -> None:
         self._watched: list[str] = []
@@ -68,10 +68,10 @@ class GuardianClient:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start a guardian, in a session of its own and with an empty environment: the tokens are not for it."""
+        """Start a guardian, in a session of its own and with an empty environment: it must not have the tokens."""
         package = str(Path(trio_pilot.__file__).parent.parent)
         command = [sys.executable, "-I", "-S", "-c", PROGRAM, package, str(identity.own()), *self._watched]
-        with map_exceptions({OSError: NodeError}, "cannot start the guardian"), _blocked(NOT_FOR_IT):
+        with map_exceptions({OSError: NodeError}, "cannot start the guardian"), _blocked(BLOCKED):
             self._process = subprocess.Popen(
                 command,
                 bufsize=0,
@@ -84,20 +84,20 @@ class GuardianClient:
         Children.know(self._process.pid)
 
     def watch(self, what: str, path: Path) -> None:
-        """Have the socket of an `engine`, a `data` directory, or one of `images`, seen to when this pilot is dead."""
+        """Clean up at a path when this pilot is dead: the socket of an `engine`, a `data` directory, or one of `images`."""
         line = f"{what} {os.fsencode(path).hex()}"
         self._watched.append(line)
-        self._tell(line)
+        self._send(line)
 
     def outlive_us(self) -> None:
-        """Have the guardian stay after our end, for what we could not remove."""
+        """Let the guardian stay after the end of this pilot, to remove what it could not remove."""
         self._outlives_us = True
 
     async def keep(self) -> None:
-        """Start another guardian whenever it has ended, until cancelled."""
+        """Start another guardian whenever one has ended, until cancelled."""
         while True:
             await self._ended()
-            LOGGER.warning("the guardian was ended by somebody; starting another")
+            LOGGER.warning("the guardian has ended before the pilot; starting another")
             self._forget()
             try:
                 self.start()
@@ -106,12 +106,12 @@ class GuardianClient:
             await trio.sleep(RESTART_INTERVAL)
 
     async def dismiss(self) -> None:
-        """Tell the guardian to go, and wait until it is gone; or let it be, if it is to find us dead."""
+        """End the guardian, and wait until it has ended; if it is to outlive the pilot, only close its pipe."""
         if self._outlives_us and self._process and self._process.stdin:
             spare(self._process.pid)
             self._process.stdin.close()
             return
-        self._tell("done")
+        self._send("done")
         with trio.move_on_after(DISMISSAL_TIMEOUT, shield=True):
             await self._ended()
         if self._process:
@@ -120,11 +120,11 @@ class GuardianClient:
         self._forget()
 
     async def sweep(self) -> None:
-        """Remove what dead pilots have left. Cancelled, it is waited for: each of its steps has a deadline."""
+        """Remove what dead pilots left. If cancelled, wait for it nevertheless: each of its steps has a deadline."""
         await trio.to_thread.run_sync(sweep, [parsed(line) for line in self._watched])
 
-    def _tell(self, line: str) -> None:
-        with suppress(BrokenPipeError):  # it was ended; the next one is told
+    def _send(self, line: str) -> None:
+        with suppress(BrokenPipeError):  # it has ended; the next one is sent all lines
             if self._process and self._process.stdin:
                 self._process.stdin.write(f"{line}\n".encode())
 
@@ -148,7 +148,7 @@ class GuardianClient:
 
 @contextmanager
 def _blocked(signals: Iterable[signal.Signals]) -> Iterator[None]:
-    """Have a child start with some signals blocked: a mask is inherited, and it could not ignore them soon enough."""
+    """Block some signals. A child inherits the mask; the guardian could not ignore the signals soon enough by itself."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield

@@ -1,6 +1,6 @@
-"""What a pilot that is no more has left at an engine (docker, podman): its containers. Everything here blocks.
+"""The containers that a dead pilot has left at an engine (docker, podman). Everything here blocks.
 
-For the guardian, which has no more than the standard library, and for the sweep at the start of the next pilot.
+Used by the guardian, which has only the standard library, and by the sweep at the start of the next pilot.
 """
 
 import http.client
@@ -19,8 +19,8 @@ from trio_pilot.files.data_directory import has_orphaned
 from trio_pilot.processes.identity import Identity, own
 from trio_pilot.processes.orphans import Theirs
 
-LABEL = "trio-pilot.pilot"  # the label of a container that says whose it is
-DATA_LABEL = "trio-pilot.data"  # and the one that says where its pilot has left word of that
+LABEL = "trio-pilot.pilot"  # the label of a container that names its pilot
+DATA_LABEL = "trio-pilot.data"  # the label that names the data directory, where its pilot has its owner file
 AT_ONCE = 8  # containers that are removed at once: each takes an engine some 0.2 s
 OK = 200
 SHOWN = 200  # bytes of an answer in an error
@@ -28,10 +28,14 @@ ENGINE_TIMEOUT = 10.0  # seconds for an engine to answer, and to remove a contai
 
 
 def remove_containers(engine: Path, theirs: Theirs) -> int:
-    """Remove the containers of some pilots, and of all that are dead by their word, from an engine; give their number.
+    """Remove the containers of some pilots, and of those that their owner files show to be dead; return their number.
+
+    Args:
+        engine: the socket of the engine.
+        theirs: whether a pilot is one of them.
 
     Raises:
-        OSError: it does not answer.
+        OSError: the engine does not answer, or not as expected.
     """
     found = [one["Id"] for one in _containers(engine) if _is_left(one, theirs)]
     with ThreadPoolExecutor(AT_ONCE) as threads:
@@ -40,7 +44,7 @@ def remove_containers(engine: Path, theirs: Theirs) -> int:
 
 
 def _remove(engine: Path, container: str) -> None:
-    # Killed first, where it runs: else podman would ask it to go, and wait for 10 s.
+    # A running one is killed first: otherwise podman would send SIGTERM, and wait for 10 s.
     _request(engine, "POST", f"/containers/{container}/kill")
     _request(engine, "DELETE", f"/containers/{container}?force=1&v=1")
 
@@ -49,7 +53,7 @@ def _containers(engine: Path) -> Iterable[Mapping[str, Any]]:
     filters = quote(json.dumps({"label": [LABEL]}))
     status, answer = _request(engine, "GET", f"/containers/json?all=1&filters={filters}")
     if status != OK:
-        raise ConnectionError(f"{engine} answers {status} when it is to list containers: {answer[:SHOWN]!r}")
+        raise ConnectionError(f"{engine} answers {status} to a request to list containers: {answer[:SHOWN]!r}")
     try:
         listed: list[Mapping[str, Any]] = json.loads(answer)
     except ValueError as error:
@@ -73,13 +77,13 @@ def _is_left(container: Mapping[str, Any], theirs: Theirs) -> bool:
 
 
 def _is_orphaned(container: Mapping[str, Any], pilot: Identity) -> bool:
-    """Tell whether a container's pilot has died, were it in another PID namespace: that takes a pilot's guardian with it."""
+    """Return whether a container's pilot has died, even in another PID namespace, whose end also ends its guardian."""
     root = Path(_label(container, DATA_LABEL))
     return root.is_absolute() and has_orphaned(root, pilot)
 
 
 def _is_past(container: Mapping[str, Any], pilot: Identity) -> bool:
-    """Tell whether a container is of the time before this machine was started. One that runs may be of another machine."""
+    """Return whether a container is older than this machine's boot. One that runs may be another machine's."""
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     created = container.get("Created", 0)
     is_old = isinstance(created, int) and created < booted
@@ -97,14 +101,14 @@ def _request(engine: Path, method: str, path: str) -> tuple[int, bytes]:
 
 
 class UnixConnection(http.client.HTTPConnection):
-    """A connection to who listens at a Unix socket."""
+    """A connection to the server at a Unix socket."""
 
     def __init__(self, path: Path, timeout: float = ENGINE_TIMEOUT) -> None:
         super().__init__("engine", timeout=timeout)
         self._path = str(path)
 
     def connect(self) -> None:
-        """Connect; a request does, if need be."""
+        """Connect. A request does this if it is not done yet."""
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)

@@ -1,6 +1,6 @@
-"""What a pilot that is no more has left of images that it was unpacking. Everything here blocks.
+"""Images that a dead pilot has left unfinished. Everything here blocks.
 
-For the guardian, which has no more than the standard library; for the sweep at the start of the next pilot; and for the next
+Used by the guardian, which has only the standard library; by the sweep at the start of the next pilot; and by the next pilot
 that unpacks an image.
 """
 
@@ -11,25 +11,25 @@ from pathlib import Path
 
 from trio_pilot.files.filesystem import remove_tree
 
-UNFINISHED = ".building-"  # in the name of an image that is: KEY.building-UUID, while somebody has the lock KEY.lock
+UNFINISHED = ".building-"  # in the name of an unfinished image: KEY.building-UUID, while its pilot holds the lock KEY.lock
 
 
-def remove_unfinished(images: Path, ours: str = "") -> int:
-    """Remove what is half unpacked: of images whose lock nobody has, and of the one whose lock is ours; give the number.
+def remove_unfinished(images: Path, locked: str = "") -> int:
+    """Remove the unfinished images whose lock no process holds, and those whose lock the caller holds; return their number.
 
     Args:
-        images: a directory of unpacked images, which need not be there.
-        ours: the key of that one.
+        images: a directory of unpacked images, which need not exist.
+        locked: the key of the image whose lock the caller holds.
     """
     if not is_own(images):
         return 0
     removed = 0
-    for half in images.glob(f"*{UNFINISHED}*"):
-        key = half.name.partition(UNFINISHED)[0]
+    for unfinished in images.glob(f"*{UNFINISHED}*"):
+        key = unfinished.name.partition(UNFINISHED)[0]
         lock = open_lock(images, key)
         try:
-            if key == ours or try_to_lock(lock):
-                remove_tree(half)
+            if key == locked or try_to_lock(lock):
+                remove_tree(unfinished)
                 removed += 1
         finally:
             os.close(lock)
@@ -37,7 +37,7 @@ def remove_unfinished(images: Path, ours: str = "") -> int:
 
 
 def is_own(directory: Path) -> bool:
-    """Tell whether nobody else can have put anything into a directory: its parent may be everybody's."""
+    """Return whether no other user can have put anything into a directory: its parent may be writable by all."""
     try:
         found = directory.lstat()
     except FileNotFoundError:
@@ -46,12 +46,12 @@ def is_own(directory: Path) -> bool:
 
 
 def open_lock(images: Path, key: str) -> int:
-    """Open the lock of an image. It is never removed: somebody else may be about to lock it."""
+    """Open the lock file of an image. It is never removed: another process may be about to lock it."""
     return os.open(images / f"{key}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 def try_to_lock(lock: int) -> bool:
-    """Lock an image, unless somebody else has."""
+    """Lock an image; return False if another process holds the lock."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -13,7 +13,8 @@ from trio_pilot.processes.identity import Identity
 def sweep(watched: Collection[tuple[str, Path]]) -> None:
     """Remove what dead pilots left at each of the watched places, and their processes and control groups."""
     found = {"process(es)": orphans.end_processes(_is_dead), "control group(s)": cgroups.sweep(_is_dead)}
-    # Engines first: there, it is by its word that a pilot may be known to be dead. Who dies meanwhile keeps his.
+    # Engines before data directories: a container's pilot may be known to be dead only by its owner file there. The owner
+    # files are listed before: that of a pilot that dies meanwhile is kept for the next sweep.
     dead = {path: data_directory.owner_files_of_dead(path) for what, path in watched if what == "data"}
     for what, path in sorted(watched, key=lambda one: one[0] != "engine"):
         try:
@@ -28,7 +29,7 @@ def sweep(watched: Collection[tuple[str, Path]]) -> None:
         except OSError as error:
             if what == "engine":
                 dead.clear()
-            LOGGER.warning("cannot look for what dead pilots have left at %s: %s", path, error)
+            LOGGER.warning("cannot look for what dead pilots left at %s: %s", path, error)
     for what, number in found.items():
         if number:
             LOGGER.warning("removed %d %s of pilots that are no more", number, what)

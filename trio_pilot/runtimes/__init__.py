@@ -1,4 +1,4 @@
-"""What a pilot asks of a container runtime; one module per family does it."""
+"""The interface of container runtimes; one module per family implements it."""
 
 import errno
 import os
@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-# What a shell says of a command that it cannot run.
+# The exit codes of a shell for a command that it cannot execute.
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 NOT_FOUND_REASONS = os.strerror(errno.ENOENT), os.strerror(errno.ENOTDIR)
 
-OWN_ROOT = ("", "/")  # images that mean this machine
+OWN_ROOT = ("", "/")  # names of the image that is this machine's root
 ENVFILE = "ewms_htcondor_envfile.sh"  # EWMS's file of the pilot's variables, tokens included: hidden from every container
 
 # The variables of two settings of apptainer, for errors that name them.
@@ -30,7 +30,7 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a container may use; None is no limit."""
+    """The limits of a container; None is no limit."""
 
     memory: int | None = None  # bytes
     cpus: float | None = None
@@ -39,42 +39,42 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """What to run, once. Its environment is `env` and no more than the runtime must add."""
+    """A container to run once. Its environment is `env`, plus what the runtime has to add."""
 
-    name: str  # of this run, and no other
+    name: str  # unique to this run
     image: str
     args: tuple[str, ...]
     env: Mapping[str, str]
     mounts: tuple[Mount, ...]
-    scratch: Path  # an empty directory of this machine, for the container alone
+    scratch: Path  # an empty directory of this machine, for this container alone
     stdout: Path
     stderr: Path
     limits: Limits = Limits()
-    pinned: tuple[int, ...] = ()  # CPUs that it may run on; none: any
-    plain: bool = False  # run the arguments as they are, without what the image puts before them
-    heard: bool = True  # what it says is wanted even if it succeeds; else a runtime need not get it then
+    pinned: tuple[int, ...] = ()  # the CPUs that it may run on; empty: any
+    plain: bool = False  # run the arguments without the image's entrypoint
+    heard: bool = True  # stdout and stderr are needed even if it succeeds; if not, a runtime may skip them then
 
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How a container ended: its exit code, 0 to 255, 128 + n for death by signal n."""
+    """How a container ended: its exit code, 0 to 255, or 128 + n if signal n ended it."""
 
     code: int
-    out_of_memory: bool = False  # it was killed for want of memory, as far as can be told
+    out_of_memory: bool = False  # it was killed because it exceeded its memory, as far as is known
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user wants of a runtime; each takes of it what it has."""
+    """The user's options for runtimes; each runtime uses those that it supports."""
 
     kill_grace: float = 2.0  # seconds between SIGTERM and SIGKILL
-    network: str = ""  # the engine's name of a network; none: its default
-    user: str = ""  # in the container, UID[:GID]; none: the image's
+    network: str = ""  # the engine's name of a network; empty: its default
+    user: str = ""  # in the container, UID[:GID]; empty: the image's
     shm_size: int | None = None  # bytes of /dev/shm
-    engine_patience: float = 60.0  # seconds that an engine may not answer
-    debug: bool = False  # say more
+    engine_patience: float = 60.0  # seconds that an engine may be away
+    debug: bool = False  # log more
     build_directory: Path = field(default=Path("/var/tmp"))  # noqa: S108 -- upstream's; where images are unpacked
-    data_parent: Path = field(default=Path())  # of the data directory; what is beside it for a moment is swept with it
+    data_parent: Path = field(default=Path())  # of the data directory; temporary files beside it are swept with it
     only_directories: bool = True  # accept only an unpacked directory as apptainer's image
 
 
@@ -83,13 +83,13 @@ class Runtime(Protocol):
 
     name: str
     mounts: bool
-    """Whether a container sees a mount at its target; else it sees this machine's own paths."""
+    """Whether a container sees a mount at its target; if not, it sees this machine's own paths."""
     engine: Path | None
-    """The socket of the daemon that keeps the containers, None where they are processes below the pilot's own."""
+    """The socket of the daemon that runs the containers; None if they are processes below the pilot."""
     leaves_some: bool
-    """Whether a container is still there that it could not remove: when it is closed, that is for others to do."""
+    """Whether a container is left that the runtime could not remove by the time it was closed."""
     images: Path | None
-    """The directory that it unpacks images in, None where it unpacks none, or has somebody else do so."""
+    """The directory that it unpacks images in; None if it unpacks none, or leaves that to a daemon."""
 
     async def prepare(self, image: str) -> None:
         """Get an image ready to run.
@@ -101,15 +101,15 @@ class Runtime(Protocol):
     async def run(self, container: Container) -> Exit:
         """Run a container to its end.
 
-        On every way out, being cancelled first of all, every process of the container is gone and reaped: it gets SIGTERM,
-        `kill_grace` seconds later SIGKILL.
+        On every way out, cancellation included, every process of the container has ended and is reaped: it gets SIGTERM,
+        and SIGKILL `kill_grace` seconds later.
 
         Raises:
-            NodeError: the container could not be started, for a reason that is not its own.
-            ContainerLostError: it ended with its engine, or nobody knows how it ended.
+            NodeError: the container could not be started, for a reason other than its own.
+            ContainerLostError: it ended with its engine, or how it ended is unknown.
         """
 
 
 def cannot_run(reason: str) -> Exit:
-    """Give the exit of a command that could not be executed, from a text that ends with the reason."""
+    """Return the exit of a command that could not be executed, from a text that ends with the reason."""
     return Exit(NOT_FOUND if reason.endswith(NOT_FOUND_REASONS) else NOT_EXECUTABLE)

@@ -1,9 +1,9 @@
-"""The runtime by the apptainer command (1.1 and later): nearly everything of a container's own, and no privileges.
+"""The runtime by the apptainer command (1.1 and later): nearly everything is the container's own, without privileges.
 
-A container is a tree below the pilot: apptainer's starter, the first process of a PID namespace, the payload. The kernel
-kills each with its parent (PR_SET_PDEATHSIG), except for the starter, which has cleared that, and for the helper that keeps
-a .sif file mounted for a user who is not root. Of them all only the payload has the pilot's marker in its environment, and
-may clean that. So a shell that has the marker leads the session which they are all in.
+A container is a process tree below the pilot: apptainer's starter, the first process of a PID namespace, the payload. The
+kernel kills each with its parent (PR_SET_PDEATHSIG), except for the starter, which has cleared that, and the helper that
+keeps a .sif file mounted for a user other than root. Only the payload has the pilot's marker in its environment, and it may
+clear its environment. So they are all in the session of a shell that has the marker.
 """
 
 import errno
@@ -20,30 +20,31 @@ import trio
 from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.files.data_directory import open_temporary
 from trio_pilot.files.task_logs import open_log
+from trio_pilot.processes import cgroups
 from trio_pilot.processes.children import Child, Command
 from trio_pilot.processes.orphans import MARKER, mark
 from trio_pilot.runtimes import Container, Exit, Limits, Mount, Options, apptainer_quoting, cannot_run
-from trio_pilot.runtimes.apptainer_command import LEADER, MOST_SAID, Apptainer, environment, fatal
+from trio_pilot.runtimes.apptainer_command import LEADER, MOST_TEXT, Apptainer, environment, fatal
 from trio_pilot.runtimes.apptainer_images import PROBE, RUNSCRIPT, Image, Images, probe
-from trio_pilot.runtimes.confinement import Confinement, Limiter, open_limiter
+from trio_pilot.runtimes.confinement import Confinement, Limiter, OpenGroups, open_limiter
 
 HOME = "/tmp"  # noqa: S108 -- the container's own: its scratch directory is mounted there
 
 FAILED = 255  # apptainer's own exit code, whatever the reason
 
-# The shell, and the threads of the starter and the namespace's first process at their most, when they start: 20 with 2 CPUs,
-# as measured. They are programs in Go, which has more where there are more CPUs.
+# The shell, and the most threads of the starter and the namespace's first process, while they start: 20 with 2 CPUs, as
+# measured. They are programs in Go, which starts more threads on more CPUs.
 APPTAINERS_OWN = 17 + 8 * min(os.cpu_count() or 1, 8)
 
-PROBE_TIMEOUT = 20.0  # seconds for a container that does nothing
+PROBE_TIMEOUT = 20.0  # seconds for a container of the probe
 MOUNT_POINTS = "dev", "proc", "sys", "tmp", "etc"  # the least that an image can have
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
-# What root could write to without any privilege, as it owns the files.
-KERNELS = tuple(map(Path, ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus")))
+# Where root could write without privileges, because it owns the files.
+KERNEL_FILES = tuple(map(Path, ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus")))
 
-# What it says of a command that it cannot execute, and what the kernel has said to it.
+# Apptainer's errors for a command that it cannot execute, with the kernel's reason.
 NO_COMMAND = re.compile(r'".*": executable file not found in \$PATH', re.DOTALL)
 CANNOT_EXECUTE = re.compile(
     r"(?:stat .*: |exec .* failed: .*: )?"
@@ -58,9 +59,9 @@ REASONS = {
 }
 
 
-async def fault(options: Options) -> str | None:
-    """Say what keeps apptainer from working here, if anything does."""
-    with trio.move_on_after(PROBE_TIMEOUT):
+async def fault(options: Options, seconds: float = PROBE_TIMEOUT) -> str | None:
+    """Return the reason why apptainer does not work here; None if it has made a container within so many seconds."""
+    with trio.move_on_after(seconds):
         try:
             apptainer = Apptainer.find(options.data_parent)
             await apptainer.check_version()
@@ -68,11 +69,11 @@ async def fault(options: Options) -> str | None:
         except NodeError as error:
             return str(error)
         return f"{apptainer.path} cannot make a container: {reason}" if reason else None
-    return f"apptainer has not made a container in {PROBE_TIMEOUT:g} s"
+    return f"apptainer has not made a container in {seconds:g} s"
 
 
 async def _cannot_run(apptainer: Apptainer, options: Options) -> str | None:
-    """Make a container of an image that has nothing in it."""
+    """Make a container of an empty image; return the reason if that fails."""
     with open_temporary(options.data_parent) as image:
         for name in MOUNT_POINTS:
             (image / name).mkdir()
@@ -80,17 +81,17 @@ async def _cannot_run(apptainer: Apptainer, options: Options) -> str | None:
 
 
 @asynccontextmanager
-async def open_runtime(options: Options) -> AsyncIterator["ApptainerRuntime"]:
-    """Open the runtime; `fault` says whether it works."""
+async def open_runtime(options: Options, open_groups: OpenGroups = cgroups.Groups) -> AsyncIterator["ApptainerRuntime"]:
+    """Open the runtime. Raises NodeError if there is no apptainer, or it is too old; `fault` checks whether it works."""
     apptainer = Apptainer.find(options.data_parent)
     await apptainer.check_version()
-    async with open_limiter(APPTAINERS_OWN) as limiter:
+    async with open_limiter(APPTAINERS_OWN, open_groups) as limiter:
         yield ApptainerRuntime(apptainer, options, limiter)
 
 
 @dataclass(frozen=True, slots=True)
 class _ApptainerRun:
-    """A container, and how it is to be run."""
+    """A container, and what is needed to run it."""
 
     container: Container
     image: Image
@@ -115,101 +116,108 @@ class ApptainerRuntime:
         self._limiter = limiter
 
     async def prepare(self, image: str) -> None:
-        """Look at the image; unpack it, if it is to be."""
+        """Check the image; unpack it if it cannot be run as it is."""
         await self._images.ready(image)
 
     async def run(self, container: Container) -> Exit:
-        """Run a container to its end; on every way out its PID namespace is gone."""
+        """Run a container to its end; on every way out its PID namespace has ended."""
         await trio.lowlevel.checkpoint_if_cancelled()
         image = await self._images.ready(container.image)
-        limits, address_space = await self._divided(container.limits)
+        limits, address_space = await self._split(container.limits)
         async with self._limiter.confine(replace(container, limits=limits)) as confinement:
             with map_exceptions({OSError: NodeError}, "cannot start apptainer"):
-                order = _ApptainerRun(container, image, confinement, address_space)
-                child = self._start(order)
-                # Its starter hands SIGTERM on to the payload; its namespace dies with its parent.
+                run = _ApptainerRun(container, image, confinement, address_space)
+                child = self._start(run)
+                # The starter passes SIGTERM on to the payload; the namespace ends with its parent.
                 code = await child.see_to_its_end(self._kill_grace, terminate=partial(child.terminate_below, child.pid))
                 if refusal := confinement.refusal(code, container.stderr):
                     raise NodeError(f"cannot limit what a container uses: {refusal}")
                 if code == FAILED and not confinement.out_of_memory:
-                    return await self._blame(order)
+                    return await self._own_fault(run)
             return Exit(code, code != 0 and confinement.out_of_memory)
 
-    async def _divided(self, limits: Limits) -> tuple[Limits, int | None]:
-        """Take out what apptainer could not live with: a limit of its own address space, for want of a control group."""
+    async def _split(self, limits: Limits) -> tuple[Limits, int | None]:
+        """Return the limits for apptainer, and the address space of the payload.
+
+        Without a control group, the limit of memory is one of address space, within which apptainer itself cannot run.
+        """
         if limits.memory is None or (await self._limiter.means(limits)).in_group("memory"):
             return limits, None
         return replace(limits, memory=None), limits.memory
 
-    def _start(self, order: _ApptainerRun) -> Child:
-        container = order.container
+    def _start(self, run: _ApptainerRun) -> Child:
+        container = run.container
         _make_mount_points(container)
         env = {**environment(), **_environment(container)}
         with open_log(container.stdout) as stdout, open_log(container.stderr) as stderr:
-            argv = order.confinement.argv([*LEADER, *self._argv(order)], env)
+            argv = run.confinement.argv([*LEADER, *self._argv(run)], env)
             return self._apptainer.children.spawn(
                 Command(argv, env, container.scratch, stdout, stderr, marker=container.name, cpus=container.pinned)
             )
 
-    def _argv(self, order: _ApptainerRun) -> list[str]:
-        container, action = order.container, "exec" if order.container.plain else order.image.action
+    def _argv(self, run: _ApptainerRun) -> list[str]:
+        container, action = run.container, "exec" if run.container.plain else run.image.action
         args: Sequence[str] = container.args
-        if apptainer_quoting.needs_help(args, container.env) or order.address_space is not None:
+        if apptainer_quoting.needs_help(args, container.env) or run.address_space is not None:
             command = [f"/{RUNSCRIPT}"] if action == "run" else []
-            args = apptainer_quoting.shell(command, args, container.env, order.address_space)
+            args = apptainer_quoting.shell(command, args, container.env, run.address_space)
             action = "exec"
         mounts = [Mount(container.scratch, HOME, writable=True), *container.mounts, *_protection()]
         return [
             *(self._apptainer.path, "--debug" if self._debug else "--silent"),
-            # Without a home of the host's to mount, --home says no more than what HOME is.
+            # As no home directory of the host is mounted, --home sets no more than HOME.
             *(action, "--containall", "--no-eval", "--no-privs", "--no-home", "--home", HOME, "--pwd", HOME),
             *("--no-mount", "sys", "--scratch", "/run"),
             *(option for mount in mounts for option in ("--mount", _mount(mount))),
-            order.image.path,
+            run.image.path,
             *args,
         ]
 
-    async def _blame(self, order: _ApptainerRun) -> Exit:
-        """Tell a payload that ends with 255 from one that cannot be executed, and that from no container at all."""
-        container = order.container
+    async def _own_fault(self, run: _ApptainerRun) -> Exit:
+        """Return the exit of a payload that ended with 255, or cannot be executed.
+
+        Raises:
+            NodeError: the container could not be made.
+        """
+        container = run.container
         with container.stderr.open("rb") as stderr:
-            said = stderr.read(MOST_SAID).decode(errors="replace")
-        reason = fatal(said, among_others=self._debug)
+            text = stderr.read(MOST_TEXT).decode(errors="replace")
+        reason = fatal(text, among_others=self._debug)
         if reason is None:
             return Exit(FAILED)
         refused = CANNOT_EXECUTE.fullmatch(reason)
         if not refused and not NO_COMMAND.fullmatch(reason):
-            if await self._could_be_made(order):
+            if await self._could_be_made(run):
                 return Exit(FAILED)
             raise NodeError(f"apptainer could not make the container: {reason}")
         why = os.strerror(REASONS.get(refused[1], errno.ENOENT) if refused else errno.ENOENT)
-        blame = f"{container.args[0]}: {why}"
+        line = f"{container.args[0]}: {why}"
         with container.stderr.open("ab", 0) as stderr:
-            stderr.write(os.fsencode(f"{blame}\n"))
-        return cannot_run(blame)
+            stderr.write(os.fsencode(f"{line}\n"))
+        return cannot_run(line)
 
-    async def _could_be_made(self, order: _ApptainerRun) -> bool:
-        """Try the same container with a command that it has not: if it is missed, all else was well."""
-        container = replace(order.container, args=(PROBE,))
-        attempt = replace(order, container=container, image=replace(order.image, action="exec"))
+    async def _could_be_made(self, run: _ApptainerRun) -> bool:
+        """Make the same container with a command that no image has; return whether that is the only error."""
+        container = replace(run.container, args=(PROBE,))
+        attempt = replace(run, container=container, image=replace(run.image, action="exec"))
         with trio.move_on_after(PROBE_TIMEOUT):
-            said = await self._apptainer.ask(self._argv(attempt)[1:], {**environment(), **_environment(container)})
-            return PROBE in said.reason
+            result = await self._apptainer.run(self._argv(attempt)[1:], {**environment(), **_environment(container)})
+            return PROBE in result.reason
         return False
 
 
 def _environment(container: Container) -> dict[str, str]:
-    """Give the variables by which apptainer sets the container's."""
+    """Return the variables of apptainer that set those of the container."""
     for name in container.env:
         if not VARIABLE.fullmatch(name):
             raise NodeError(f"apptainer cannot set a variable named {name!r}: use letters, digits and underscores")
     marker = {MARKER: mark(container.name)}
-    travelling = {"TMPDIR": HOME, **apptainer_quoting.travelling(container.env), **marker}
-    return {f"APPTAINERENV_{name}": value for name, value in travelling.items()}
+    variables = {"TMPDIR": HOME, **apptainer_quoting.encoded(container.env), **marker}
+    return {f"APPTAINERENV_{name}": value for name, value in variables.items()}
 
 
 def _make_mount_points(container: Container) -> None:
-    """Make those that are in the scratch directory; apptainer makes the others in a layer over the image."""
+    """Make the mount points in the scratch directory; apptainer makes the others in a layer over the image."""
     for mount in container.mounts:
         if mount.target.startswith(f"{HOME}/"):
             (container.scratch / PurePath(mount.target).relative_to(HOME)).mkdir(parents=True, exist_ok=True)
@@ -217,11 +225,11 @@ def _make_mount_points(container: Container) -> None:
 
 def _protection() -> Iterator[Mount]:
     if os.geteuid() == 0:
-        yield from (Mount(path, str(path)) for path in KERNELS if path.exists())
+        yield from (Mount(path, str(path)) for path in KERNEL_FILES if path.exists())
 
 
 def _mount(mount: Mount) -> str:
-    """Give an argument of --mount: a line of CSV."""
+    """Return an argument of --mount: a line of CSV."""
     fields = ["type=bind", f"source={mount.source}", f"destination={mount.target}", *([] if mount.writable else ["ro"])]
     if not all(apptainer_quoting.is_text(field) and "\r" not in field for field in fields):
         raise NodeError(f"apptainer cannot mount {str(mount.source)!r} at {mount.target!r}: name them in UTF-8, without CR")

@@ -1,4 +1,4 @@
-"""The apptainer command: where it is, which version, what it says of itself; runs of it that are no containers of ours."""
+"""The apptainer command: its path, its version, its errors, and runs of it that are not tasks."""
 
 import os
 import re
@@ -12,66 +12,66 @@ from pathlib import Path
 from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.processes.children import Children, Command
 
-LEAST_VERSION = (1, 1)  # --no-eval is of 1.1, without which a shell sees the arguments
+LEAST_VERSION = (1, 1)  # the first with --no-eval, without which a shell expands the arguments
 
 NOT_FOUND = "there is no apptainer on PATH: install it (its package is apptainer), or put its bin directory there"
 
-# A shell that keeps the pilot's marker in its environment, where apptainer drops it: it waits, where `exec` would make it
-# apptainer. All that apptainer starts is in its session.
+# A shell that keeps the pilot's marker in its environment, where apptainer drops it: it does not `exec` apptainer, but waits
+# for it. All that apptainer starts is in its session.
 LEADER = "/bin/sh", "-c", '"$@"; exit $?', "apptainer"
 
 KILL_GRACE = 2.0  # seconds between SIGTERM and SIGKILL
-MOST_SAID = 65536  # bytes of output to look at
+MOST_TEXT = 65536  # bytes of stdout and stderr that are read
 
-# `FATAL:   why`, with the level in nine characters; with --debug `FATAL   [U=0,P=1]          StageTwo()           why`
+# `FATAL:   why`, the level padded to nine characters; with --debug `FATAL   [U=0,P=1]          StageTwo()           why`
 LINE = re.compile(r"(?P<level>[A-Z]+)(?:: {1,5}(?<=.{9})(?=\S)|\s+\[U=\d+,P=\d+\]\s+\S*?\(\)\s*)(?P<text>.*)", re.DOTALL)
 
-COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # which it puts in what it says before it has looked at its flags
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # in errors that apptainer writes before it has read its flags
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """How a run of it ended, and what it said."""
+class CommandResult:
+    """The exit code of a run, and what it wrote to stdout and stderr."""
 
     code: int
     text: str
 
     @property
     def reason(self) -> str:
-        """Why it failed, in its own words."""
+        """The reason why it failed, in apptainer's words."""
         return fatal(self.text, among_others=True) or self.text.strip()[-1000:] or f"exit code {self.code}"
 
 
 class Apptainer:
-    """The program, and the children by which it is run."""
+    """The program, and the processes that run it."""
 
     def __init__(self, path: str, directory: Path) -> None:
         self.path = path
-        # What it says is in a file there: the one place that must be writable. Not every Python has os.memfd_create.
+        # For the stdout and stderr of runs: the one place that must be writable. Not every Python has os.memfd_create.
         self._directory = directory
         self.children = Children()
 
     @classmethod
     def find(cls, directory: Path) -> "Apptainer":
-        """Find it on PATH; singularity is another name of it. Raises NodeError if it is not there."""
+        """Find apptainer on PATH, where it may be named singularity. Raises NodeError if it is not there."""
         found = shutil.which("apptainer") or shutil.which("singularity")
         if found is None:
             raise NodeError(NOT_FOUND)
         return cls(str(Path(found).absolute()), directory)
 
     async def check_version(self) -> None:
-        """Raise NodeError if it fails, is too old, or another program of that name."""
-        said = await self.ask(["--version"], environment())
-        if said.code:
-            raise NodeError(f"{self.path} fails: {said.reason}")
-        match = re.search(r"^apptainer version (\d+)\.(\d+)", said.text, re.MULTILINE)
+        """Check the version. Raises NodeError if it fails, is too old, or is another program of that name."""
+        result = await self.run(["--version"], environment())
+        if result.code:
+            raise NodeError(f"{self.path} fails: {result.reason}")
+        match = re.search(r"^apptainer version (\d+)\.(\d+)", result.text, re.MULTILINE)
         if match is None or (int(match[1]), int(match[2])) < LEAST_VERSION:
             least = ".".join(map(str, LEAST_VERSION))
-            found = said.text.strip()[:200]
+            found = result.text.strip()[:200]
             raise NodeError(f"{self.path} must be apptainer {least} or later, but it says {found!r}: install a newer one")
 
-    async def ask(self, args: Sequence[str], env: Mapping[str, str], pass_fds: Sequence[int] = ()) -> Said:
-        """Run it to its end, and give what it says. Cancelled, it and all below it are gone.
+    async def run(self, args: Sequence[str], env: Mapping[str, str], pass_fds: Sequence[int] = ()) -> CommandResult:
+        """Run apptainer to its end, and return how it ended. If cancelled, it and all processes below it have ended.
 
         Raises:
             NodeError: it cannot be started.
@@ -82,23 +82,25 @@ class Apptainer:
             command = Command([*LEADER, self.path, *args], env, Path.cwd(), output, output, marker, pass_fds)
             code = await self.children.spawn(command).see_to_its_end(KILL_GRACE)
             size = output.seek(0, os.SEEK_END)
-            output.seek(max(0, size - MOST_SAID))
-            return Said(code, COLOUR.sub("", output.read().decode(errors="replace")))
+            output.seek(max(0, size - MOST_TEXT))
+            return CommandResult(code, COLOUR.sub("", output.read().decode(errors="replace")))
 
 
 def environment() -> dict[str, str]:
-    """Give the variables that the program needs to run a container: where its helpers are."""
+    """Return the variables that apptainer needs to run a container: where its helper programs are."""
     return {"PATH": os.environ.get("PATH", os.defpath)}
 
 
-def fatal(said: str, *, among_others: bool = False) -> str | None:
-    """Give why apptainer failed, if it was it that failed: what it says then comes before all that a container says.
+def fatal(stderr: str, *, among_others: bool = False) -> str | None:
+    """Return the reason why apptainer failed; None if not apptainer failed, but the command in the container.
+
+    Apptainer's errors come before all that a container writes.
 
     Args:
-        said: its stderr, from the beginning.
-        among_others: whether other lines may be between its own.
+        stderr: the stderr of a run, from the beginning.
+        among_others: whether there may be other lines between apptainer's own.
     """
-    lines = said.split("\n")
+    lines = stderr.split("\n")
     for number, line in enumerate(lines):
         match = LINE.fullmatch(line)
         if match and match["level"] == "FATAL":

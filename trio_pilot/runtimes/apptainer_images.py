@@ -1,8 +1,8 @@
 """Images for apptainer: directories as they are, files that it can mount, and all others unpacked once.
 
-Unpacked images are in a directory of this user's own below the build directory, each under the hash of what it was made
-from, and they stay there: for the next pilot, until somebody removes them. Several pilots may want the same one at once: the
-one that holds the lock makes it, under another name until it is complete.
+Unpacked images are in a directory of this user's own below the build directory, each under the hash of its source. They stay
+there for the next pilots, until a person removes them. Several pilots may need the same one at once: the one that holds the
+lock unpacks it, under another name until it is complete.
 """
 
 import hashlib
@@ -23,38 +23,37 @@ from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import APPTAINER_BUILD, APPTAINER_IMAGE, OWN_ROOT, Options
 from trio_pilot.runtimes.apptainer_command import Apptainer, environment
 
-# What an image can be made from, besides a file: apptainer-build(1).
+# The sources of an image other than a file: apptainer-build(1).
 SOURCES = ("docker", "docker-archive", "docker-daemon", "oci", "oci-archive", "oras", "library", "shub", "http", "https")
 
-# Of the pilot's environment, what building may need: credentials, proxies, caches and places.
+# The variables of the pilot's environment that a build may need: credentials, proxies, caches and directories.
 FOR_BUILDING = re.compile(
     r"(APPTAINER|SINGULARITY|DOCKER|XDG|SSL)_.*|(http|https|no|all)_proxy|PATH|HOME|USER|LOGNAME|REGISTRY_AUTH_FILE",
     re.IGNORECASE,
 )
 
 RUNSCRIPT = ".singularity.d/runscript"
-NO_RUNSCRIPT = "There is no runscript defined for this container"  # all that the one says that apptainer makes up
+NO_RUNSCRIPT = "There is no runscript defined for this container"  # the only text of the runscript that apptainer makes up
 
 UNKNOWN = "image format not recognized"
 
-PROBE = "/.trio-pilot-probe"  # a command that no image has: that it is missed is a container's word
-PROBE_TIMEOUT = 60.0  # seconds for a container that does nothing
-LOCK_INTERVAL = 0.2  # seconds between two looks at a lock that another pilot has
-TIDY_TIMEOUT = 60.0  # seconds to remove half an image
+PROBE = "/.trio-pilot-probe"  # a command that no image has: the error that it is missing shows that the container was made
+PROBE_TIMEOUT = 60.0  # seconds for a container of the probe
+LOCK_INTERVAL = 0.2  # seconds between two attempts to take a lock that another pilot holds
+TIDY_TIMEOUT = 60.0  # seconds to remove an unfinished image
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """What apptainer is to run, and how."""
+    """An image that is ready, and apptainer's action to run a command in it."""
 
     path: str
-    action: str = (
-        "exec"  # the command itself; or `run`, by the image's runscript (which is what a Docker entrypoint becomes)
-    )
+    # `exec` runs the command itself, `run` the image's runscript with it, which is what a Docker entrypoint becomes.
+    action: str = "exec"
 
 
 class Images:
-    """Gets images ready, each once."""
+    """Prepares images, each once."""
 
     def __init__(self, apptainer: Apptainer, options: Options) -> None:
         self._apptainer = apptainer
@@ -64,14 +63,14 @@ class Images:
         self._lock = trio.Lock()
 
     async def ready(self, name: str) -> Image:
-        """Get an image ready. Raises NodeError if there is none, or it is none."""
+        """Prepare an image. Raises NodeError if it is not there, or is not an image."""
         if name not in self._ready:
             async with self._lock:
                 if name not in self._ready:
-                    self._ready[name] = await self._get_ready(name)
+                    self._ready[name] = await self._prepare(name)
         return self._ready[name]
 
-    async def _get_ready(self, name: str) -> Image:
+    async def _prepare(self, name: str) -> Image:
         if name in OWN_ROOT:
             raise NodeError(f"apptainer takes no {name or 'empty name'!r} as an image: name one, or choose another runtime")
         fault = await trio.to_thread.run_sync(_directory_fault, name)
@@ -99,17 +98,17 @@ class Images:
             raise NodeError(f"the image {name} is neither a directory nor a file; of a registry it would be docker://{name}")
         reason = await self._cannot_run(path)
         if reason is None:
-            said = await self._apptainer.ask(["--silent", "inspect", "--runscript", str(path)], environment())
-            return Image(str(path), _action(said.text if said.code == 0 else ""))
-        if UNKNOWN in reason:  # it would be built, as if it said how
-            raise NodeError(f"the image {name} is none that apptainer knows: {reason}")
-        LOGGER.info("image %s is unpacked, for it cannot be mounted here: %s", name, reason)
+            result = await self._apptainer.run(["--silent", "inspect", "--runscript", str(path)], environment())
+            return Image(str(path), _action(result.text if result.code == 0 else ""))
+        if UNKNOWN in reason:  # a build would take it for a definition file, and execute it
+            raise NodeError(f"the image {name} is of no format that apptainer knows: {reason}")
+        LOGGER.info("image %s: being unpacked, because it cannot be mounted here: %s", name, reason)
         return await self._unpacked(str(path))
 
     async def _cannot_run(self, path: Path) -> str | None:
         with trio.move_on_after(PROBE_TIMEOUT):
             return await probe(self._apptainer, path)
-        return f"that took more than {PROBE_TIMEOUT:g} s"
+        return f"it has not started in {PROBE_TIMEOUT:g} s"
 
     async def _unpacked(self, source: str) -> Image:
         parent = self.directory
@@ -119,7 +118,7 @@ class Images:
             finished = parent / key
             async with _locked(parent, key, source) as lock:
                 if await trio.Path(finished).exists():
-                    LOGGER.info("image %s: %s is used, where it was unpacked before", source, finished)
+                    LOGGER.info("image %s: using %s, where it was unpacked before", source, finished)
                 else:
                     await self._build(source, finished, lock)
             return await self._directory(str(finished))
@@ -133,10 +132,10 @@ class Images:
             (unfinished / "tmp").mkdir(parents=True)
             root = unfinished / "root"
             env = {**_environment(os.environ), "APPTAINER_TMPDIR": str(unfinished / "tmp")}
-            # It holds the lock too: it may outlive us.
-            said = await self._apptainer.ask([*_build(env), "--sandbox", str(root), source], env, [lock])
-            if said.code:
-                raise NodeError(f"cannot unpack the image {source}: {said.reason}")
+            # Apptainer inherits the lock: it may outlive the pilot.
+            result = await self._apptainer.run([*_build(env), "--sandbox", str(root), source], env, [lock])
+            if result.code:
+                raise NodeError(f"cannot unpack the image {source}: {result.reason}")
             root.rename(finished)
         finally:
             with trio.move_on_after(TIDY_TIMEOUT, shield=True):
@@ -145,10 +144,10 @@ class Images:
 
 
 async def probe(apptainer: Apptainer, image: Path) -> str | None:
-    """Say why no container can be made of an image, if so."""
+    """Return the reason why no container can be made of an image; None if one can."""
     args = ["--silent", "exec", "--containall", "--no-eval", "--no-privs", "--no-home", "--pwd", "/"]
-    said = await apptainer.ask([*args, str(image), PROBE], environment())
-    return None if PROBE in said.reason else said.reason
+    result = await apptainer.run([*args, str(image), PROBE], environment())
+    return None if PROBE in result.reason else result.reason
 
 
 def _directory_fault(name: str) -> str | None:
@@ -172,30 +171,30 @@ def _action(runscript: str) -> str:
 
 
 def _make_own(directory: Path) -> None:
-    """Make a directory that nobody else can have put images into."""
+    """Make the directory of images, or check that no other user can have put images into it."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not is_own(directory):
-        raise NodeError(f"{directory} must be a directory of this user's that nobody else can write: remove it")
+        raise NodeError(f"{directory} must be a directory of this user, which no other can write to: remove it")
 
 
 def _key(source: str) -> str:
-    """Name a source by what it is; a file by its state, too."""
-    said = [source]
+    """Return the hash of a source; of a file also its path, size and time of change."""
+    facts = [source]
     file = Path(source.partition(":")[2] if source.partition(":")[0] in SOURCES else source)
     if exists(file):
-        facts = file.stat()
-        said += [str(file.absolute()), str(facts.st_size), str(facts.st_mtime_ns)]
-    return hashlib.sha256(os.fsencode("\0".join(said))).hexdigest()[:32]
+        status = file.stat()
+        facts += [str(file.absolute()), str(status.st_size), str(status.st_mtime_ns)]
+    return hashlib.sha256(os.fsencode("\0".join(facts))).hexdigest()[:32]
 
 
 @asynccontextmanager
 async def _locked(images: Path, key: str, source: str) -> AsyncIterator[int]:
-    """Hold the lock of an image; wait, as long as nobody cancels that, for another pilot that does."""
+    """Hold the lock of an image; if another pilot holds it, wait without a time limit."""
     lock = open_lock(images, key)
     try:
         if not try_to_lock(lock):
             LOGGER.info("image %s: another pilot is unpacking it", source)
-            while not try_to_lock(lock):  # noqa: ASYNC110 -- another process tells nobody
+            while not try_to_lock(lock):  # noqa: ASYNC110 -- another process sends no event
                 await trio.sleep(LOCK_INTERVAL)
         yield lock
     finally:
@@ -203,7 +202,7 @@ async def _locked(images: Path, key: str, source: str) -> AsyncIterator[int]:
 
 
 def _build(env: Mapping[str, str]) -> list[str]:
-    """Keep nothing but the image, unless the user has named a place."""
+    """Return the build command: it keeps nothing but the image, unless the user has named a cache directory."""
     return ["build", "--fix-perms", *([] if "APPTAINER_CACHEDIR" in env else ["--disable-cache"])]
 
 

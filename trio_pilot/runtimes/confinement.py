@@ -1,7 +1,7 @@
-"""What keeps a container that is a child process within its limits: control groups where we may make them, else rlimits.
+"""Limits of containers that are child processes: control groups where the pilot may make them, rlimits elsewhere.
 
-A process is within its limits from its first instruction: a shell sets them for itself, and becomes it. Between fork and
-exec of a program with threads nothing is safe to do, and an engine, which could do it for us, is not there.
+A process is within its limits from its first instruction: a shell sets them for itself, and then executes the program.
+Nothing is safe to do between fork and exec of a program with threads, and there is no engine that could set them.
 """
 
 import itertools
@@ -10,7 +10,7 @@ import resource
 import shlex
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -28,34 +28,36 @@ NOT_ENFORCED = "not enforced"
 
 SHELL, SHELL_NAME = "/bin/sh", "trio-pilot"
 NOT_ENTERED = 125  # the shell's exit code if it could not set a limit for itself
-OF_SHELLS = ("PWD", "OLDPWD", "SHLVL")  # variables that shells add
+SHELL_VARIABLES = ("PWD", "OLDPWD", "SHLVL")  # which shells add to the environment
 
-CALL_TIMEOUT = REMOVE_TIMEOUT + 1.0  # seconds for what has a deadline of its own
+CALL_TIMEOUT = REMOVE_TIMEOUT + 1.0  # seconds for a call that has a deadline of its own
 
 CONTROLLERS = {"memory": "memory", "cpus": "cpu", "pids": "pids"}  # of each of the limits
 
+OpenGroups = Callable[[], cgroups.Groups]
+
 
 class Confinement:
-    """The limits of one container, in force while it is entered. These are none."""
+    """The limits of one container, in force while it is entered. This base class sets none."""
 
     async def __aenter__(self) -> "Confinement":
-        """Get ready. Raises NodeError if that fails."""
+        """Prepare the limits. Raises NodeError if that fails."""
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Kill what is left of the container, as far as it is known by its control group."""
+        """Kill the processes that are left in the container's control group, if it has one."""
 
     def argv(self, argv: Sequence[str], env: Mapping[str, str]) -> Sequence[str]:  # noqa: ARG002
-        """Give the arguments that run `argv` within the limits."""
+        """Return the arguments that run `argv` within the limits."""
         return argv
 
     def refusal(self, code: int, stderr: Path) -> str | None:  # noqa: ARG002
-        """Give what the shell has said, if it could not set the limits (NOT_ENTERED), or not run what it should."""
+        """Return the shell's error if it could not set the limits (NOT_ENTERED) or execute the program, else None."""
         return None
 
     @property
     def out_of_memory(self) -> bool:
-        """Whether a process of the container was killed for want of memory."""
+        """Whether a process of the container was killed because the container exceeded its memory."""
         return False
 
 
@@ -63,9 +65,14 @@ UNCONFINED = Confinement()
 
 
 @asynccontextmanager
-async def open_limiter(extra_pids: int = 0) -> AsyncIterator["Limiter"]:
-    """Open what confines the containers of a runtime, which itself adds some processes to each; close it at the end."""
-    limiter = Limiter(extra_pids)
+async def open_limiter(extra_pids: int = 0, open_groups: OpenGroups = cgroups.Groups) -> AsyncIterator["Limiter"]:
+    """Open the limiter of a runtime's containers, and close it at the end.
+
+    Args:
+        extra_pids: the processes and threads that the runtime itself adds to each container.
+        open_groups: opens the control groups.
+    """
+    limiter = Limiter(extra_pids, open_groups)
     try:
         yield limiter
     finally:
@@ -73,22 +80,23 @@ async def open_limiter(extra_pids: int = 0) -> AsyncIterator["Limiter"]:
 
 
 class Limiter:
-    """Confines the containers of a runtime."""
+    """Limits the containers of a runtime."""
 
-    def __init__(self, extra_pids: int) -> None:
+    def __init__(self, extra_pids: int, open_groups: OpenGroups = cgroups.Groups) -> None:
         self._extra_pids = extra_pids
+        self._open_groups = open_groups
         self._means: Means | None = None
         self._lock = trio.Lock()
 
     def confine(self, container: Container) -> Confinement:
-        """Give the limits of a container, to be entered around all of its life. Without limits nothing is done."""
-        return UNCONFINED if container.limits == NO_LIMITS else _Confined(self, container, self._extra_pids)
+        """Return the limits of a container, to be entered while it runs. Without limits it does nothing."""
+        return UNCONFINED if container.limits == NO_LIMITS else _Limited(self, container, self._extra_pids)
 
     async def means(self, limits: Limits) -> "Means":
-        """Find out once what there is, and say then what of the limits it cannot enforce."""
+        """Return the means of this machine. The first call looks for them, and logs which of the limits are not enforced."""
         async with self._lock:
             if self._means is None:
-                self._means = await trio.to_thread.run_sync(Means)
+                self._means = await trio.to_thread.run_sync(lambda: Means(self._open_groups()))
                 for kind, by in self._means.how(limits).items():
                     if by.startswith(NOT_ENFORCED):
                         LOGGER.warning("--task-%s is %s", kind, by)
@@ -102,12 +110,12 @@ class Limiter:
 
 
 async def how(limits: Limits) -> Mapping[str, str]:
-    """Tell what would enforce each of the limits that are set, here and now; what begins with NOT_ENFORCED says why not."""
+    """Return what enforces each of the limits that are set, or NOT_ENFORCED and the reason."""
     return await trio.to_thread.run_sync(_how, limits)
 
 
 def _how(limits: Limits) -> Mapping[str, str]:
-    means = Means()
+    means = Means(cgroups.Groups())
     try:
         return means.how(limits)
     finally:
@@ -115,10 +123,10 @@ def _how(limits: Limits) -> Mapping[str, str]:
 
 
 class Means:
-    """What there is on this machine to limit a process with. Blocks."""
+    """The means of this machine to limit a process. Calls block."""
 
-    def __init__(self) -> None:
-        self.groups = cgroups.Groups()
+    def __init__(self, groups: cgroups.Groups) -> None:
+        self.groups = groups
         self.taskset = shutil.which("taskset")
         self._turns = itertools.count()
 
@@ -127,7 +135,7 @@ class Means:
         self.groups.close()
 
     def how(self, limits: Limits) -> Mapping[str, str]:
-        """Tell what enforces each of the limits that are set."""
+        """Return what enforces each of the limits that are set."""
         return {kind: self._by(kind) for kind in CONTROLLERS if getattr(limits, kind) is not None}
 
     def _by(self, kind: str) -> str:
@@ -143,25 +151,25 @@ class Means:
         return f"{NOT_ENFORCED}: {why}, and {'there is no taskset' if kind == 'cpus' else 'rlimits do not bind root'}"
 
     def in_group(self, kind: str) -> bool:
-        """Tell whether it is control groups that enforce a limit."""
+        """Return whether a control group enforces a limit."""
         return CONTROLLERS[kind] in self.groups.controllers
 
     def some_cpus(self, number: float) -> Sequence[int]:
-        """Take some of our CPUs, others each time."""
-        ours = sorted(os.sched_getaffinity(0))
-        count = min(max(int(number), 1), len(ours))
+        """Return so many of the pilot's CPUs, others with each call."""
+        allowed = sorted(os.sched_getaffinity(0))
+        count = min(max(int(number), 1), len(allowed))
         first = next(self._turns) * count
-        return sorted({ours[(first + one) % len(ours)] for one in range(count)})
+        return sorted({allowed[(first + one) % len(allowed)] for one in range(count)})
 
 
-class _Confined(Confinement):
+class _Limited(Confinement):
     """The limits of a container that has some."""
 
     def __init__(self, limiter: Limiter, container: Container, extra_pids: int) -> None:
         self._limiter = limiter
         self._container = container
         self._extra_pids = extra_pids
-        self._name = f"{SHELL_NAME}-{uuid.uuid4().hex}"  # how the shell begins what it has to say, and no payload could
+        self._name = f"{SHELL_NAME}-{uuid.uuid4().hex}"  # the beginning of the shell's errors, which no payload can know
         self._steps: list[str] = []
         self._group: cgroups.Group | None = None
 
@@ -178,30 +186,30 @@ class _Confined(Confinement):
                     LOGGER.error("the control group of %s cannot be removed", self._container.name)
 
     def _prepare(self, means: Means) -> None:
-        rlimits = list(_rlimits(self._container.limits, self._extra_pids, means))
+        commands = list(rlimit_commands(self._container.limits, self._extra_pids, means))
         if settings := list(_settings(self._container.limits, self._extra_pids, means)):
             self._group = means.groups.make(self._container.name, settings)
             self._steps += [f"echo 0 > {shlex.quote(str(entrance))}" for entrance in self._group.entrances]
-        self._steps += rlimits
+        self._steps += commands
 
     def argv(self, argv: Sequence[str], env: Mapping[str, str]) -> Sequence[str]:
-        """Have a shell set the limits for itself, and become the program."""
-        theirs = " ".join(name for name in OF_SHELLS if name not in env)
-        script = f'{" && ".join(self._steps) or ":"} || exit {NOT_ENTERED}; unset {theirs}; exec "$@"'
+        """Return the arguments of a shell that sets the limits for itself, and then executes the program."""
+        added = " ".join(name for name in SHELL_VARIABLES if name not in env)
+        script = f'{" && ".join(self._steps) or ":"} || exit {NOT_ENTERED}; unset {added}; exec "$@"'
         return [SHELL, "-c", script, self._name, *argv]
 
     def refusal(self, code: int, stderr: Path) -> str | None:
-        """Give the first line of what the shell has said; nothing if it was another who ended with such a code."""
+        """Return the first line of the shell's error; None if not the shell ended with such a code, but the program."""
         if code not in (NOT_ENTERED, NOT_EXECUTABLE, NOT_FOUND):
             return None
-        said = ""
+        line = ""
         with suppress(OSError), stderr.open("rb") as file:
-            said = file.readline(4096).decode(errors="replace").strip()
-        return said.replace(self._name, SHELL_NAME) if said.startswith(f"{self._name}: ") else None
+            line = file.readline(4096).decode(errors="replace").strip()
+        return line.replace(self._name, SHELL_NAME) if line.startswith(f"{self._name}: ") else None
 
     @property
     def out_of_memory(self) -> bool:
-        """Ask the control group."""
+        """Whether the control group has counted such a kill."""
         return self._group is not None and self._group.out_of_memory
 
 
@@ -214,21 +222,21 @@ def _settings(limits: Limits, extra_pids: int, means: Means) -> Iterator[cgroups
         yield cgroups.pids(limits.pids + extra_pids)
 
 
-def _rlimits(limits: Limits, extra_pids: int, means: Means) -> Iterator[str]:
-    """Give a shell's commands for what no control group enforces; last what would keep the others from starting."""
+def rlimit_commands(limits: Limits, extra_pids: int, means: Means) -> Iterator[str]:
+    """Yield a shell's commands for the limits that no control group enforces, in the order in which all can be executed."""
     if limits.cpus is not None and not means.in_group("cpus") and means.taskset:
         cpus = ",".join(map(str, means.some_cpus(limits.cpus)))
         yield f"{shlex.quote(means.taskset)} -cp {cpus} $$ > /dev/null"
     if limits.memory is not None and not means.in_group("memory"):
         yield f"ulimit -v {_at_most(limits.memory, resource.RLIMIT_AS) // 1024}"
     if limits.pids is not None and not means.in_group("pids") and os.geteuid():
-        # The kernel counts all of this user's, on the whole machine: so many more than there are.
+        # The kernel counts all processes of this user on the whole machine: so those that exist are added.
         number = _at_most(_processes_of_this_user() + limits.pids + extra_pids, resource.RLIMIT_NPROC)
-        yield f"{{ ulimit -u {number} 2> /dev/null || ulimit -p {number}; }}"  # bash's word for it, or dash's
+        yield f"{{ ulimit -u {number} 2> /dev/null || ulimit -p {number}; }}"  # the flag of bash, or that of dash
 
 
 def _at_most(number: int, which: int) -> int:
-    """Stay below a limit that we have ourselves, and cannot raise."""
+    """Return a limit, lowered to the hard limit of the pilot, which it cannot raise."""
     hard = resource.getrlimit(which)[1]
     return number if hard == resource.RLIM_INFINITY else min(number, hard)
 

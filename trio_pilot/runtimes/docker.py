@@ -9,49 +9,52 @@ from trio_pilot.errors import NodeError
 from trio_pilot.runtimes import Limits, Options
 from trio_pilot.runtimes.engine import EngineRuntime, fault_of, open_engine
 from trio_pilot.runtimes.engine_dialect import MOST_LOG, SCRATCH, CreateRequest, Dialect, Spec, labels
+from trio_pilot.runtimes.engine_timeouts import DEFAULT_TIMEOUTS, EngineTimeouts
 
-OLDEST, NEWEST = (1, 40), (1, 51)  # versions of the API that we know
+OLDEST, NEWEST = (1, 40), (1, 51)  # supported versions of the API
 
-# Without a network docker would still make the sandbox for one, which is half of what a container costs. All that gives is a
-# loopback device, which is there in any case, and names for it: this machine's are as good.
+# Without a network docker would still make a network sandbox, which is half of what a container costs. All that this adds is
+# a loopback device, which exists in any case, and names for it: those of this machine do as well.
 HOSTS = Path("/etc/hosts")
 
-LOG_FILES = 2  # a full one is thrown away as a whole, so half of MOST_LOG is the least that is kept
+LOG_FILES = 2  # a full one is deleted as a whole, so at least half of MOST_LOG is kept
 
 
-async def fault(options: Options) -> str | None:  # noqa: ARG001 -- none matters
-    """Say what keeps docker from working here, if anything does."""
+async def fault(options: Options) -> str | None:  # noqa: ARG001 -- as for any other runtime
+    """Return the reason why docker does not work here; None if it works."""
     return await fault_of(DOCKER)
 
 
-def open_runtime(options: Options) -> AbstractAsyncContextManager[EngineRuntime]:
-    """Open the runtime. Raises NodeError if it does not work here."""
-    return open_engine(DOCKER, options)
+def open_runtime(
+    options: Options, timeouts: EngineTimeouts = DEFAULT_TIMEOUTS
+) -> AbstractAsyncContextManager[EngineRuntime]:
+    """Open the runtime. Raises NodeError if docker does not work here."""
+    return open_engine(DOCKER, options, timeouts)
 
 
 def prefix(headers: Mapping[str, str]) -> str:
-    """Choose the newest version that both sides know."""
-    said = headers.get("api-version", "none")
+    """Return the prefix of the newest version of the API that docker and the pilot support."""
+    version = headers.get("api-version", "none")
     try:
-        theirs = tuple(map(int, said.split(".")))
+        newest = tuple(map(int, version.split(".")))
     except ValueError:
-        raise NodeError(f"this is no docker: it gives {said!r} as its API version") from None
-    if theirs < OLDEST:
-        raise NodeError(f"docker is too old: it speaks API version {said}, and 1.40 (docker 19.03) is needed at least")
-    return "/v{}.{}".format(*min(theirs, NEWEST))
+        raise NodeError(f"this is no docker: it gives {version!r} as its API version") from None
+    if newest < OLDEST:
+        raise NodeError(f"docker is too old: it speaks API version {version}, and 1.40 (docker 19.03) is needed at least")
+    return "/v{}.{}".format(*min(newest, NEWEST))
 
 
-def spec(order: CreateRequest) -> Spec:
-    """Say what the container is to be. What is not said is the image's: the working directory, the entrypoint."""
-    container, options = order.container, order.options
+def spec(request: CreateRequest) -> Spec:
+    """Return the body of a create request. What it does not set is the image's: the working directory, the entrypoint."""
+    container, options = request.container, request.options
     is_alone = options.network == "none"
     return {
         "NetworkDisabled": is_alone,
-        "Image": order.image,
+        "Image": request.image,
         **({"Entrypoint": container.args} if container.plain else {"Cmd": container.args}),
         "Env": [f"{name}={value}" for name, value in container.env.items()],
         "User": options.user,
-        "Labels": labels(order),
+        "Labels": labels(request),
         "HostConfig": {
             "Init": True,
             "Mounts": [
@@ -78,9 +81,9 @@ def _mount(source: Path, target: str, *, writable: bool) -> Spec:
 def _limits(limits: Limits) -> Spec:
     settings = {
         "Memory": limits.memory,
-        "MemorySwap": limits.memory,  # both together: so there is no swap
+        "MemorySwap": limits.memory,  # the limit of both together: so there is no swap
         "NanoCpus": limits.cpus and int(limits.cpus * 1e9),
-        "PidsLimit": limits.pids and limits.pids + 1,  # the init is none of the task's
+        "PidsLimit": limits.pids and limits.pids + 1,  # the init does not count as the task's
     }
     return {name: value for name, value in settings.items() if value is not None}
 
@@ -93,7 +96,7 @@ DOCKER = Dialect(
     name="docker",
     variable="DOCKER_HOST",
     socket=lambda: Path("/var/run/docker.sock"),
-    cure="start it, or name its socket in DOCKER_HOST; who is not root must be in the group docker",
+    cure="start it, or name its socket in DOCKER_HOST; a user other than root must be in the group docker",
     prefix=prefix,
     pull_prefix=None,
     spec=spec,

@@ -1,6 +1,6 @@
-"""Containers that a daemon keeps: what docker and podman have in common.
+"""Containers run by a daemon: what docker and podman have in common.
 
-A container is named and labelled before it is made: whatever happens to us or to the answer, it can be found.
+A container has its name and labels from its creation on: whatever happens to the pilot or to an answer, it can be found.
 """
 
 import os
@@ -16,49 +16,48 @@ from trio_pilot.files.task_logs import open_log
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import Container, Exit, Options, cannot_run
 from trio_pilot.runtimes.engine_api import EngineApi, EngineRefusedError
-from trio_pilot.runtimes.engine_container import FETCH_TIMEOUT, EngineContainer
+from trio_pilot.runtimes.engine_container import EngineContainer
 from trio_pilot.runtimes.engine_dialect import CreateRequest, Dialect, Spec
 from trio_pilot.runtimes.engine_images import find_image, ready_image
 from trio_pilot.runtimes.engine_outages import EngineOutages
+from trio_pilot.runtimes.engine_timeouts import DEFAULT_TIMEOUTS, EngineTimeouts
 
-END_TIMEOUT = 10.0  # seconds to end and remove a container, beside its grace; then it is tried in the background
-MOST_BEHIND = 8  # containers that are removed beside the next tasks; more are waited for
-LAST_TIMEOUT = 3.0  # seconds to try it for the last time, as the runtime closes; after us comes the guardian
+MOST_REMOVALS = 8  # containers that are removed in the background, while the next tasks run; a task waits for more
 
-KILLED = 137  # the exit code of what died of SIGKILL
+KILLED = 137  # the exit code of a process that SIGKILL ended
 
-# What the engines' init says if it cannot run the command: tini, which is docker's, and catatonit, which is podman's.
-INIT_SAYS = re.compile(
+# What the engine's init writes if it cannot execute the command: tini, which is docker's, and catatonit, which is podman's.
+INIT_ERROR = re.compile(
     rb"(?:\[FATAL tini \(\d+\)\] exec .* failed|ERROR \(catatonit:\d+\): failed to exec pid1): (?P<reason>[^\n]*)\n",
     re.DOTALL,
 )
-INIT_SAYS_AT_MOST = 2**18  # bytes: it names the command
+LONGEST_INIT_ERROR = 2**18  # bytes: it contains the command
 INIT_CODES = (1, 126, 127)
 
 
 def socket_of(dialect: Dialect) -> Path:
-    """Tell where the engine's socket is. Raises NodeError if it is no Unix socket."""
-    said = os.environ.get(dialect.variable)
-    if not said:
+    """Return the engine's socket. Raises NodeError if the environment names something else than a Unix socket."""
+    address = os.environ.get(dialect.variable)
+    if not address:
         return dialect.socket()
-    scheme, _, path = said.partition("://")
+    scheme, _, path = address.partition("://")
     if scheme != "unix" or not path.startswith("/"):
-        raise NodeError(f"{dialect.variable} must be unix:// and the path of a socket, not {said!r}")
+        raise NodeError(f"{dialect.variable} must be unix:// and the path of a socket, not {address!r}")
     return Path(path)
 
 
 async def fault_of(dialect: Dialect) -> str | None:
-    """Say what keeps an engine from working here, if anything does."""
+    """Return the reason why an engine does not work here; None if it works."""
     try:
         async with EngineApi(dialect.name, socket_of(dialect)) as api:
-            await _open(api, dialect)
+            await _choose_version(api, dialect)
     except NodeError as error:
         return str(error)
     return None
 
 
-async def _open(api: EngineApi, dialect: Dialect) -> None:
-    """Agree on a version of the API. Raises NodeError if there is nobody to agree with."""
+async def _choose_version(api: EngineApi, dialect: Dialect) -> None:
+    """Choose the version of the API. Raises NodeError if the engine does not answer, or is too old."""
     try:
         api.prefix = dialect.prefix(await api.ping())
     except NodeError as error:
@@ -66,20 +65,22 @@ async def _open(api: EngineApi, dialect: Dialect) -> None:
 
 
 @asynccontextmanager
-async def open_engine(dialect: Dialect, options: Options) -> AsyncIterator["EngineRuntime"]:
-    """Open a runtime. At the end it tries for the last time to remove what it could not.
+async def open_engine(
+    dialect: Dialect, options: Options, timeouts: EngineTimeouts = DEFAULT_TIMEOUTS
+) -> AsyncIterator["EngineRuntime"]:
+    """Open a runtime. When it is closed, it tries for the last time to remove the containers that it could not remove.
 
     Raises:
         NodeError: the engine does not answer.
     """
-    async with EngineApi(dialect.name, socket_of(dialect)) as api:
-        await _open(api, dialect)
+    async with EngineApi(dialect.name, socket_of(dialect), timeouts) as api:
+        await _choose_version(api, dialect)
         async with trio.open_nursery() as nursery:
-            link = EngineOutages(api, options.engine_patience)
+            outages = EngineOutages(api, options.engine_patience)
             if dialect.ends_its_containers:
-                nursery.start_soon(link.witness.watch)
+                nursery.start_soon(outages.restarts.watch)
             try:
-                yield EngineRuntime(link, dialect, options, nursery)
+                yield EngineRuntime(outages, dialect, options, nursery)
             finally:
                 nursery.cancel_scope.cancel()
 
@@ -90,151 +91,153 @@ class EngineRuntime:
     mounts = True
     images: Path | None = None
 
-    def __init__(self, link: EngineOutages, dialect: Dialect, options: Options, nursery: trio.Nursery) -> None:
+    def __init__(self, outages: EngineOutages, dialect: Dialect, options: Options, nursery: trio.Nursery) -> None:
         self.name = dialect.name
-        self.engine: Path | None = link.api.socket
+        self.engine: Path | None = outages.api.socket
         self.leaves_some = False
-        self._link = link
+        self._outages = outages
+        self._timeouts = outages.api.timeouts
         self._dialect = dialect
         self._options = options
-        self._nursery = nursery  # removes what is not removed by the tasks
-        self._behind: set[EngineContainer] = set()
-        self._images: dict[str, str] = {}
+        self._background = nursery  # removes the containers that their tasks do not remove
+        self._removing: set[EngineContainer] = set()
+        self._image_ids: dict[str, str] = {}
         self._preparing = trio.Lock()
 
     async def prepare(self, image: str) -> None:
-        """Have the image, which is pulled if it is not there. From then on it is this one, whatever becomes of its name.
+        """Find the image, or pull it. From then on it is this one, even if its name comes to mean another.
 
-        If somebody removes it, what has the name then takes its place.
+        If the image is removed from the engine, the one that has the name then takes its place.
         """
-        await self._prepare(image, self._images.get(image))
+        await self._prepare(image, self._image_ids.get(image))
 
     async def _prepare(self, image: str, last: str | None) -> None:
-        """Have the image, unless another than the last one is here by now: many tasks may find at once that it is gone."""
+        """Find or pull an image, unless its id is not `last` any more: several tasks may find at once that it is gone."""
         async with self._preparing:
-            if self._images.get(image) == last:
-                self._images[image] = await ready_image(self._link, self._dialect, image)
+            if self._image_ids.get(image) == last:
+                self._image_ids[image] = await ready_image(self._outages, self._dialect, image)
 
     async def run(self, container: Container) -> Exit:
         """Run a container to its end; on every way out it is stopped and removed.
 
-        One that has succeeded may be there for a moment more, with nothing running in it. One that has failed is gone when
-        the node is looked at, with all that it may have filled the disk with.
+        One that has succeeded may exist for a moment more, with no process in it. One that has failed is gone, with all the
+        disk space that it may have filled, before the pilot checks the node.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         with map_exceptions({OSError: NodeError}, "cannot write what a container says"):
             for path in (container.stdout, container.stderr):
                 open_log(path).close()
-            if container.image not in self._images:
+            if container.image not in self._image_ids:
                 await self._prepare(container.image, None)
-            ours = EngineContainer(self._link, self._dialect, container)
-            ended = await self._run(ours, container)
-            if ended == Exit(0) and len(self._behind) < MOST_BEHIND:
-                self._behind.add(ours)
-                self._nursery.start_soon(self._end, ours)
+            at_engine = EngineContainer(self._outages, self._dialect, container)
+            try:
+                await self._outages.wait_if_away()
+                await self._create(at_engine, container)
+                ended = await self._run_created(at_engine, container)
+            except NodeError:
+                await self._remove(at_engine)
+                raise
+            except BaseException:  # above all Cancelled
+                await self._remove_cancelled(at_engine)
+                raise
+            if ended == Exit(0) and len(self._removing) < MOST_REMOVALS:
+                self._removing.add(at_engine)
+                self._background.start_soon(self._remove, at_engine)
             else:
-                await self._end(ours)
+                await self._remove(at_engine)
             return ended
 
-    async def _run(self, ours: EngineContainer, container: Container) -> Exit:
+    async def _create(self, at_engine: EngineContainer, container: Container) -> None:
+        """Create the container; if its image was removed since it was prepared, find or pull it again, once."""
+        image = self._image_ids[container.image]
         try:
-            await self._link.ready()
-            await self._create(ours, container)
-            return await self._live(ours, container)
-        except NodeError:
-            await self._end(ours)
-            raise
-        except BaseException:  # above all to be cancelled
-            await self._end_early(ours)
-            raise
-
-    async def _create(self, ours: EngineContainer, container: Container) -> None:
-        """Have the container made; if its image has been removed since it was prepared, it is got again, once."""
-        image = self._images[container.image]
-        try:
-            await ours.create(self._spec(ours, container))
+            await at_engine.create(self._spec(at_engine, container))
         except EngineRefusedError as error:
-            if await find_image(self._link, image):
+            if await find_image(self._outages, image):
                 raise
             LOGGER.warning("%s; looking for %s again", error, container.image)
             await self._prepare(container.image, image)
-            await ours.create(self._spec(ours, container))
+            await at_engine.create(self._spec(at_engine, container))
 
-    def _spec(self, ours: EngineContainer, container: Container) -> Spec:
-        return self._dialect.spec(CreateRequest(container, ours.name, self._images[container.image], self._options))
+    def _spec(self, at_engine: EngineContainer, container: Container) -> Spec:
+        image = self._image_ids[container.image]
+        return self._dialect.spec(CreateRequest(container, at_engine.name, image, self._options))
 
-    async def _live(self, ours: EngineContainer, container: Container) -> Exit:
-        code = await ours.live()
+    async def _run_created(self, at_engine: EngineContainer, container: Container) -> Exit:
+        code = await at_engine.run()
         if not code and not container.heard:
             return Exit(0)
         try:
-            with trio.fail_after(FETCH_TIMEOUT):
-                await self._link.persist(ours.fetch)
-            return await self._exit(ours, container, code) if code else Exit(0)
+            with trio.fail_after(self._timeouts.fetch_logs):
+                await self._outages.retry(at_engine.fetch_logs)
+            return await self._exit(at_engine, container, code) if code else Exit(0)
         except (NodeError, trio.TooSlowError) as error:
-            LOGGER.warning("what the container %s has said is lost: %s", ours.name, error)
+            LOGGER.warning("stdout and stderr of the container %s are lost: %s", at_engine.name, error)
             return Exit(code)
 
-    async def _exit(self, ours: EngineContainer, container: Container, code: int) -> Exit:
-        """Find out why a container has failed."""
-        facts = await ours.facts()
-        if facts is None:
+    async def _exit(self, at_engine: EngineContainer, container: Container, code: int) -> Exit:
+        """Return how a container that has failed ended."""
+        state = await at_engine.state()
+        if state is None:
             return Exit(code)
-        if code in INIT_CODES and (reason := _refusal(container)):
-            # As any shell would say it. Where podman's init is the program, the command is its argument, behind a --.
-            words = facts.words
+        if code in INIT_CODES and (reason := _init_error(container)):
+            # In the words of a shell. Where podman's init is the program, the command is its argument, after a --.
+            words = state.command
             line = f"{words[words.index('--') + 1] if words[1:2] == ('--',) else words[0]}: {reason}"
             with open_log(container.stderr) as stderr:
                 stderr.write(os.fsencode(f"{line}\n"))
             return cannot_run(line)
         is_suspect = code == KILLED and container.limits.memory is not None and not self._dialect.tells_of_memory
-        return Exit(code, out_of_memory=facts.is_out_of_memory or is_suspect)
+        return Exit(code, out_of_memory=state.is_out_of_memory or is_suspect)
 
-    async def _end_early(self, ours: EngineContainer) -> None:
-        """End it, and look meanwhile whether it was the engine that has kept it from its end.
+    async def _remove_cancelled(self, at_engine: EngineContainer) -> None:
+        """Remove a container whose task was cancelled, and check meanwhile whether the engine had delayed its end.
 
         Raises:
-            ContainerLostError: so it may be.
+            ContainerLostError: the engine was or is away, and may have delayed it.
         """
-        was_lost, is_silent = self._link.is_lost, True
+        was_away, is_silent = self._outages.is_away, True
 
-        async def look() -> None:
+        async def check() -> None:
             nonlocal is_silent
-            is_silent = await self._link.is_silent()
+            is_silent = await self._outages.is_silent()
 
         with trio.CancelScope(shield=True):  # both have deadlines
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(look)
-                if not await self._end(ours):
+                nursery.start_soon(check)
+                if not await self._remove(at_engine):
                     nursery.cancel_scope.cancel()
-        if was_lost or is_silent:
-            raise ContainerLostError(f"{self.name} was away: the container {ours.name} may not have had its time") from None
+        if was_away or is_silent:
+            raise ContainerLostError(
+                f"{self.name} was away: the container {at_engine.name} may not have had its time"
+            ) from None
 
-    async def _end(self, ours: EngineContainer) -> bool:
-        """End it, and tell whether it is gone; if not, that is tried in the background."""
-        with trio.move_on_after(self._options.kill_grace + END_TIMEOUT, shield=True) as patience:
-            await ours.end(self._options.kill_grace)
-        self._behind.discard(ours)
-        if patience.cancelled_caught:
-            LOGGER.warning("the container %s is not gone in time; it is tried again", ours.name)
-            self._nursery.start_soon(self._end_at_last, ours)
-        return not patience.cancelled_caught
+    async def _remove(self, at_engine: EngineContainer) -> bool:
+        """Remove a container, and return whether it is gone; if not, go on in the background."""
+        grace = self._options.kill_grace
+        with trio.move_on_after(grace + self._timeouts.removal, shield=True) as deadline:
+            await at_engine.remove(grace)
+        self._removing.discard(at_engine)
+        if deadline.cancelled_caught:
+            LOGGER.warning("the container %s was not removed in time; trying again in the background", at_engine.name)
+            self._background.start_soon(self._remove_at_last, at_engine)
+        return not deadline.cancelled_caught
 
-    async def _end_at_last(self, ours: EngineContainer) -> None:
+    async def _remove_at_last(self, at_engine: EngineContainer) -> None:
         try:
-            await ours.end(0)
+            await at_engine.remove(0)
         except trio.Cancelled:
-            with trio.move_on_after(LAST_TIMEOUT, shield=True) as last:
-                await ours.end(0)
-            if last.cancelled_caught:
+            with trio.move_on_after(self._timeouts.last_removal, shield=True) as deadline:
+                await at_engine.remove(0)
+            if deadline.cancelled_caught:
                 self.leaves_some = True
-                LOGGER.error("the container %s is left to the guardian: %s could not remove it", ours.name, self.name)
+                LOGGER.error("the container %s is left to the guardian: %s could not remove it", at_engine.name, self.name)
             raise
 
 
-def _refusal(container: Container) -> str | None:
-    """Give the reason for which the engine's init could not run the command, if that is all that was ever said."""
-    if container.stdout.stat().st_size or container.stderr.stat().st_size > INIT_SAYS_AT_MOST:
+def _init_error(container: Container) -> str | None:
+    """Return the reason why the engine's init could not execute the command, if nothing else was written."""
+    if container.stdout.stat().st_size or container.stderr.stat().st_size > LONGEST_INIT_ERROR:
         return None
-    found = INIT_SAYS.fullmatch(container.stderr.read_bytes())
+    found = INIT_ERROR.fullmatch(container.stderr.read_bytes())
     return found["reason"].decode(errors="replace") if found else None

@@ -1,4 +1,4 @@
-"""The seam to a container engine: its HTTP API, over the Unix socket. Nobody else knows of httpx."""
+"""The HTTP API of a container engine, over its Unix socket. No other module uses httpx."""
 
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping
@@ -14,59 +14,59 @@ import trio
 
 from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.runtimes.engine_http import HOST, EngineConnections, NoConnectionError
+from trio_pilot.runtimes.engine_timeouts import DEFAULT_TIMEOUTS, EngineTimeouts
 
-REQUEST_TIMEOUT = 60.0  # seconds; an engine that starts a hundred containers at once takes its time for each
-PING_TIMEOUT = 3.0
-SHOWN = 1000  # characters of what an engine says in an error
+SHOWN = 1000  # characters of an engine's answer in an error
 
-# What goes wrong as an answer is read, if it is no JSON, or other than it should be.
+# Errors while an answer is read that is not JSON, or not of the expected form.
 UNREADABLE = (ValueError, TypeError, AttributeError, LookupError)
 
 T = TypeVar("T")
 
 
 class EngineAwayError(NodeError):
-    """The engine cannot be reached, or hung up: nobody knows what became of the request."""
+    """The engine cannot be reached, or closed the connection: whether it executed the request is unknown."""
 
 
 class EngineUnreachableError(EngineAwayError):
-    """There is no connection: nothing has become of the request."""
+    """No connection to the engine could be made: the request was not sent."""
 
 
 class EngineSlowError(EngineAwayError):
-    """The engine has not answered in time; it may yet."""
+    """The engine did not answer in time; it may still execute the request."""
 
 
 class EngineRefusedError(NodeError):
-    """The engine has answered, and not as we would like."""
+    """The engine answered with an error."""
 
-    def __init__(self, text: str, status: int, said: str) -> None:
-        super().__init__(f"{text}: {said}")
+    def __init__(self, text: str, status: int, message: str) -> None:
+        super().__init__(f"{text}: {message}")
         self.status = status
-        self.said = said
+        self.message = message
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What an engine says."""
+    """An engine's answer to a request."""
 
     status: int
     content: bytes
 
     def read(self, find: Callable[[Any], T]) -> T:
-        """Find something in what it says as JSON; raises NodeError if it is none, or has no such thing."""
-        text = f"the engine does not speak as it should: it says {self.content[:SHOWN]!r}"
+        """Return what `find` finds in the answer's JSON; raise NodeError if it is not JSON, or lacks that."""
+        text = f"the engine's answer is not as expected: {self.content[:SHOWN]!r}"
         with map_exceptions(dict.fromkeys(UNREADABLE, NodeError), text):
             return find(json.loads(self.content))
 
 
 class EngineApi:
-    """An engine, and how to ask it."""
+    """A client of one engine."""
 
-    def __init__(self, name: str, socket: Path) -> None:
+    def __init__(self, name: str, socket: Path, timeouts: EngineTimeouts = DEFAULT_TIMEOUTS) -> None:
         self.name = name
         self.socket = socket
-        self.prefix = ""  # of all paths: the version of the API that is spoken
+        self.timeouts = timeouts
+        self.prefix = ""  # of all paths: the version of the API in use
         self._connections = EngineConnections(socket)
         self._client = _client(socket)
 
@@ -80,15 +80,19 @@ class EngineApi:
         await self._client.aclose()
 
     async def ping(self) -> Mapping[str, str]:
-        """Ask whether it is there, and takes new connections; give the headers of its answer. Raises EngineAwayError.
+        """Check that the engine answers on a new connection; return the headers of its answer.
 
-        It has to be a new one: an engine that is being stopped still answers on those that it has.
+        The connection has to be new: an engine that is shutting down still answers on the old ones.
+
+        Raises:
+            EngineAwayError: it does not answer.
+            EngineRefusedError: it answers with an error.
         """
-        with self._seam("answer"), trio.fail_after(PING_TIMEOUT):
-            said = await self._client.handle_async_request(_request("GET", "/_ping"))
-            answer = Answer(said.status_code, await said.aread())
+        with self._mapped_errors("answer"), trio.fail_after(self.timeouts.ping):
+            response = await self._client.handle_async_request(_request("GET", "/_ping"))
+            answer = Answer(response.status_code, await response.aread())
         self._check(answer, "answer", ())
-        return said.headers
+        return response.headers
 
     async def call(
         self,
@@ -97,28 +101,28 @@ class EngineApi:
         what: str,
         *,
         body: Any = None,
-        seconds: float = REQUEST_TIMEOUT,
+        seconds: float | None = None,
         accepted: Collection[int] = (),
         **params: Any,
     ) -> Answer:
-        """Ask the engine to do `what`.
+        """Send a request and return the answer.
 
         Args:
-            method: of HTTP.
-            path: below the version of the API.
-            what: in words, for people.
-            body: is sent as JSON.
-            seconds: it may take.
-            accepted: status codes that are no error, beside 2xx and 3xx.
-            params: of the query.
+            method: the HTTP method.
+            path: the path below the version of the API.
+            what: what the engine is asked to do, for error messages.
+            body: the body, sent as JSON.
+            seconds: the time limit; None for that of all requests.
+            accepted: status codes that are no error, besides 2xx and 3xx.
+            params: the query.
 
         Raises:
-            EngineRefusedError: it says no.
-            EngineSlowError: it says nothing in time.
-            EngineAwayError: it is not there, or the connection was lost.
+            EngineRefusedError: the engine answers with an error.
+            EngineSlowError: the engine does not answer in time.
+            EngineAwayError: the engine is not there, or the connection was lost.
         """
         target = self.prefix + path + (f"?{urlencode(params)}" if params else "")
-        with self._seam(what), trio.fail_after(seconds):
+        with self._mapped_errors(what), trio.fail_after(self.timeouts.request if seconds is None else seconds):
             answer = Answer(*await self._connections.ask(method, target, _json(body)))
         self._check(answer, what, accepted)
         return answer
@@ -127,18 +131,18 @@ class EngineApi:
     async def stream(
         self, method: str, path: str, what: str, *, headers: Mapping[str, str] | None = None, **params: Any
     ) -> AsyncIterator[AsyncIterator[bytes]]:
-        """Ask the engine for a long answer, which comes in pieces. The caller has a deadline for it.
+        """Send a request with a long answer, and yield the answer in pieces. The caller sets a deadline.
 
         Raises:
-            EngineRefusedError: it says no.
-            EngineAwayError: it is not there, or the connection was lost.
+            EngineRefusedError: the engine answers with an error.
+            EngineAwayError: the engine is not there, or the connection was lost.
         """
-        with self._seam(what):
-            said = await self._client.handle_async_request(_request(method, path, params=params, headers=headers))
-            async with aclosing(said):
-                if said.status_code >= 400:
-                    self._check(Answer(said.status_code, await said.aread()), what, ())
-                async with aclosing(cast(AsyncGenerator[bytes], said.aiter_raw())) as pieces:
+        with self._mapped_errors(what):
+            response = await self._client.handle_async_request(_request(method, path, params=params, headers=headers))
+            async with aclosing(response):
+                if response.status_code >= 400:
+                    self._check(Answer(response.status_code, await response.aread()), what, ())
+                async with aclosing(cast(AsyncGenerator[bytes], response.aiter_raw())) as pieces:
                     yield pieces
 
     def _check(self, answer: Answer, what: str, accepted: Collection[int]) -> None:
@@ -146,22 +150,22 @@ class EngineApi:
             raise EngineRefusedError(f"{self.name} could not {what}", answer.status, _message(answer))
 
     @contextmanager
-    def _seam(self, what: str) -> Iterator[None]:
+    def _mapped_errors(self, what: str) -> Iterator[None]:
         text = f"{self.name} at {self.socket} did not {what}"
-        theirs: dict[type[Exception], type[NodeError]] = {
+        mapping: dict[type[Exception], type[NodeError]] = {
             httpx.ConnectError: EngineUnreachableError,
             NoConnectionError: EngineUnreachableError,
             httpx.HTTPError: EngineAwayError,
             trio.BrokenResourceError: EngineAwayError,
         }
-        with map_exceptions(theirs, text), map_exceptions({trio.TooSlowError: EngineSlowError}, f"{text} in time"):
+        with map_exceptions(mapping, text), map_exceptions({trio.TooSlowError: EngineSlowError}, f"{text} in time"):
             yield
 
 
 def _client(socket: Path) -> httpx.AsyncHTTPTransport:
-    """Make what is asked for long answers, each on a connection of its own. Each timeout is the caller's.
+    """Return the transport for long answers, each on a connection of its own. Callers set the timeouts.
 
-    It is httpx's client without the client: no engine has redirects, cookies and the like.
+    It is the transport of httpx without its client: no engine uses redirects, cookies and the like.
     """
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     return httpx.AsyncHTTPTransport(uds=str(socket), verify=False, limits=limits)  # nothing is encrypted
@@ -172,14 +176,14 @@ def _request(method: str, path: str, **more: Any) -> httpx.Request:
 
 
 def _json(body: Any) -> bytes:
-    """Write as JSON what is not None. Go would read an escaped half of a surrogate pair as a question mark."""
+    """Return a body as JSON, or nothing for None. Go would read an escaped half of a surrogate pair as a question mark."""
     with map_exceptions({UnicodeEncodeError: NodeError}, "arguments and variables must be UTF-8 for an engine"):
         return b"" if body is None else json.dumps(body, ensure_ascii=False).encode()
 
 
 def _message(answer: Answer) -> str:
     try:
-        said = json.loads(answer.content)["message"]
+        message = json.loads(answer.content)["message"]
     except (ValueError, KeyError, TypeError):
-        said = answer.content.decode(errors="replace")
-    return str(said).strip()[:SHOWN] or f"it answers {answer.status}, and nothing more"
+        message = answer.content.decode(errors="replace")
+    return str(message).strip()[:SHOWN] or f"status {answer.status} without a message"

@@ -1,4 +1,4 @@
-"""In what the engines differ."""
+"""The differences between the engines."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from trio_pilot.runtimes import Container, Options
 
 EVENT_LABEL = "trio-pilot.event"
 
-# The container's own, where its scratch directory is mounted: temporary files are no layer of the engine's, and have no end.
-SCRATCH = "/tmp"  # noqa: S108
+# Where the scratch directory is mounted: so temporary files are not written to a layer of the engine, and are not limited.
+SCRATCH = "/tmp"  # noqa: S108 -- the container's own
 
-# Bytes of a container's output that an engine keeps on its disk: more than are read from it in the end.
+# Bytes of a container's output that an engine keeps on its disk: more than the pilot reads in the end.
 MOST_LOG = 160 * 2**20
 
 Spec = Mapping[str, Any]
@@ -23,33 +23,34 @@ Spec = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class CreateRequest:
-    """A container as an engine is to make it."""
+    """A container for an engine to create."""
 
     container: Container
     name: str
-    image: str  # its id
+    image: str  # the image's id
     options: Options
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How to speak with one kind of engine."""
+    """How one kind of engine is spoken to."""
 
     name: str
-    variable: str  # of the environment, which says where its socket is
-    socket: Callable[[], Path]  # where it is else
-    cure: str  # for an engine that does not answer
+    variable: str  # the environment variable that names its socket
+    socket: Callable[[], Path]  # its socket if that variable is not set
+    cure: str  # what to do about an engine that does not answer
     prefix: Callable[[Mapping[str, str]], str]
     """The version of the API, from the headers of the answer to a ping. Raises NodeError if it is too old."""
-    pull_prefix: str | None  # of the path by which images are pulled, where that is another
-    spec: Callable[[CreateRequest], Spec]  # what create is told
+    pull_prefix: str | None  # the prefix of the path for pulling images, if it is another one
+    spec: Callable[[CreateRequest], Spec]  # the body of a create request
     wait: Callable[[float], Mapping[str, str]]
-    """What is asked to be told of the end of a container, so many seconds sooner or later."""
-    exit_code: Callable[[Any], int]  # from the answer to that
+    """The query of a request to wait for a container's end; the engine may notice it so many seconds late."""
+    exit_code: Callable[[Any], int]  # from the answer to that request
     ends_its_containers: bool  # when it is stopped, or killed and started again
-    tells_of_memory: bool  # whether OOMKilled can be relied on
+    tells_of_memory: bool  # whether its field OOMKilled is reliable
 
 
-def labels(order: CreateRequest) -> Mapping[str, str]:
-    """Say whose a container is: given as it is made, they are there from its first moment to its last."""
-    return {LABEL: str(own()), DATA_LABEL: str(root_in(order.options.data_parent)), EVENT_LABEL: order.container.name}
+def labels(request: CreateRequest) -> Mapping[str, str]:
+    """Return the labels that name a container's pilot: set by the create request, they exist as long as the container."""
+    pilot, data = str(own()), str(root_in(request.options.data_parent))
+    return {LABEL: pilot, DATA_LABEL: data, EVENT_LABEL: request.container.name}

@@ -1,7 +1,7 @@
-"""Who we are to the registries of private images: as `docker login` and `podman login` have written it down.
+"""Credentials for registries of private images, from the files that `docker login` and `podman login` write.
 
-Both write the same file, an object `auths` of entries by registry; see containers-auth.json(5). What a credential helper
-keeps instead is not ours to ask for.
+Both write the same format, an object `auths` of entries by registry; see containers-auth.json(5). Credentials that a helper
+program keeps instead are not used.
 """
 
 import base64
@@ -15,26 +15,26 @@ from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.files.filesystem import is_file
 
 HUB = "docker.io"
-NOT_THAT = (OSError, ValueError, TypeError, AttributeError)  # what a file of another kind ends in
-HUBS_ENTRY = "https://index.docker.io/v1/"  # the name under which docker has ever since put down its own registry
+MALFORMED = (OSError, ValueError, TypeError, AttributeError)  # errors while a file of another format is read
+HUBS_ENTRY = "https://index.docker.io/v1/"  # docker's entry for its own registry
 
 
 def login_header(image: str) -> dict[str, str]:
-    """Give the header by which an engine pulls an image for us; none where nobody has logged in. Reads small files.
+    """Return the header that lets an engine pull an image; none if there is no login. Reads small files.
 
     Raises:
-        NodeError: a file of logins cannot be understood.
+        NodeError: a file of logins cannot be read.
     """
     for path in _files():
         if is_file(path):
-            with map_exceptions(dict.fromkeys(NOT_THAT, NodeError), f"the logins in {path} cannot be read"):
+            with map_exceptions(dict.fromkeys(MALFORMED, NodeError), f"the logins in {path} cannot be read"):
                 if login := _login(json.loads(path.read_text()), registry_of(image)):
                     return {"X-Registry-Auth": base64.urlsafe_b64encode(json.dumps(login).encode()).decode()}
     return {}
 
 
 def registry_of(image: str) -> str:
-    """Name the registry of an image: what is before the first slash, if it looks like a host."""
+    """Return the registry of an image: the part before the first slash, if it looks like a host."""
     first, slash, _ = image.partition("/")
     return first if slash and (set(".:") & set(first) or first == "localhost") else HUB
 

@@ -1,7 +1,7 @@
-"""A connection that says nothing: it ends when the engine ends.
+"""Detection of an engine's restarts, by an idle connection: it ends when the engine ends.
 
-An engine that is told to stop ends its containers first, and tells those who wait how they ended, as if it had been their
-own doing. With systemd before it, new connections are accepted all the while, for its successor.
+An engine that is shut down first stops its containers, and reports their ends as if they had ended by themselves. Under
+systemd, new connections are accepted all the while, for the engine's successor.
 """
 
 from contextlib import suppress
@@ -9,20 +9,20 @@ from pathlib import Path
 
 import trio
 
-REQUEST = b"GET /_ping HTTP/1.1\r\nHost: engine\r\n\r\n"  # without one, it would be closed after some minutes
+REQUEST = b"GET /_ping HTTP/1.1\r\nHost: engine\r\n\r\n"  # without a request, the engine closes it after some minutes
 READ_SIZE = 4096
-PAUSE = 0.5  # seconds to the next try
+PAUSE = 0.5  # seconds before the next connection
 
 
 class RestartWatch:
-    """Counts the ends of an engine."""
+    """Counts how often an engine has ended."""
 
     def __init__(self, socket: Path) -> None:
         self.ends = 0
         self._socket = socket
 
     async def watch(self) -> None:
-        """Watch, until cancelled."""
+        """Watch the engine until cancelled."""
         while True:
             with suppress(OSError, trio.BrokenResourceError):
                 async with await trio.open_unix_socket(self._socket) as stream:

@@ -1,7 +1,7 @@
 """The runtime `podman`: containers by podman's own API.
 
-Of the API that it has in common with Docker it makes its own command line, in which no comma in a path survives, and waits
-for the end of a container by looking each 250 ms. But images are pulled by it: so their names mean what they mean to Docker.
+Podman translates requests of Docker's API into its own command line, in which a comma in a path is lost, and then polls for
+the end of a container every 250 ms. Only images are pulled by Docker's API: their names then mean the same as for Docker.
 """
 
 import os
@@ -14,54 +14,57 @@ from trio_pilot.errors import NodeError
 from trio_pilot.runtimes import Container, Options
 from trio_pilot.runtimes.engine import EngineRuntime, fault_of, open_engine
 from trio_pilot.runtimes.engine_dialect import MOST_LOG, SCRATCH, CreateRequest, Dialect, Spec, labels
+from trio_pilot.runtimes.engine_timeouts import DEFAULT_TIMEOUTS, EngineTimeouts
 
-OLDEST = 4  # major version
+OLDEST = 4  # supported major version
 
 CPU_PERIOD = 100_000  # microseconds
 
-# Kinds of network that podman knows by a word; any other word is the name of a network.
+# Podman's own words for kinds of network; any other word is the name of a network.
 NETWORK_MODES = {name: name for name in ("none", "host", "bridge", "private", "slirp4netns", "pasta", "container")} | {
     "ns": "path"
 }
 
 
-async def fault(options: Options) -> str | None:  # noqa: ARG001 -- none matters
-    """Say what keeps podman from working here, if anything does."""
+async def fault(options: Options) -> str | None:  # noqa: ARG001 -- as for any other runtime
+    """Return the reason why podman does not work here; None if it works."""
     return await fault_of(PODMAN)
 
 
-def open_runtime(options: Options) -> AbstractAsyncContextManager[EngineRuntime]:
-    """Open the runtime. Raises NodeError if it does not work here."""
-    return open_engine(PODMAN, options)
+def open_runtime(
+    options: Options, timeouts: EngineTimeouts = DEFAULT_TIMEOUTS
+) -> AbstractAsyncContextManager[EngineRuntime]:
+    """Open the runtime. Raises NodeError if podman does not work here."""
+    return open_engine(PODMAN, options, timeouts)
 
 
 def default_socket() -> Path:
-    """Name the socket of a user's own podman, or root's."""
-    own = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
-    return Path(own if os.geteuid() else "/run", "podman/podman.sock")
+    """Return the socket of this user's own podman, which for root is the machine's."""
+    directory = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
+    return Path(directory if os.geteuid() else "/run", "podman/podman.sock")
 
 
 def prefix(headers: Mapping[str, str]) -> str:
-    """Ask for the version of the API that every podman since the fourth speaks."""
-    said = headers.get("libpod-api-version", "none")
-    major = said.partition(".")[0]
+    """Return the prefix of the version of the API that podman 4 and all later ones support."""
+    version = headers.get("libpod-api-version", "none")
+    major = version.partition(".")[0]
     if not major.isdecimal():
         raise NodeError("this is no podman, it may be docker: choose the runtime docker")
     if int(major) < OLDEST:
-        raise NodeError(f"podman is too old: it is version {said}, and {OLDEST} is needed at least")
+        raise NodeError(f"podman is too old: it is version {version}, and {OLDEST} is needed at least")
     return "/v4.0.0/libpod"
 
 
-def spec(order: CreateRequest) -> Spec:
-    """Say what the container is to be. What is not said is the image's: the working directory, the entrypoint."""
-    container, options = order.container, order.options
+def spec(request: CreateRequest) -> Spec:
+    """Return the body of a create request. What it does not set is the image's: the working directory, the entrypoint."""
+    container, options = request.container, request.options
     return {
-        "name": order.name,
-        "image": order.image,
+        "name": request.name,
+        "image": request.image,
         **({"entrypoint": container.args} if container.plain else {"command": container.args}),
         "env": dict(container.env),
         "user": options.user,
-        "labels": labels(order),
+        "labels": labels(request),
         "init": True,
         "mounts": [
             _mount(container.scratch, SCRATCH, writable=True),
@@ -83,13 +86,14 @@ def _limits(container: Container) -> Spec:
     limits = container.limits
     settings: dict[str, Spec] = {}
     if limits.memory is not None:
-        settings["memory"] = {"limit": limits.memory, "swap": limits.memory}  # both together: so there is no swap
+        # The limit of swap is that of both together: so there is no swap.
+        settings["memory"] = {"limit": limits.memory, "swap": limits.memory}
     if limits.cpus is not None:
         settings["cpu"] = {"quota": int(limits.cpus * CPU_PERIOD), "period": CPU_PERIOD}
     if container.pinned:
         settings["cpu"] = {**settings.get("cpu", {}), "cpus": ",".join(map(str, container.pinned))}
     if limits.pids is not None:
-        settings["pids"] = {"limit": limits.pids + 1}  # the init is none of the task's
+        settings["pids"] = {"limit": limits.pids + 1}  # the init does not count as the task's
     return settings
 
 
@@ -121,5 +125,5 @@ PODMAN = Dialect(
     wait=_wait,
     exit_code=_exit_code,
     ends_its_containers=False,
-    tells_of_memory=False,  # it does not see it where control groups are half of version 1, half of version 2
+    tells_of_memory=False,  # podman does not notice it where some control groups are of version 1 and some of version 2
 )

@@ -1,4 +1,4 @@
-"""The runtime without containers: a process with its own session and scratch directory, and nothing in its way."""
+"""The runtime without containers: a process with its own session and scratch directory, and no isolation."""
 
 import errno
 import os
@@ -11,21 +11,22 @@ import trio
 from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.files.task_logs import open_log
 from trio_pilot.log import LOGGER
+from trio_pilot.processes import cgroups
 from trio_pilot.processes.children import Child, Children, Command
 from trio_pilot.runtimes import NOT_FOUND, Container, Exit, Options, cannot_run
-from trio_pilot.runtimes.confinement import NOT_ENTERED, Confinement, Limiter, open_limiter
+from trio_pilot.runtimes.confinement import NOT_ENTERED, Confinement, Limiter, OpenGroups, open_limiter
 
 
 async def fault(options: Options) -> str | None:  # noqa: ARG001 -- as for any other runtime
-    """Say that it works."""
+    """Return None: it works everywhere."""
     return None
 
 
 @asynccontextmanager
-async def open_runtime(options: Options) -> AsyncIterator["ProcessRuntime"]:
-    """Open the runtime, and say what it is not."""
+async def open_runtime(options: Options, open_groups: OpenGroups = cgroups.Groups) -> AsyncIterator["ProcessRuntime"]:
+    """Open the runtime, and warn that it does not isolate."""
     LOGGER.warning("runtime 'process': tasks are NOT contained; they can read and write whatever this user can")
-    async with open_limiter() as limiter:
+    async with open_limiter(open_groups=open_groups) as limiter:
         yield ProcessRuntime(options.kill_grace, limiter)
 
 
@@ -44,10 +45,10 @@ class ProcessRuntime:
         self._limiter = limiter
 
     async def prepare(self, image: str) -> None:
-        """Need nothing."""
+        """Do nothing: there is no image."""
 
     async def run(self, container: Container) -> Exit:
-        """Run the command to its end; on every way out its whole process tree is gone."""
+        """Run the command to its end; on every way out its whole process tree has ended."""
         await trio.lowlevel.checkpoint_if_cancelled()
         async with self._limiter.confine(container) as confinement:
             started = self._start(container, confinement)
@@ -59,14 +60,16 @@ class ProcessRuntime:
             return Exit(code, code != 0 and confinement.out_of_memory)
 
     def _start(self, container: Container, confinement: Confinement) -> Child | Exit:
-        """Start the command; where it is itself to blame that it cannot be, give what a shell would."""
+        """Start the command; if it cannot be executed for a reason of its own, return the exit that a shell would give."""
+        scratch = str(container.scratch)
+        path = os.environ.get("PATH", os.defpath)
+        env = {"PATH": path, "HOME": scratch, "TMPDIR": scratch, **container.env}
+        argv = confinement.argv(container.args, env)
         with (
             map_exceptions({OSError: NodeError}, "cannot start a process"),
             open_log(container.stdout) as stdout,
             open_log(container.stderr) as stderr,
         ):
-            env = self._environment(container)
-            argv = confinement.argv(container.args, env)
             try:
                 return self._children.spawn(
                     Command(argv, env, container.scratch, stdout, stderr, marker=container.name, cpus=container.pinned)
@@ -78,18 +81,9 @@ class ProcessRuntime:
                 stderr.write(os.fsencode(f"{reason}\n"))
                 return cannot_run(reason)
 
-    def _environment(self, container: Container) -> dict[str, str]:
-        scratch = str(container.scratch)
-        return {
-            "PATH": os.environ.get("PATH", os.defpath),
-            "HOME": scratch,
-            "TMPDIR": scratch,
-            **container.env,
-        }
-
 
 def _cannot_run(container: Container, code: int, refusal: str) -> Exit:
-    """Say what the shell before the command could not do, as if there had been none."""
+    """Return the exit of a command that the shell before it could not execute, and write the reason as without a shell."""
     if code == NOT_ENTERED:
         raise NodeError(f"cannot limit what a container uses: {refusal}")
     reason = f"{container.args[0]}: {os.strerror(errno.ENOENT if code == NOT_FOUND else errno.EACCES)}"

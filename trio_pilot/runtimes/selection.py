@@ -1,6 +1,6 @@
-"""Which runtime it is to be."""
+"""The selection of a runtime."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,32 +18,40 @@ NO_FILES = "only apptainer takes it, with _EWMS_PILOT_APPTAINER_IMAGE_DIRECTORY_
 
 
 class Family(Protocol):
-    """A runtime's module."""
+    """The module of a runtime."""
 
     async def fault(self, options: Options) -> str | None:
-        """Say what keeps the runtime from working here, if anything does."""
+        """Return the reason why the runtime does not work here; None if it works."""
 
     def open_runtime(self, options: Options) -> AbstractAsyncContextManager[Runtime]:
         """Open the runtime. Raises NodeError if it does not work here."""
 
 
+def import_family(name: str) -> Family:
+    """Import the module of a runtime: only the dependencies of the runtime in use are loaded."""
+    return cast(Family, import_module(f"trio_pilot.runtimes.{name}"))
+
+
+Families = Callable[[str], Family]
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A runtime that works, and what was wrong with those that were passed over for it."""
+    """A runtime that works, and the faults of those that were passed over for it."""
 
     name: str
     passed_over: Sequence[tuple[str, str]] = ()
 
 
-async def choose(name: str, image: str, options: Options) -> Choice:
-    """Choose the runtime of that name; `auto` is the first that works here and can have the image.
+async def choose(name: str, image: str, options: Options, families: Families = import_family) -> Choice:
+    """Choose the runtime of a name; `auto` is the first that works here and can run the image.
 
     Raises:
         NodeError: it does not work here, or none does.
     """
     passed_over: list[tuple[str, str]] = []
     for candidate in _candidates(image, options) if name == "auto" else [name]:
-        fault = await _family(candidate).fault(options)
+        fault = await families(candidate).fault(options)
         if fault is None:
             return Choice(candidate, passed_over)
         passed_over.append((candidate, fault))
@@ -52,37 +60,34 @@ async def choose(name: str, image: str, options: Options) -> Choice:
 
 
 def _candidates(image: str, options: Options) -> Sequence[str]:
-    """List who may have the image: a tag for who can fetch it, a directory for who can run it; this machine is its own."""
+    """List the runtimes that can run an image: this machine's root, a directory, a file, or a tag to pull."""
     if image in OWN_ROOT:
         return ("bubblewrap", "process")
     if is_directory(image):
         return ("apptainer", "bubblewrap")
     if image.startswith(("/", "./", "../")) and not exists(image):
         raise NodeError(f"there is no image {image}: it must be an unpacked directory, /, or a tag")
-    fetching = () if options.only_directories else ("apptainer",)
-    return fetching if "://" in image or exists(image) else (*ENGINES, *fetching)
+    unpacking = () if options.only_directories else ("apptainer",)
+    return unpacking if "://" in image or exists(image) else (*ENGINES, *unpacking)
 
 
 @asynccontextmanager
-async def open_runtime(name: str, image: str, options: Options) -> AsyncIterator[Runtime]:
-    """Open the runtime of that name, or with `auto` the first that works here.
+async def open_runtime(
+    name: str, image: str, options: Options, families: Families = import_family
+) -> AsyncIterator[Runtime]:
+    """Open the runtime of a name, or with `auto` the first that works here.
 
     Raises:
         NodeError: it does not work here.
     """
-    choice = await choose(name, image, options)
-    if unheeded := unheeded_by(choice.name, options):
-        LOGGER.warning("the runtime %s does not heed %s, which is for docker and podman", choice.name, unheeded)
-    async with _family(choice.name).open_runtime(options) as runtime:
+    choice = await choose(name, image, options, families)
+    if ignored := ignored_options(choice.name, options):
+        LOGGER.warning("the runtime %s ignores %s: only docker and podman use it", choice.name, ignored)
+    async with families(choice.name).open_runtime(options) as runtime:
         yield runtime
 
 
-def unheeded_by(name: str, options: Options) -> str:
-    """Name the settings of containers' engines that are given to a runtime which is none."""
+def ignored_options(name: str, options: Options) -> str:
+    """Return the flags that are set, but are for container engines only, if the runtime is not one."""
     given = {"--task-network": options.network, "--task-user": options.user, "--docker-shm-size": options.shm_size}
     return "" if name in ENGINES else ", ".join(flag for flag, value in given.items() if value)
-
-
-def _family(name: str) -> Family:
-    """Import a runtime's module: what it needs is not loaded for those who do not use it."""
-    return cast(Family, import_module(f"trio_pilot.runtimes.{name}"))

@@ -1,18 +1,18 @@
-"""The runtimes that the contract is held against, and what it takes to try each."""
+"""The runtimes that the contract suite runs with, and what each test needs to know of them."""
 
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import trio
 
+from tests.contract.runtimes import toy
 from tests.support.containers import new_container
-from tests.support.engines import IMAGE
+from tests.support.engines import IMAGE, Engine
 from tests.support.images import bubblewrap_fault
 from trio_pilot.runtimes import (
     NOT_FOUND_REASONS,
@@ -25,7 +25,6 @@ from trio_pilot.runtimes import (
     podman,
     process,
 )
-from trio_pilot.runtimes.selection import Family
 from trio_pilot.testing import FakeRuntime
 
 
@@ -38,12 +37,12 @@ class Subject:
     directory: Path
     image: str = "/"
     a_plain_file: str = "/etc/passwd"  # in the image
-    seen_scratch: str | None = "/tmp"  # where the container sees its scratch directory; None: where it is
+    seen_scratch: str | None = "/tmp"  # where the container sees its scratch directory; None: at its own path
     options: Options = field(default_factory=Options)
-    seconds: float = 0.007  # that a container takes which does nothing
-    adds: str = ""  # names of variables that the runtime cannot but add, as a regular expression
-    takes_bytes: bool = True  # arguments and variables may be any bytes; else they must be UTF-8
-    refusals: tuple[str, str] = (  # what is said of an image that is not there, and of one that is an empty file
+    seconds: float = 0.007  # the time that a container takes which does nothing
+    adds: str = ""  # names of variables that the runtime has to add, as a regular expression
+    takes_bytes: bool = True  # whether arguments and variables may be any bytes; if not, they must be UTF-8
+    refusals: tuple[str, str] = (  # the errors for an image that does not exist, and for one that is an empty file
         "must be an unpacked directory, or /: No such file or directory",
         "must be an unpacked directory, or /: Not a directory",
     )
@@ -52,15 +51,15 @@ class Subject:
         return new_container(self.directory, args, image=self.image, **more)
 
     def carries(self, word: str) -> bool:
-        """Whether a word can be an argument, or the value of a variable."""
+        """Return whether a word can be an argument, or the value of a variable."""
         return self.takes_bytes or not any("\ud800" <= letter <= "\udfff" for letter in word)
 
     def seen(self, container: Container) -> str:
-        """Name the scratch directory as the container sees it."""
+        """Return the scratch directory as the container sees it."""
         return self.seen_scratch or str(container.scratch)
 
     def moments(self) -> list[float]:
-        """List moments from before it starts to after its end, in seconds."""
+        """Return moments from before a container's start to after its end, in seconds."""
         count = 40 if self.seconds < 0.05 else 20
         return [number * 3 * self.seconds / count for number in range(count)]
 
@@ -69,7 +68,7 @@ class Subject:
 
 
 async def pretend(container: Container) -> int:
-    """Be what the tests that all runtimes pass ask for."""
+    """Run the commands of the tests that all runtimes pass."""
     match container.args:
         case ("sh", "-c", script) if script.startswith("exit "):
             return int(script.split()[1])
@@ -86,22 +85,22 @@ async def open_fake(options: Options) -> AsyncIterator[FakeRuntime]:
         assert not runtime.running
 
 
-def of(family: Family) -> Callable[[Options], AbstractAsyncContextManager[Runtime]]:
-    return lambda options: family.open_runtime(options)
-
-
 def make_fake(_request: pytest.FixtureRequest, directory: Path) -> Subject:
     return Subject("fake", open_fake, directory)
 
 
+def make_toy(_request: pytest.FixtureRequest, directory: Path) -> Subject:
+    return Subject("toy", toy.open_runtime, directory)
+
+
 def make_process(_request: pytest.FixtureRequest, directory: Path) -> Subject:
-    return Subject("process", of(process), directory, seen_scratch=None)
+    return Subject("process", process.open_runtime, directory, seen_scratch=None)
 
 
 def make_bubblewrap(_request: pytest.FixtureRequest, directory: Path) -> Subject:
     if fault := bubblewrap_fault():
         pytest.skip(f"bubblewrap does not work here: {fault}")
-    return Subject("bubblewrap", of(bubblewrap), directory)
+    return Subject("bubblewrap", bubblewrap.open_runtime, directory)
 
 
 def make_bubblewrap_image(request: pytest.FixtureRequest, directory: Path) -> Subject:
@@ -139,48 +138,60 @@ def make_apptainer_sif(request: pytest.FixtureRequest, directory: Path) -> Subje
 
 
 def make_docker(request: pytest.FixtureRequest, directory: Path) -> Subject:
-    return _at_engine(request, directory, docker, "DOCKER_HOST", adds="HOSTNAME|SHLVL")
+    engine: Engine = request.getfixturevalue("docker")
+    request.getfixturevalue("monkeypatch").setenv("DOCKER_HOST", f"unix://{engine.socket}")
+    return Subject("docker", docker.open_runtime, directory, adds="HOSTNAME|SHLVL", **AT_ENGINE)
 
 
 def make_podman(request: pytest.FixtureRequest, directory: Path) -> Subject:
-    return _at_engine(request, directory, podman, "CONTAINER_HOST", adds="HOSTNAME|SHLVL|TERM|container")
+    engine: Engine = request.getfixturevalue("podman")
+    request.getfixturevalue("monkeypatch").setenv("CONTAINER_HOST", f"unix://{engine.socket}")
+    return Subject("podman", podman.open_runtime, directory, adds="HOSTNAME|SHLVL|TERM|container", **AT_ENGINE)
 
 
-def _at_engine(request: pytest.FixtureRequest, directory: Path, family: ModuleType, variable: str, *, adds: str) -> Subject:
-    name = family.__name__.rpartition(".")[2]
-    engine = request.getfixturevalue(name)
-    request.getfixturevalue("monkeypatch").setenv(variable, f"unix://{engine.socket}")
-    return Subject(
-        name,
-        of(cast(Family, family)),
-        directory,
-        image=IMAGE,
-        a_plain_file="/etc/this-is-the-image",
-        seconds=0.2,
-        adds=adds,
-        takes_bytes=False,
-        refusals=("must be a name, ", "must be a name, "),
-    )
+AT_ENGINE: Mapping[str, Any] = {
+    "image": IMAGE,
+    "a_plain_file": "/etc/this-is-the-image",
+    "seconds": 0.2,
+    "takes_bytes": False,
+    "refusals": ("must be a name, ", "must be a name, "),
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a runtime is made a subject, and which parts of the contract it has to keep.
+
+    All runtimes keep the part about exit codes and cancelling.
+    """
+
+    make: Callable[[pytest.FixtureRequest, Path], Subject]
+    has_processes: bool = True  # and files: it runs real commands; if not, it is in memory
+    isolates: bool = True
+    root_is_root: bool = False  # as far as the engine lets it; if not, a task has no capabilities
 
 
 SUBJECTS = {
-    "fake": make_fake,
-    "process": make_process,
-    "bubblewrap-own-root": make_bubblewrap,
-    "bubblewrap-image": make_bubblewrap_image,
-    "apptainer-directory": make_apptainer,
-    "apptainer-sif": make_apptainer_sif,
-    "docker": make_docker,
-    "podman": make_podman,
+    "fake": Kind(make_fake, has_processes=False, isolates=False),
+    "toy": Kind(make_toy, has_processes=False, isolates=False),
+    "process": Kind(make_process, isolates=False),
+    "bubblewrap-own-root": Kind(make_bubblewrap),
+    "bubblewrap-image": Kind(make_bubblewrap_image),
+    "apptainer-directory": Kind(make_apptainer),
+    "apptainer-sif": Kind(make_apptainer_sif),
+    "docker": Kind(make_docker, root_is_root=True),
+    "podman": Kind(make_podman, root_is_root=True),
 }
-REAL = [name for name in SUBJECTS if name != "fake"]  # the fake has no processes, files or mounts to show
-ISOLATING = [name for name in REAL if name != "process"]
-ENGINES = ["docker", "podman"]  # whose root is root, as far as an engine lets it
-WITHOUT_ROOT = [name for name in ISOLATING if name not in ENGINES]
-BUBBLEWRAPS = [name for name in REAL if name.startswith("bubblewrap")]
+ENGINES = ["docker", "podman"]
+BUBBLEWRAPS = ["bubblewrap-own-root", "bubblewrap-image"]
 
-all_of_them = pytest.mark.parametrize("subject", SUBJECTS, indirect=True)
-real_ones = pytest.mark.parametrize("subject", REAL, indirect=True)
-those_without_root = pytest.mark.parametrize("subject", WITHOUT_ROOT, indirect=True)
-engines = pytest.mark.parametrize("subject", ENGINES, indirect=True)
-isolating_ones = pytest.mark.parametrize("subject", ISOLATING, indirect=True)
+
+def subjects(keeps: Callable[[Kind], bool] = lambda _: True) -> pytest.MarkDecorator:
+    """Run a test with each runtime of some kinds."""
+    return pytest.mark.parametrize("subject", [name for name, kind in SUBJECTS.items() if keeps(kind)], indirect=True)
+
+
+all_of_them = subjects()
+real_ones = subjects(lambda kind: kind.has_processes)
+isolating_ones = subjects(lambda kind: kind.isolates)
+those_without_root = subjects(lambda kind: kind.isolates and not kind.root_is_root)

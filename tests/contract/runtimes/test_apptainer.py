@@ -24,16 +24,18 @@ import trio
 from tests.contract.runtimes.subjects import Subject, make_apptainer
 from tests.contract.runtimes.test_contract import AWKWARD, READY, Marked
 from tests.support.containers import new_container
+from tests.support.control_groups import NoGroups
 from tests.support.paths import ROOT
 from tests.support.processes import new_children, own_children
 from tests.support.users import UNPRIVILEGED, needs_root
 from tests.support.waiting import PATIENCE, until
 from trio_pilot.errors import NodeError
 from trio_pilot.files.error_summary import error_summary
-from trio_pilot.processes import orphans
+from trio_pilot.processes import cgroups, orphans
 from trio_pilot.processes.identity import STATE, own, stat_of
 from trio_pilot.runtimes import Container, Exit, Limits, Mount, Options, apptainer, apptainer_quoting
 from trio_pilot.runtimes.apptainer_command import fatal
+from trio_pilot.runtimes.confinement import OpenGroups
 from trio_pilot.runtimes.selection import choose
 
 OPTIONS = Options(kill_grace=0.3)
@@ -56,8 +58,8 @@ def nothing_is_left() -> Iterator[None]:
     assert new_children(before) == []
 
 
-async def end_of(options: Options, container: Container) -> Exit:
-    async with apptainer.open_runtime(options) as runtime:
+async def end_of(options: Options, container: Container, open_groups: OpenGroups = cgroups.Groups) -> Exit:
+    async with apptainer.open_runtime(options, open_groups) as runtime:
         with trio.fail_after(PATIENCE):
             return await runtime.run(container)
 
@@ -222,7 +224,7 @@ async def test_what_a_killed_pilot_has_half_unpacked_of_another_image_is_removed
         ("docker-archive:/no/such.tar", "^cannot unpack the image {}: .*open /no/such.tar: no such file or directory$"),
         pytest.param("x" * 300, "^the image {} is neither a directory nor a file", id="of a name too long"),
         ("busybox:latest", "^the image {} is neither a directory nor a file; of a registry it would be docker://{}$"),
-        ("{directory}/text", "^the image {} is none that apptainer knows: .*image format not recognized$"),
+        ("{directory}/text", "^the image {} is of no format that apptainer knows: .*image format not recognized$"),
     ],
 )
 async def test_an_image_that_is_none_is_the_nodes_fault(subject: Subject, options: Options, image: str, line: str) -> None:
@@ -262,7 +264,7 @@ async def test_images_in_a_directory_of_somebody_else_are_not_used(options: Opti
         (parent,) = options.build_directory.iterdir()
     spoil(parent)
     async with apptainer.open_runtime(options) as runtime:
-        with pytest.raises(NodeError, match=f"^{parent} must be a directory of this user's that nobody else can write"):
+        with pytest.raises(NodeError, match=f"^{parent} must be a directory of this user, which no other can write to"):
             await runtime.prepare(archive)
 
 
@@ -301,9 +303,7 @@ def test_words_are_put_right_by_any_shell(shell: str) -> None:
     env = {f"NAME_{number}": word for number, word in enumerate(words)} | {"HOME": "/etc"}
     print_all = "import os, sys, json; print(json.dumps([sys.argv[1:], dict(os.environ)]))"
     argv = apptainer_quoting.shell([], [sys.executable, "-c", print_all, *words], env)
-    done = subprocess.run(
-        [*shell.split(), *argv[1:]], env=apptainer_quoting.travelling(env), capture_output=True, check=True
-    )
+    done = subprocess.run([*shell.split(), *argv[1:]], env=apptainer_quoting.encoded(env), capture_output=True, check=True)
     said, variables = json.loads(done.stdout)
     assert said == words
     assert {name: value for name, value in variables.items() if name in env} == env
@@ -473,8 +473,7 @@ async def test_it_needs_no_directory_for_temporary_files(tmp_path: Path, monkeyp
 
 async def test_one_that_hangs_is_no_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(tmp_path, monkeypatch, "apptainer", "sleep 1000")
-    monkeypatch.setattr(apptainer, "PROBE_TIMEOUT", 0.2)
-    assert await apptainer.fault(OPTIONS) == "apptainer has not made a container in 0.2 s"
+    assert await apptainer.fault(OPTIONS, 0.2) == "apptainer has not made a container in 0.2 s"
 
 
 # How it can be found, and ended.
@@ -516,16 +515,13 @@ async def test_a_task_lives_for_longer_than_the_threads_of_trio(subject: Subject
 # Limits.
 
 
-async def test_a_limit_of_memory_that_apptainer_itself_could_not_bear_is_the_payloads(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("trio_pilot.processes.cgroups.hierarchies", list)
+async def test_a_limit_of_memory_without_control_groups_is_the_payloads_alone(subject: Subject) -> None:
     limits = Limits(memory=64 * 2**20)
     container = replace(subject.container("sh", "-c", 'ulimit -v; printf "<%s>" "$@"', "sh", *AWKWARD), limits=limits)
-    assert await end_of(OPTIONS, container) == Exit(0)
+    assert await end_of(OPTIONS, container, NoGroups) == Exit(0)
     assert container.stdout.read_bytes() == b"65536\n" + b"".join(b"<%s>" % os.fsencode(word) for word in AWKWARD)
     container = replace(subject.container("dd", "if=/dev/zero", "of=/dev/null", "bs=200M", "count=1"), limits=limits)
-    assert await end_of(OPTIONS, container) == Exit(1)
+    assert await end_of(OPTIONS, container, NoGroups) == Exit(1)
     assert "memory" in error_summary(container.stderr)
 
 
@@ -548,7 +544,7 @@ def contract(directory: Path, chosen: str, prefix: Sequence[object] = ()) -> str
     """Hold an unprivileged user's apptainer against the contract of all runtimes."""
     command = [
         *(*prefix, *UNPRIVILEGED, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-        *(f"--basetemp={directory}/nested", "tests/contract/test_runtimes.py", "-k", chosen),
+        *(f"--basetemp={directory}/nested", "tests/contract/runtimes/test_contract.py", "-k", chosen),
     ]
     ours = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}  # with a report that is root's
     env = {**ours, "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/nonexistent", "TRIO_PILOT_NO_SKIP": "1"}

@@ -17,6 +17,7 @@ import trio
 
 from tests.contract.runtimes.subjects import BUBBLEWRAPS, Subject
 from tests.contract.runtimes.test_contract import AWKWARD, Marked
+from tests.support.control_groups import NOWHERE, GroupsWithoutEntrance, GroupsWithoutLimit, NoGroups, tops_of
 from tests.support.paths import ROOT
 from tests.support.processes import command_line, new_children, own_children
 from tests.support.users import UNPRIVILEGED
@@ -24,12 +25,12 @@ from tests.support.waiting import PATIENCE, until
 from trio_pilot.errors import NodeError
 from trio_pilot.files.error_summary import error_summary
 from trio_pilot.processes import cgroups
-from trio_pilot.processes.cgroup_hierarchies import MAIN_FILES, PREFIX, hierarchies
+from trio_pilot.processes.cgroup_hierarchies import MAIN_FILES, hierarchies
 from trio_pilot.processes.cgroup_hierarchies import PILOT as PILOT_GROUP
-from trio_pilot.processes.identity import Identity, own
+from trio_pilot.processes.identity import own
 from trio_pilot.processes.orphans import MARKER
-from trio_pilot.runtimes import Container, Exit, Limits, Options, Runtime, confinement, process
-from trio_pilot.runtimes.confinement import NOT_ENFORCED
+from trio_pilot.runtimes import Container, Exit, Limits, Options, Runtime, bubblewrap, confinement, process
+from trio_pilot.runtimes.confinement import NOT_ENFORCED, OpenGroups
 
 OPTIONS = Options(kill_grace=0.3)
 MOMENTS = [number / 1000 for number in range(25)]  # seconds; bubblewrap is ready after 10 ms
@@ -41,30 +42,36 @@ ALLOCATE = ("dd", "if=/dev/zero", "of=/dev/null", "bs=200M", "count=1")
 MANY = ("sh", "-c", "for number in $(seq 50); do sleep 5 & done; wait")
 SPIN = ("sh", "-c", "while :; do :; done")
 
+MODULES = {"process": process, "bubblewrap": bubblewrap}
+
 children = pytest.mark.parametrize("subject", ["process", *BUBBLEWRAPS], indirect=True)
 in_groups = pytest.mark.usefixtures("groups")
-without_groups = pytest.mark.usefixtures("no_groups")
+without_groups = pytest.mark.parametrize("open_groups", ["none"], indirect=True)
+with_either = pytest.mark.parametrize("open_groups", ["groups", "none"], indirect=True)
 
 
 @pytest.fixture
-async def runtime(subject: Subject) -> AsyncIterator[Runtime]:
-    async with subject.open(OPTIONS) as runtime:
+def open_groups(request: pytest.FixtureRequest) -> OpenGroups:
+    if getattr(request, "param", "groups") == "none":
+        return NoGroups
+    request.getfixturevalue("groups")
+    return cgroups.Groups
+
+
+@pytest.fixture
+async def runtime(subject: Subject, open_groups: OpenGroups) -> AsyncIterator[Runtime]:
+    async with MODULES[subject.name].open_runtime(OPTIONS, open_groups) as runtime:
         await runtime.prepare(subject.image)
         yield runtime
 
 
 @pytest.fixture
 def groups() -> None:
-    """Need control groups for all that can be limited."""
+    """Skip the test where there are no control groups for all limits."""
     found = cgroups.Groups()
     found.close()
     if missing := MAIN_FILES.keys() - found.controllers:
         pytest.skip(f"no control groups here: {', '.join(map(found.fault, sorted(missing)))}")
-
-
-@pytest.fixture
-def no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cgroups, "hierarchies", list)
 
 
 @pytest.fixture(autouse=True)
@@ -72,12 +79,7 @@ def nothing_is_left() -> Iterator[None]:
     before = own_children()
     yield
     assert new_children(before) == []
-    assert groups_of(own()) == []
-
-
-def groups_of(pilot: Identity) -> list[Path]:
-    tops = (top for one in hierarchies() for top in one.pilot_groups())
-    return [top for top in tops if top.name == f"{PREFIX}{pilot}"]
+    assert list(tops_of(own())) == []
 
 
 def groups_in(controller: str) -> list[Path]:
@@ -305,13 +307,8 @@ def bubblewrap_works() -> None:
 # With either.
 
 
-@pytest.fixture(params=["groups", "no_groups"])
-def either(request: pytest.FixtureRequest) -> None:
-    request.getfixturevalue(request.param)
-
-
 @children
-@pytest.mark.usefixtures("either")
+@with_either
 async def test_limits_change_nothing_else(subject: Subject, runtime: Runtime) -> None:
     most = Limits(8 * SMALL, 1, 50)
     container = subject.container(
@@ -326,7 +323,7 @@ async def test_limits_change_nothing_else(subject: Subject, runtime: Runtime) ->
 
 
 @children
-@pytest.mark.usefixtures("either")
+@with_either
 @pytest.mark.parametrize("command", ["no-such-command", "/no/such/command", "-n", "two\nlines"])
 async def test_a_command_that_is_not_there_is_the_tasks_fault(subject: Subject, runtime: Runtime, command: str) -> None:
     container = limited(subject, command, "argument", memory=8 * SMALL)
@@ -336,7 +333,7 @@ async def test_a_command_that_is_not_there_is_the_tasks_fault(subject: Subject, 
 
 
 @children
-@pytest.mark.usefixtures("either")
+@with_either
 async def test_a_command_that_is_not_executable_is_the_tasks_fault(subject: Subject, runtime: Runtime) -> None:
     container = limited(subject, subject.a_plain_file, memory=8 * SMALL)
     assert await end_of(runtime, container) == Exit(126)
@@ -344,7 +341,7 @@ async def test_a_command_that_is_not_executable_is_the_tasks_fault(subject: Subj
 
 
 @children
-@pytest.mark.usefixtures("either")
+@with_either
 @pytest.mark.parametrize("code", [125, 126, 127])
 @pytest.mark.parametrize("line", ["no", "trio-pilot: no"])
 async def test_what_a_shell_ends_with_may_be_the_tasks_own(subject: Subject, runtime: Runtime, code: int, line: str) -> None:
@@ -355,16 +352,14 @@ async def test_what_a_shell_ends_with_may_be_the_tasks_own(subject: Subject, run
 
 @children
 @in_groups
-async def test_limits_that_cannot_be_set_are_the_nodes_fault(
-    subject: Subject, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cgroups, "PAYLOAD", "elsewhere/payload")
-    with pytest.raises(NodeError, match=r"^cannot limit what a container uses: .*No such file or directory"):
-        await end_of(runtime, limited(subject, "true", memory=SMALL))
-    monkeypatch.undo()
-    monkeypatch.setattr(cgroups.Group, "entrances", [Path("/nowhere/cgroup.procs")])
-    with pytest.raises(NodeError, match=r"^cannot limit what a container uses: trio-pilot: .*/nowhere/cgroup.procs"):
-        await end_of(runtime, limited(subject, "true", memory=SMALL))
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [(GroupsWithoutLimit, ".*No such file or directory"), (GroupsWithoutEntrance, f"trio-pilot: .*{NOWHERE}")],
+)
+async def test_limits_that_cannot_be_set_are_the_nodes_fault(subject: Subject, broken: OpenGroups, reason: str) -> None:
+    async with MODULES[subject.name].open_runtime(OPTIONS, broken) as runtime:
+        with pytest.raises(NodeError, match=rf"^cannot limit what a container uses: {reason}"):
+            await end_of(runtime, limited(subject, "true", memory=SMALL))
 
 
 @children
@@ -387,7 +382,7 @@ async def test_without_limits_there_is_neither_a_shell_nor_a_group(tmp_path: Pat
     async with subject.open(OPTIONS) as runtime:
         assert confinement.Limiter(0).confine(subject.container("true")) is confinement.UNCONFINED
         await output(runtime, subject.container("true"))
-        assert groups_of(own()) == []
+        assert list(tops_of(own())) == []
 
 
 # What dead pilots have left.
@@ -405,7 +400,7 @@ with subprocess.Popen(["sh", "-c", script]):
 
 @contextmanager
 def pilot_with_a_container() -> Iterator[tuple[int, Path]]:
-    """Give the pid of a process that has groups, and its top one. It lives: the sweeps of others keep away."""
+    """Yield the pid of a process that has groups, and its own group. It lives, so other tests do not sweep them."""
     pilot = subprocess.Popen([sys.executable, "-c", PILOT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
     try:
         assert pilot.stdout

@@ -272,10 +272,10 @@ async def test_the_envfile_with_the_pilots_tokens_is_hidden(tmp_path: Path, monk
 async def test_empty_directories_of_an_image_are_made_rather_than_mounted(tmp_path: Path, image: Path) -> None:
     if fault := bubblewrap_fault():
         pytest.skip(f"bubblewrap does not work here: {fault}")
-    options = bubblewrap._root_options(image, ())
+    options = bubblewrap.root_options(image, ())
     assert options[options.index("/home") - 1] == "--dir"
     assert str(image / "home") not in options
-    assert "--dir" not in bubblewrap._root_options(Path("/"), ())  # something may be mounted there yet
+    assert "--dir" not in bubblewrap.root_options(Path("/"), ())  # something may be mounted there yet
     async with bubblewrap.open_runtime(OPTIONS) as runtime:
         script = "ls -d /home /home/* /etc/*; touch /home/new || echo no"
         container = new_container(tmp_path, ["sh", "-c", script], image=str(image))
@@ -378,7 +378,7 @@ async def test_a_task_directory_that_is_gone_is_the_nodes_fault(subject: Subject
 def test_what_bubblewrap_says_is_read_in_any_pieces() -> None:
     said = b'{ "child-pid": 42, "pid-namespace": 4026531836 }\n{ "exit-code": 3 }\n'
     for cut in range(len(said)):
-        with bubblewrap._Status() as status:
+        with bubblewrap.StatusPipe() as status:
             os.write(status.writing, said[:cut])
             early = dict(status.read())
             assert early in ({}, {"child-pid": 42, "pid-namespace": 4026531836})

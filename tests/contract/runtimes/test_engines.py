@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import pytest
 import trio
@@ -36,21 +35,17 @@ from trio_pilot.runtimes import (
     Options,
     Runtime,
     docker,
-    engine,
-    engine_api,
-    engine_container,
-    engine_images,
     podman,
 )
-from trio_pilot.runtimes.engine import EngineRuntime
+from trio_pilot.runtimes.engine import MOST_REMOVALS, EngineRuntime
 from trio_pilot.runtimes.engine_logs import MOST, MOST_TAIL
 from trio_pilot.runtimes.engine_registry_login import registry_of
-from trio_pilot.runtimes.selection import Family
+from trio_pilot.runtimes.engine_timeouts import DEFAULT_TIMEOUTS, EngineTimeouts
 
 OPTIONS = Options(kill_grace=0.3, engine_patience=20)
 
 VARIABLES = {"docker": "DOCKER_HOST", "podman": "CONTAINER_HOST"}
-FAMILIES = {"docker": cast(Family, docker), "podman": cast(Family, podman)}
+MODULES = {"docker": docker, "podman": podman}
 
 at_both = pytest.mark.parametrize("subject", ENGINES, indirect=True)
 
@@ -81,8 +76,18 @@ async def proxy(here: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-async def runtime(proxy: EngineProxy, subject: Subject) -> AsyncIterator[Runtime]:
-    async with subject.open(OPTIONS) as runtime:
+def timeouts() -> EngineTimeouts:
+    return DEFAULT_TIMEOUTS
+
+
+def with_timeouts(**seconds: float) -> pytest.MarkDecorator:
+    """Run a test with other time-outs."""
+    return pytest.mark.parametrize("timeouts", [EngineTimeouts(**seconds)], ids=["short-timeouts"])
+
+
+@pytest.fixture
+async def runtime(proxy: EngineProxy, subject: Subject, timeouts: EngineTimeouts) -> AsyncIterator[Runtime]:
+    async with MODULES[subject.name].open_runtime(OPTIONS, timeouts) as runtime:
         assert runtime.engine == proxy.socket
         await runtime.prepare(subject.image)
         yield runtime
@@ -130,7 +135,7 @@ async def test_an_answer_that_no_engine_gives_is_the_nodes_fault(
 ) -> None:
     async with subject.open(OPTIONS) as runtime:
         proxy.next(REQUESTS[request_], "nothing")
-        with pytest.raises(NodeError, match=r"the engine does not speak as it should: it says b'\[\]'"):
+        with pytest.raises(NodeError, match=r"the engine's answer is not as expected: b'\[\]'"):
             await end_of(runtime, subject.container("sh", "-c", "exit 3"))
 
 
@@ -164,19 +169,13 @@ async def test_what_nobody_wants_to_hear_is_asked_for_of_a_failure_only(
     assert container.stdout.read_text() == ("said\n" if code else "")
 
 
+@with_timeouts(create_grace=0.2, removal=2.0)
 @at_both
 @pytest.mark.parametrize("request_", ["create", "start", "wait", "logs", "inspect", "stop", "remove"])
 async def test_cancelled_at_any_stage_nothing_is_left(
-    subject: Subject,
-    here: Engine,
-    runtime: Runtime,
-    proxy: EngineProxy,
-    request_: str,
-    monkeypatch: pytest.MonkeyPatch,
+    subject: Subject, here: Engine, runtime: Runtime, proxy: EngineProxy, request_: str
 ) -> None:
     # The answer to one request never comes.
-    monkeypatch.setattr(engine_container, "CREATE_GRACE", 0.2)
-    monkeypatch.setattr(engine, "END_TIMEOUT", 2.0)
     held = proxy.next(REQUESTS[request_], "hold")
     is_long = request_ in ("create", "start", "wait", "stop")
     container = subject.container("sh", "-c", f"touch ready; {'exec sleep 1000' if is_long else 'exit 3'}")
@@ -193,11 +192,11 @@ async def test_cancelled_at_any_stage_nothing_is_left(
     await until(lambda: not processes_with(container.name))  # podman's monitor is the last
 
 
+@with_timeouts(create_grace=0.1)
 @at_both
 async def test_a_create_that_comes_late_leaves_nothing(
-    subject: Subject, here: Engine, runtime: Runtime, proxy: EngineProxy, monkeypatch: pytest.MonkeyPatch
+    subject: Subject, here: Engine, runtime: Runtime, proxy: EngineProxy
 ) -> None:
-    monkeypatch.setattr(engine_container, "CREATE_GRACE", 0.1)
     late = proxy.next(REQUESTS["create"], "late")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(runtime.run, subject.container("true"))
@@ -210,12 +209,12 @@ async def test_a_create_that_comes_late_leaves_nothing(
     assert proxy.count("DELETE") >= 3
 
 
+@with_timeouts(removal=0.2)
 @at_both
 @pytest.mark.parametrize("code", [0, 3])
 async def test_a_container_that_cannot_be_removed_is_removed_later(
-    subject: Subject, here: Engine, runtime: Runtime, proxy: EngineProxy, monkeypatch: pytest.MonkeyPatch, code: int
+    subject: Subject, here: Engine, runtime: Runtime, proxy: EngineProxy, code: int
 ) -> None:
-    monkeypatch.setattr(engine, "END_TIMEOUT", 0.2)
     lost = proxy.next(REQUESTS["remove"], "late")  # and never
     assert await end_of(runtime, subject.container("sh", "-c", f"exit {code}")) == Exit(code)
     await until(lost.begun.is_set)
@@ -252,17 +251,14 @@ async def test_a_container_that_has_failed_is_removed_at_once(subject: Subject, 
 
 @at_both
 async def test_no_more_than_some_containers_are_removed_beside_the_tasks(
-    subject: Subject, here: Engine, proxy: EngineProxy, monkeypatch: pytest.MonkeyPatch
+    subject: Subject, here: Engine, runtime: Runtime, proxy: EngineProxy
 ) -> None:
-    monkeypatch.setattr(engine, "MOST_BEHIND", 2)
-    async with subject.open(OPTIONS) as runtime:
-        await runtime.prepare(subject.image)
-        late = [proxy.next(REQUESTS["remove"], "late") for _ in range(2)]
-        for _ in range(3):
-            assert await end_of(runtime, subject.container("true")) == Exit(0)
-        assert len(here.containers()) == 2
-        for one in late:
-            one.release.set()
+    late = [proxy.next(REQUESTS["remove"], "late") for _ in range(MOST_REMOVALS)]
+    for _ in range(MOST_REMOVALS + 1):
+        assert await end_of(runtime, subject.container("true")) == Exit(0)
+    assert len(here.containers()) == MOST_REMOVALS
+    for one in late:
+        one.release.set()
 
 
 # What the containers are.
@@ -343,7 +339,7 @@ async def test_of_very_much_output_the_end_is_kept(subject: Subject, runtime: Ru
 async def test_an_engine_that_is_not_there_is_a_fault(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    family: Family = FAMILIES[subject.name]
+    family = MODULES[subject.name]
     assert await family.fault(OPTIONS) is None
     monkeypatch.setenv(VARIABLES[subject.name], f"unix://{tmp_path}/none.sock")
     assert "none.sock did not answer" in str(await family.fault(OPTIONS))
@@ -403,9 +399,11 @@ UNTIL_ENOUGH = "until test -e enough; do sleep 0.02; done"
 
 
 @asynccontextmanager
-async def running(task: Task, at: Engine, options: Options = OPTIONS) -> AsyncIterator[EngineRuntime]:
-    """Have a task run at docker; wait for its end."""
-    async with docker.open_runtime(options) as runtime:
+async def running(
+    task: Task, at: Engine, options: Options = OPTIONS, timeouts: EngineTimeouts = DEFAULT_TIMEOUTS
+) -> AsyncIterator[EngineRuntime]:
+    """Run a task at docker; wait for its end."""
+    async with docker.open_runtime(options, timeouts) as runtime:
         await runtime.prepare(IMAGE)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(task.run, runtime)
@@ -508,12 +506,9 @@ async def test_what_comes_while_an_engine_is_away_waits_for_it(own_docker: Engin
     assert waiting.end == Exit(4)
 
 
-async def test_an_engine_that_is_away_for_too_long_is_the_nodes_fault(
-    own_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine, "END_TIMEOUT", 0.5)
+async def test_an_engine_that_is_away_for_too_long_is_the_nodes_fault(own_docker: Engine, tmp_path: Path) -> None:
     task = Task(tmp_path, UNTIL_ENOUGH)
-    async with running(task, own_docker, replace(OPTIONS, engine_patience=0.5)):
+    async with running(task, own_docker, replace(OPTIONS, engine_patience=0.5), EngineTimeouts(removal=0.5)):
         own_docker.terminate()
         await until(lambda: task.end)
         own_docker.start()
@@ -528,20 +523,16 @@ async def test_a_container_ends_as_it_does_though_its_engine_stands_still(own_do
     async with running(task, own_docker):
         own_docker.freeze()
         task.file("enough").touch()
-        await trio.sleep(engine_container.FIRST_PING + engine_api.PING_TIMEOUT + 1)
+        await trio.sleep(DEFAULT_TIMEOUTS.first_ping + DEFAULT_TIMEOUTS.ping + 1)
         assert task.end is None
         own_docker.thaw()
     assert task.end == Exit(3)
 
 
-async def test_an_engine_that_stands_still_for_too_long_is_the_nodes_fault(
-    own_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine_container, "FIRST_PING", 0.1)
-    monkeypatch.setattr(engine_api, "PING_TIMEOUT", 0.2)
-    monkeypatch.setattr(engine, "END_TIMEOUT", 0.5)
+async def test_an_engine_that_stands_still_for_too_long_is_the_nodes_fault(own_docker: Engine, tmp_path: Path) -> None:
+    timeouts = EngineTimeouts(first_ping=0.1, ping=0.2, removal=0.5)
     task = Task(tmp_path, UNTIL_ENOUGH)
-    async with running(task, own_docker, replace(OPTIONS, engine_patience=0.5)):
+    async with running(task, own_docker, replace(OPTIONS, engine_patience=0.5), timeouts):
         own_docker.freeze()
         await until(lambda: task.end)
         own_docker.thaw()
@@ -551,12 +542,11 @@ async def test_an_engine_that_stands_still_for_too_long_is_the_nodes_fault(
 
 
 async def test_a_deadline_that_passes_while_the_engine_stands_still_is_no_fault_of_the_containers(
-    own_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own_docker: Engine, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(engine_api, "PING_TIMEOUT", 0.2)
-    monkeypatch.setattr(engine, "END_TIMEOUT", 0.5)
+    timeouts = EngineTimeouts(ping=0.2, removal=0.5)
     first, second = (Task(tmp_path / name, "true") for name in ("first", "second"))
-    async with docker.open_runtime(replace(OPTIONS, engine_patience=2)) as runtime:
+    async with docker.open_runtime(replace(OPTIONS, engine_patience=2), timeouts) as runtime:
         await runtime.prepare(IMAGE)
         own_docker.freeze()
         with trio.move_on_after(0.3):
@@ -571,11 +561,10 @@ async def test_a_deadline_that_passes_while_the_engine_stands_still_is_no_fault_
 
 
 async def test_a_deadline_that_passes_while_the_engine_is_gone_is_no_fault_of_the_containers(
-    lasting_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lasting_docker: Engine, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(engine, "END_TIMEOUT", 0.5)
     task, next_one = Task(tmp_path / "one", UNTIL_ENOUGH), Task(tmp_path / "next", "true")
-    async with docker.open_runtime(OPTIONS) as runtime:
+    async with docker.open_runtime(OPTIONS, EngineTimeouts(removal=0.5)) as runtime:
         await runtime.prepare(IMAGE)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(task.run, runtime)
@@ -590,19 +579,16 @@ async def test_a_deadline_that_passes_while_the_engine_is_gone_is_no_fault_of_th
     assert next_one.end == Exit(0)
 
 
-async def test_an_engine_that_stands_still_does_not_hold_the_pilot(
-    own_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine, "END_TIMEOUT", 0.5)
-    monkeypatch.setattr(engine, "LAST_TIMEOUT", 0.5)
+async def test_an_engine_that_stands_still_does_not_hold_the_pilot(own_docker: Engine, tmp_path: Path) -> None:
+    timeouts = EngineTimeouts(removal=0.5, last_removal=0.5)
     task = Task(tmp_path, UNTIL_ENOUGH)
     with trio.fail_after(PATIENCE), trio.CancelScope() as scope:
-        async with running(task, own_docker) as runtime:
+        async with running(task, own_docker, timeouts=timeouts) as runtime:
             own_docker.freeze()
             begun = trio.current_time()
             scope.cancel()
     assert runtime.leaves_some
-    assert trio.current_time() - begun < OPTIONS.kill_grace + 0.5 + 0.5 + 2
+    assert trio.current_time() - begun < OPTIONS.kill_grace + timeouts.removal + timeouts.last_removal + 2
     own_docker.thaw()
     remove_containers(own_docker.socket, lambda pilot: pilot == own())  # as the guardian does
     await until(lambda: not own_docker.containers())
@@ -627,11 +613,10 @@ async def test_what_a_pilot_could_not_remove_is_removed_after_its_end(own_docker
 
 
 async def test_a_container_that_could_not_be_removed_is_as_soon_as_the_engine_goes_on(
-    own_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own_docker: Engine, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(engine, "END_TIMEOUT", 0.5)
     task = Task(tmp_path, "sleep 1000")
-    async with docker.open_runtime(OPTIONS) as runtime:
+    async with docker.open_runtime(OPTIONS, EngineTimeouts(removal=0.5)) as runtime:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(task.run, runtime)
             await until(task.file("ready").exists)
@@ -706,12 +691,12 @@ async def test_an_image_of_a_registry_where_nobody_has_logged_in_cannot_be_had(r
         await runtime.prepare(private.image)
 
 
+@with_timeouts(first_pause=0.01)
 @at_both
 @pytest.mark.usefixtures("login")
 async def test_an_image_is_pulled_from_a_registry_that_wants_patience_and_a_login(
-    subject: Subject, runtime: Runtime, private: Registry, monkeypatch: pytest.MonkeyPatch
+    subject: Subject, runtime: Runtime, private: Registry
 ) -> None:
-    monkeypatch.setattr(engine_images, "FIRST_PAUSE", 0.01)
     private.refusals = 1
     with trio.fail_after(PATIENCE):
         await runtime.prepare(private.image)

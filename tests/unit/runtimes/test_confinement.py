@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.control_groups import NoGroups
 from trio_pilot.cli import check
 from trio_pilot.errors import NodeError
 from trio_pilot.processes import cgroups
 from trio_pilot.processes.cgroup_hierarchies import Hierarchy, hierarchies
 from trio_pilot.processes.identity import own
 from trio_pilot.processes.proc import is_relative, with_ancestors
-from trio_pilot.runtimes import Limits, confinement
+from trio_pilot.runtimes import Limits
+from trio_pilot.runtimes.confinement import Means, rlimit_commands
 from trio_pilot.settings import Settings
 
 V1 = """\
@@ -123,28 +125,25 @@ def no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroups, "hierarchies", list)
 
 
-@pytest.mark.usefixtures("no_groups")
-def test_a_limit_that_we_have_ourselves_is_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_of_the_pilot_itself_is_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     hard = {resource.RLIMIT_AS: 2**30, resource.RLIMIT_NPROC: 7}
     monkeypatch.setattr(resource, "getrlimit", lambda which: (hard[which], hard[which]))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    steps = list(confinement._rlimits(Limits(memory=2**40, pids=5), 2, confinement.Means()))
+    steps = list(rlimit_commands(Limits(memory=2**40, pids=5), 2, Means(NoGroups())))
     assert steps == ["ulimit -v 1048576", "{ ulimit -u 7 2> /dev/null || ulimit -p 7; }"]
 
 
-@pytest.mark.usefixtures("no_groups")
 def test_cpus_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 2, 4, 6})
-    means = confinement.Means()
+    means = Means(NoGroups())
     assert [means.some_cpus(0.5) for _ in range(3)] == [[0], [2], [4]]
     assert [len(means.some_cpus(number)) for number in (1, 2, 3.9, 4, 64)] == [1, 2, 3, 4, 4]
 
 
-@pytest.mark.usefixtures("no_groups")
 @pytest.mark.parametrize(("user", "by"), [(0, "not enforced: "), (1000, "rlimit, all processes of this user together")])
-def test_what_enforces_a_limit_is_told_for_those_that_are_set(monkeypatch: pytest.MonkeyPatch, user: int, by: str) -> None:
+def test_what_enforces_a_limit_is_named_for_those_that_are_set(monkeypatch: pytest.MonkeyPatch, user: int, by: str) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: user)
-    means = confinement.Means()
+    means = Means(NoGroups())
     assert means.how(Limits()) == {}
     assert means.how(Limits(pids=5)).keys() == {"pids"}
     assert means.how(Limits(pids=5))["pids"].startswith(by)

@@ -99,8 +99,8 @@ async def test_a_connection_that_the_engine_wants_to_close_is_closed(tmp_path: P
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
-        (b"", "it has hung up without an answer"),
-        (ANSWER[:20], "it has hung up without an answer"),
+        (b"", "the engine closed the connection without an answer"),
+        (ANSWER[:20], "the engine closed the connection without an answer"),
         (ANSWER[:-1], "peer closed connection without sending complete message body"),
         (CHUNKED[:-4], "peer unexpectedly closed connection"),
         (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "illegal status line"),

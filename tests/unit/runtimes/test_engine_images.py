@@ -12,11 +12,11 @@ import trio
 from tests.support.sockets import serving
 from tests.support.waiting import until
 from trio_pilot.errors import NodeError
-from trio_pilot.runtimes import engine_images
 from trio_pilot.runtimes.docker import DOCKER
 from trio_pilot.runtimes.engine_api import EngineApi
-from trio_pilot.runtimes.engine_images import ready_image, tagged
+from trio_pilot.runtimes.engine_images import MOST_OUTAGES, pauses, ready_image, tagged
 from trio_pilot.runtimes.engine_outages import EngineOutages
+from trio_pilot.runtimes.engine_timeouts import DEFAULT_TIMEOUTS, EngineTimeouts
 
 Reply = Callable[[trio.SocketStream], Awaitable[None]]
 
@@ -81,20 +81,22 @@ class FakeEngine:
 
 
 @asynccontextmanager
-async def fake(directory: Path, *replies: Reply) -> AsyncIterator[tuple[FakeEngine, EngineOutages]]:
+async def fake(
+    directory: Path, *replies: Reply, timeouts: EngineTimeouts = DEFAULT_TIMEOUTS
+) -> AsyncIterator[tuple[FakeEngine, EngineOutages]]:
     engine = FakeEngine(replies)
-    async with serving(engine.serve, directory / "sock"), EngineApi("docker", directory / "sock") as api:
+    async with serving(engine.serve, directory / "sock"), EngineApi("docker", directory / "sock", timeouts) as api:
         yield engine, EngineOutages(api, patience=5)
 
 
-async def prepare(link: EngineOutages, image: str = "debian:12") -> str:
+async def prepare(outages: EngineOutages, image: str = "debian:12") -> str:
     with trio.fail_after(10):
-        return await ready_image(link, DOCKER, image)
+        return await ready_image(outages, DOCKER, image)
 
 
-async def failure(link: EngineOutages) -> str:
+async def failure(outages: EngineOutages) -> str:
     with pytest.raises(NodeError) as caught:
-        await prepare(link)
+        await prepare(outages)
     return str(caught.value)
 
 
@@ -104,9 +106,9 @@ LIMIT = "toomanyrequests: You have reached your pull rate limit"
 
 
 async def test_an_image_that_is_not_there_is_pulled(tmp_path: Path) -> None:
-    async with fake(tmp_path, lines(LAYER, DONE)) as (engine, link):
-        assert await prepare(link) == ID
-        assert await prepare(link) == ID
+    async with fake(tmp_path, lines(LAYER, DONE)) as (engine, outages):
+        assert await prepare(outages) == ID
+        assert await prepare(outages) == ID
     look = "GET /images/debian:12/json"
     assert engine.asked == [look, "POST /images/create?fromImage=debian%3A12", look, look]
 
@@ -114,8 +116,8 @@ async def test_an_image_that_is_not_there_is_pulled(tmp_path: Path) -> None:
 async def test_a_private_image_is_pulled_as_who_has_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))
     (tmp_path / "auth.json").write_text(json.dumps({"auths": {"here:5000": {"auth": b64encode(b"me:a:b").decode()}}}))
-    async with fake(tmp_path, lines(DONE)) as (engine, link):
-        await prepare(link, "here:5000/private")
+    async with fake(tmp_path, lines(DONE)) as (engine, outages):
+        await prepare(outages, "here:5000/private")
     (said,) = [head for head in engine.heads if head.startswith(b"POST")]
     sent = re.search(rb"x-registry-auth: (\S+)", said, re.IGNORECASE)
     assert sent
@@ -137,32 +139,30 @@ def test_a_name_without_a_tag_means_the_latest(image: str, name: str) -> None:
 
 
 async def test_an_image_whose_name_no_engine_can_be_told_is_not_asked_for(tmp_path: Path) -> None:
-    async with fake(tmp_path) as (engine, link):
+    async with fake(tmp_path) as (engine, outages):
         with pytest.raises(NodeError, match=r"^the image 'a\\udcff' must have a name in UTF-8: "):
-            await prepare(link, "a\udcff")
+            await prepare(outages, "a\udcff")
     assert engine.asked == []
 
 
 async def test_what_may_be_an_id_and_is_none_means_the_latest(tmp_path: Path) -> None:
-    async with fake(tmp_path, lines(DONE)) as (engine, link):
-        assert await prepare(link, "deadbeefcafe") == ID
+    async with fake(tmp_path, lines(DONE)) as (engine, outages):
+        assert await prepare(outages, "deadbeefcafe") == ID
     given, look = "GET /images/deadbeefcafe/json", "GET /images/deadbeefcafe:latest/json"
     assert engine.asked == [given, look, "POST /images/create?fromImage=deadbeefcafe%3Alatest", look]
 
 
 async def test_a_name_of_few_letters_is_no_id_of_an_image_that_begins_so(tmp_path: Path) -> None:
-    async with fake(tmp_path, lines(DONE)) as (engine, link):
-        assert await prepare(link, "cafe") == ID
+    async with fake(tmp_path, lines(DONE)) as (engine, outages):
+        assert await prepare(outages, "cafe") == ID
     assert "GET /images/cafe/json" not in engine.asked
 
 
-async def test_progress_is_told_now_and_then(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(engine_images, "REPORT_INTERVAL", 0)
+async def test_progress_is_logged_at_intervals(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "trio_pilot")
-    async with fake(tmp_path, lines(LAYER, {"status": "Extracting", "id": "a"}, DONE)) as (_, link):
-        await prepare(link)
+    reply = lines(LAYER, {"status": "Extracting", "id": "a"}, DONE)
+    async with fake(tmp_path, reply, timeouts=EngineTimeouts(pull_report=0)) as (_, outages):
+        await prepare(outages)
     assert "pulling debian:12: 1 of 2 MiB, Downloading" in caplog.messages
     assert "pulling debian:12: 1 of 2 MiB, Extracting" in caplog.messages
 
@@ -178,8 +178,8 @@ async def test_progress_is_told_now_and_then(
     ],
 )
 async def test_an_error_is_told_in_the_engines_words_and_at_once(tmp_path: Path, reply: Reply, words: str) -> None:
-    async with fake(tmp_path, reply) as (engine, link):
-        assert (await failure(link)).startswith(f"the image debian:12 could not be pulled: {words}")
+    async with fake(tmp_path, reply) as (engine, outages):
+        assert (await failure(outages)).startswith(f"the image debian:12 could not be pulled: {words}")
     assert len(engine.asked) == 2
 
 
@@ -187,46 +187,45 @@ DROPPED = lines(LAYER, end=b"")
 
 
 async def test_an_engine_that_is_restarted_in_the_middle_of_a_pull_pulls_again(tmp_path: Path) -> None:
-    async with fake(tmp_path, DROPPED, DROPPED, lines(DONE)) as (engine, link):
-        assert await prepare(link) == ID
+    async with fake(tmp_path, DROPPED, DROPPED, lines(DONE)) as (engine, outages):
+        assert await prepare(outages) == ID
     assert len(engine.asked) == 1 + 3 + 1
 
 
 async def test_a_pull_in_which_the_engine_is_lost_each_time_is_an_error(tmp_path: Path) -> None:
-    async with fake(tmp_path, *[DROPPED] * 100) as (engine, link):
-        assert "did not pull the image debian:12" in await failure(link)
-    assert len(engine.asked) == 1 + engine_images.MOST_ABSENCES + 1
+    async with fake(tmp_path, *[DROPPED] * 100) as (engine, outages):
+        assert "did not pull the image debian:12" in await failure(outages)
+    assert len(engine.asked) == 1 + MOST_OUTAGES + 1
 
 
-async def test_silence_is_an_error_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_images, "SILENCE_TIMEOUT", 0.05)
-    async with fake(tmp_path, silence) as (_, link):
-        assert await failure(link) == "the image debian:12 could not be pulled: nothing has come for 0.05 s"
+async def test_a_pull_without_progress_fails(tmp_path: Path) -> None:
+    async with fake(tmp_path, silence, timeouts=EngineTimeouts(pull_silence=0.05)) as (_, outages):
+        assert await failure(outages) == "the image debian:12 could not be pulled: nothing has come for 0.05 s"
 
 
-async def test_a_registry_that_has_enough_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_images, "FIRST_PAUSE", 0.01)
+async def test_a_pull_is_repeated_if_the_registry_limits_the_rate(tmp_path: Path) -> None:
     limits = [refusal("429 Too Many Requests", "slow down"), refusal("500 Server Error", LIMIT), lines({"error": LIMIT})]
-    async with fake(tmp_path, *limits, lines(DONE)) as (engine, link):
-        assert await prepare(link) == ID
+    async with fake(tmp_path, *limits, lines(DONE), timeouts=EngineTimeouts(first_pause=0.01)) as (engine, outages):
+        assert await prepare(outages) == ID
     assert len(engine.asked) == 1 + 4 + 1
 
 
-def test_who_is_to_wait_waits_longer_and_longer_and_not_as_others_do() -> None:
-    first, again = (list(itertools.islice(engine_images._pauses(), 7)) for _ in range(2))
+def test_pauses_grow_and_are_random() -> None:
+    first, again = (
+        list(itertools.islice(pauses(DEFAULT_TIMEOUTS.first_pause, DEFAULT_TIMEOUTS.longest_pause), 7)) for _ in range(2)
+    )
     for pause, longest in zip(first, (5, 10, 20, 40, 80, 120, 120), strict=True):
         assert longest / 2 <= pause <= longest
     assert first != again
 
 
-async def test_a_registry_that_has_enough_for_good_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_images, "RATE_LIMIT_PATIENCE", 0.0)
-    async with fake(tmp_path, lines({"error": LIMIT})) as (_, link):
-        assert await failure(link) == f"the image debian:12 could not be pulled: {LIMIT}"
+async def test_a_pull_fails_if_the_registry_limits_the_rate_for_too_long(tmp_path: Path) -> None:
+    async with fake(tmp_path, lines({"error": LIMIT}), timeouts=EngineTimeouts(rate_limit=0.0)) as (_, outages):
+        assert await failure(outages) == f"the image debian:12 could not be pulled: {LIMIT}"
 
 
 async def test_a_pull_can_be_cancelled(tmp_path: Path) -> None:
-    async with fake(tmp_path, silence) as (engine, link), trio.open_nursery() as nursery:
-        nursery.start_soon(prepare, link)
+    async with fake(tmp_path, silence) as (engine, outages), trio.open_nursery() as nursery:
+        nursery.start_soon(prepare, outages)
         await until(lambda: len(engine.asked) == 2)
         nursery.cancel_scope.cancel()
