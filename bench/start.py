@@ -119,9 +119,9 @@ def _idle_cpu(seconds: float, queues: Queues, directory: Path) -> float:
     with pilot(_settings())(queues, directory) as process:
         process.wait_for("listening")
         time.sleep(1)
-        before = process.cpu_to_the_nanosecond()
+        before = process.cpu()
         time.sleep(seconds)
-        return 100 * (process.cpu_to_the_nanosecond() - before) / seconds
+        return 100 * (process.cpu() - before) / seconds
 
 
 def _settings(**more: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 import json
 import re
 import subprocess
+import sys
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +16,7 @@ from bench.compare import compare, has_changed
 from bench.ewms_pilot import STAND_IN_ARGS, stand_in
 from bench.figures import Figure, alternate, compared
 from bench.load import Load
+from bench.process import running
 from bench.report import Report, aligned, commit, machine, rounded
 from bench.throughput import Plan, events, points
 from bench.timed import STAGES, Noting, TimedRuntime, TimedSink, TimedSource, Times, wrapped
@@ -187,6 +189,34 @@ def test_a_pilot_of_a_measurement_has_its_share_of_the_machine(tmp_path: Path) -
     assert found.max_concurrent_tasks >= 1
     assert found.grace >= 0
     assert found.task_env_json["OMP_NUM_THREADS"].isdecimal()
+
+
+THREAD_THAT_ENDS = """
+import threading, time
+from pathlib import Path
+
+def work():
+    while not Path("stop").exists():
+        pass
+
+thread = threading.Thread(target=work)
+thread.start()
+while time.process_time() < 0.1:
+    time.sleep(0.01)
+print("working", flush=True)
+thread.join()
+print("ended", flush=True)
+time.sleep(60)
+"""
+
+
+def test_cpu_of_threads_that_have_ended_is_still_counted(tmp_path: Path) -> None:
+    with running([sys.executable, "-c", THREAD_THAT_ENDS], tmp_path, {}) as process:
+        process.wait_for("working")
+        before = process.cpu()
+        (tmp_path / "stop").touch()
+        process.wait_for("ended")
+        assert process.cpu() >= before >= 0.1
 
 
 def test_a_busy_machine_is_told_of() -> None:
