@@ -228,7 +228,7 @@ def test_a_wrong_value_is_told_in_a_line(variable: str, text: str, message: str)
 def test_the_environment_of_a_task_is_really_checked_and_its_values_are_not_shown(text: str, message: str) -> None:
     with pytest.raises(SettingsError) as raised:
         from_environment(EWMS_PILOT_TASK_ENV_JSON=text)
-    assert str(raised.value) == f"EWMS_PILOT_TASK_ENV_JSON {message} (what it is now is not shown)"
+    assert str(raised.value) == f"EWMS_PILOT_TASK_ENV_JSON {message} (the value is not shown)"
 
 
 def test_events_at_hand_beyond_the_slots_may_wait_for_each_other() -> None:
