@@ -150,8 +150,8 @@ def test_a_data_directory_that_cannot_be_written_is_told(check: Check) -> None:
 @pytest.mark.parametrize(
     ("exp", "verdict"),
     [
-        (3600 * 24, "ok in: good for 24.0 h"),
-        (600, "ok in: good for 10 min: soon"),
+        (3600 * 24, "ok in: expires in 24.0 h"),
+        (600, "ok in: expires in 10 min, soon"),
         (-7200, "FAIL the token of in has expired"),
     ],
 )
@@ -165,7 +165,7 @@ def test_the_time_that_a_token_has_is_told(check: Check, exp: int, verdict: str)
 
 def test_a_token_that_is_not_yet_good_is_told(check: Check) -> None:
     found = check(QUEUE_INCOMING_AUTH_TOKEN=jwt(nbf=time.time() + 7350))
-    assert facts(found, "token")[0].startswith("FAIL the token of in is good in 2.0 h only")
+    assert facts(found, "token")[0].startswith("FAIL the token of in is not valid before 2.0 h from now")
 
 
 @pytest.mark.parametrize("token", ["a.b.c", "plain", jwt(exp="never"), "e30.W10.e30"])

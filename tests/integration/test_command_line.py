@@ -246,7 +246,7 @@ def test_a_message_that_cannot_be_decoded_is_set_aside(command: Run, tmp_path: P
     command("send", "q", stdin=b"1")
     done = command("receive", "q", "--idle", "0.1")
     assert lines(done) == [1]
-    assert b"is set aside: the message body is not zstd" in done.stderr
+    assert b"is set aside as a dead letter: the message body is not zstd" in done.stderr
     assert command("receive", "q.dead-letters", "--wire", "raw", "--to", "dead", "--idle", "0.1").returncode == 0
     (dead,) = (tmp_path / "dead").iterdir()
     assert dead.read_bytes() == b"\xffjunk"

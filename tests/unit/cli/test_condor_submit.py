@@ -63,7 +63,7 @@ def test_pilots_need_not_report(capsys: pytest.CaptureFixture[str]) -> None:
 def test_secrets_do_not_become_part_of_the_job(capsys: pytest.CaptureFixture[str], flag: str) -> None:
     assert refused(capsys, flag) == (
         f"{flag.partition('=')[0]} may be secret, and the environment of a job is not:"
-        " say it in trio-pilot.toml, which goes with the job"
+        " set it in trio-pilot.toml, which is transferred with the job"
     )
 
 
@@ -131,12 +131,15 @@ def test_pilots_may_come_again_and_again(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--executable=none", "there is no file none to go with the job"),
+        ("--executable=none", "there is no file none to transfer with the job"),
         ("--memory=much", "--memory must be a number of bytes such as 512m or 2g, not 'much'"),
         ("--cron=a * * * *", "--cron must be five fields as in a crontab, such as '*/30 * * * *', not 'a * * * *'"),
         ("--cron=5", "--cron must be five fields as in a crontab, such as '*/30 * * * *', not '5'"),
         ("--broker=queues.db", "queue in is in a file of this machine: name a broker, as in --broker amqp://HOST"),
-        ("--task-args=a\nb", "EWMS_PILOT_TASK_ARGS has a line break, which no job takes: say it in trio-pilot.toml"),
+        (
+            "--task-args=a\nb",
+            "EWMS_PILOT_TASK_ARGS has a line break, which the environment of a job cannot have: set it in trio-pilot.toml",
+        ),
     ],
 )
 def test_what_cannot_work_is_told(capsys: pytest.CaptureFixture[str], flag: str, message: str) -> None:
