@@ -11,8 +11,8 @@ from typing import Any
 from bench.broker import RabbitServer
 from bench.figures import Figure, Label
 from bench.load import Load
-from bench.measure import of_runtimes, report, say
-from bench.pilot import pilot, task
+from bench.measurement import measure_runtimes, print_progress, report
+from bench.pilot import pilot, task_args
 from bench.report import Report
 from bench.runtimes import Runtime
 
@@ -44,7 +44,7 @@ def measure(plan: Plan, server: RabbitServer) -> Report:
         for point in points(plan):
             yield from _figures(plan, runtime, server, point)
 
-    figures, programs = of_runtimes(plan.runtimes, of)
+    figures, programs = measure_runtimes(plan.runtimes, of)
     return report("throughput", figures, plan, server, **programs)
 
 
@@ -67,11 +67,11 @@ def points(plan: Plan) -> Iterator[Point]:
 def _figures(plan: Plan, runtime: Runtime, server: RabbitServer, point: Point) -> Iterator[Figure]:
     slots, seconds, size = point.slots, point.seconds, point.size
     load = Load(events(plan, COST[runtime.name] + size * BYTE, slots, seconds), size, sleeps=seconds > COST[runtime.name])
-    settings: dict[str, Any] = {"max_concurrent_tasks": slots, "task_args": task(seconds), **runtime.settings}
+    settings: dict[str, Any] = {"max_concurrent_tasks": slots, "task_args": task_args(seconds), **runtime.settings}
     runs = [load.done_by(pilot(settings, runtime.env), server) for _ in range(plan.rounds)]
     labels: dict[str, Label] = {"runtime": runtime.name, "slots": slots, "task s": seconds, "bytes": size}
     rate = Figure({**labels, "what": "events"}, "1/s", [run.rate for run in runs])
-    say(f"{labels}: {rate.median:.1f}/s")
+    print_progress(f"{labels}: {rate.median:.1f}/s")
     yield rate
     if seconds:
         yield Figure({**labels, "what": "utilisation"}, "%", [100 * seconds * run.rate / slots for run in runs])

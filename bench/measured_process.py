@@ -1,4 +1,4 @@
-"""Processes that are measured: started in a directory of their own, looked at in /proc, and ended."""
+"""Processes to measure: each is started in a directory of its own, its CPU and memory are read, and it is ended."""
 
 import subprocess
 import time
@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 CPUCLOCK_SCHED = 2  # the CPU clock of process P is (~P << 3 | 2), as clock_getcpuclockid(3) makes it: in nanoseconds
-END_TIMEOUT = 30.0  # seconds to end by itself when told to
-LAST_WORDS = 2000  # characters of a log that are shown when something went wrong
+END_TIMEOUT = 30.0  # seconds to end after SIGTERM
+MAX_SHOWN = 2000  # characters from the end of the output in an error
 
 
 class Measured:
-    """A process, and the file that its stdout and stderr go to."""
+    """A process, and the file to which its stdout and stderr are written."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
         self.process = process
@@ -28,37 +28,37 @@ class Measured:
         return time.clock_gettime(~self.pid << 3 | CPUCLOCK_SCHED)
 
     def memory(self) -> float:
-        """Give its resident memory in MB."""
+        """Return the resident memory in MB."""
         (line,) = (line for line in Path(f"/proc/{self.pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
         return int(line.split()[1]) * 1024 / 1e6
 
     def assert_alive(self) -> None:
-        """Raise AssertionError with its last words if it has ended."""
+        """Raise AssertionError with the end of the output if the process has ended."""
         code = self.process.poll()
-        assert code is None, f"it has ended with {code}: {self.said()[-LAST_WORDS:]}"
+        assert code is None, f"the process has ended with {code}: {self.output()[-MAX_SHOWN:]}"
 
-    def said(self) -> str:
-        """Give all that it has said."""
+    def output(self) -> str:
+        """Return the output so far."""
         return self.log.read_text(errors="replace")
 
     def wait_for(self, words: str, timeout: float = 60) -> float:
-        """Wait until it has said that; give the time (monotonic) by which it had."""
+        """Wait until the output contains these words; return the time (monotonic)."""
         deadline = time.monotonic() + timeout
-        while words not in self.said():
+        while words not in self.output():
             self.assert_alive()
-            assert time.monotonic() < deadline, f"it has not said {words!r}: {self.said()[-LAST_WORDS:]}"
+            assert time.monotonic() < deadline, f"no {words!r} in the output: {self.output()[-MAX_SHOWN:]}"
             time.sleep(0.002)
         return time.monotonic()
 
     def end(self) -> int:
-        """Tell it to end, and give its exit code."""
+        """End the process by SIGTERM, and return its exit code."""
         self.process.terminate()
         return self.process.wait(END_TIMEOUT)
 
 
 @contextmanager
 def running(command: Sequence[str], directory: Path, env: Mapping[str, str]) -> Iterator[Measured]:
-    """Run a command in a directory; killed in the end, if it has not ended."""
+    """Run a command in a directory; kill it at the end, if it has not ended."""
     log = directory / "output.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
