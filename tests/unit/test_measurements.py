@@ -45,7 +45,7 @@ def test_a_figure_is_the_median_of_its_samples() -> None:
     assert (found.median, found.low, found.high) == (2, 1, 3)
 
 
-def test_sides_take_turns_and_neither_is_always_first() -> None:
+def test_sides_are_measured_in_turn_and_each_is_first_at_times() -> None:
     order: list[str] = []
 
     def side(name: str) -> float:
@@ -225,7 +225,7 @@ def test_a_busy_machine_is_warned_of() -> None:
 
 
 @pytest.mark.mock_clock
-async def test_the_stages_of_events_are_timed_from_outside(lab: Lab) -> None:
+async def test_the_stages_of_events_are_timed_by_wrappers(lab: Lab) -> None:
     lab.broker.delays = {"sink.send": 0.25, "source.ack": 0.125}
     lab.put("a", "b")
     settings = Settings(**{**lab.DEFAULTS, "data_dir_parent_path_on_host": lab.directory})
