@@ -1,1 +1,1 @@
-"""Measurements of what the pilot costs. Run them with `python -m bench`; nothing here is a test."""
+"""Measurements of the cost of the pilot. Run them with `python -m bench`; none of them is a test."""

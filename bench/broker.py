@@ -1,4 +1,4 @@
-"""The broker of a measurement, and its queues: filled, counted, emptied. pika is in here alone."""
+"""The broker of a measurement, and its queues: fill, count and empty them. Only this module imports pika."""
 
 import time
 import uuid
@@ -19,7 +19,7 @@ WIRE = EwmsWire()
 LARGEST = 2**26  # bytes of a result
 PATIENCE = 60.0  # seconds for messages to arrive
 
-__all__ = ["Queues", "RabbitServer", "open_hand", "open_queues", "rabbitmq"]
+__all__ = ["Queues", "RabbitServer", "open_queues", "open_serial_worker", "rabbitmq"]
 
 
 class Queues:
@@ -34,11 +34,11 @@ class Queues:
             channel.queue_declare(queue, durable=True, arguments=QUORUM)
 
     def fill(self, events: Iterable[Any]) -> None:
-        """Put events into the incoming queue. Returns once the broker has taken them all."""
+        """Put events into the incoming queue. Returns once the broker has all of them."""
         count = -1
-        for count, event in enumerate(events):  # noqa: B007 -- how many
+        for count, event in enumerate(events):  # noqa: B007 -- the last number is needed
             self.put(event)
-        # Confirms would take turns with the messages; a count of all of them says the same.
+        # Publisher confirms would slow this down; a count of all messages proves the same.
         self.wait_for(self.incoming, count + 1)
 
     def put(self, event: Any) -> None:
@@ -46,18 +46,18 @@ class Queues:
         self._channel.basic_publish("", self.incoming, WIRE.encode(Message(event)), PERSISTENT)
 
     def wait_for(self, queue: str, count: int, interval: float = 0.01) -> None:
-        """Wait until so many messages of a queue are ready. Raises AssertionError if they never are."""
+        """Wait until so many messages of a queue are ready. Raises AssertionError if they are not in time."""
         deadline = time.monotonic() + PATIENCE
         while (ready := self.ready(queue)) < count:
             assert time.monotonic() < deadline, f"{ready} messages in {queue} instead of {count}"
             time.sleep(interval)
 
     def ready(self, queue: str) -> int:
-        """Count the messages of a queue that nobody has taken; the broker is asked, which takes it half a millisecond."""
+        """Return the number of messages in a queue that no consumer has taken. The query takes the broker 0.5 ms."""
         return int(self._channel.queue_declare(queue, passive=True).method.message_count)
 
     def results(self) -> Iterator[Any]:
-        """Take all results that are there; streamed, for asking for each takes ten times as long."""
+        """Yield all results, and remove them. They are streamed: to request each of them takes ten times as long."""
         streamed = self._channel.consume(self.outgoing, auto_ack=True)
         for _, _, body in islice(streamed, self.ready(self.outgoing)):
             yield WIRE.decode(body, LARGEST).data
@@ -66,7 +66,7 @@ class Queues:
 
 @contextmanager
 def open_queues(server: RabbitServer) -> Iterator[Queues]:
-    """Make queues at a server, and delete them: what one measurement leaves is not to be carried by the next."""
+    """Make queues at a server, and delete them at the end, so that they cost the next measurement nothing."""
     with _channel(server) as channel:
         queues = Queues(channel, server.address)
         try:
@@ -77,8 +77,8 @@ def open_queues(server: RabbitServer) -> Iterator[Queues]:
                     channel.queue_delete(queue)
 
 
-class Hand:
-    """Takes one event after the other, and gives a result for each."""
+class SerialWorker:
+    """Receives one event after the other, and sends a result for each."""
 
     def __init__(self, channel: Any, queues: Queues) -> None:
         self._channel = channel
@@ -86,25 +86,25 @@ class Hand:
         self._events = channel.consume(queues.incoming)
         self._tag = 0
 
-    def take(self) -> Any:
+    def receive(self) -> Any:
         """Wait for an event."""
         method, _, body = next(self._events)
         self._tag = method.delivery_tag
         return WIRE.decode(body, LARGEST).data
 
-    def give(self, result: Any) -> None:
-        """Publish the result, and once the broker has it acknowledge the event."""
+    def send_result(self, result: Any) -> None:
+        """Publish the result, and acknowledge the event once the broker has confirmed it."""
         self._channel.basic_publish("", self._outgoing, WIRE.encode(Message(result)), PERSISTENT)
         self._channel.basic_ack(self._tag)
 
 
 @contextmanager
-def open_hand(server: RabbitServer, queues: Queues) -> Iterator[Hand]:
-    """Connect, as who does one thing at a time and loses nothing."""
+def open_serial_worker(server: RabbitServer, queues: Queues) -> Iterator[SerialWorker]:
+    """Connect with one event at a time, and with publisher confirms."""
     with _channel(server) as channel:
         channel.confirm_delivery()
         channel.basic_qos(prefetch_count=1)
-        yield Hand(channel, queues)
+        yield SerialWorker(channel, queues)
 
 
 @contextmanager

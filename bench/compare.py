@@ -1,4 +1,4 @@
-"""`python -m bench compare A.json B.json`: what has changed between two reports, beyond the noise of both."""
+"""`python -m bench compare A.json B.json`: list what has changed between two reports by more than the noise of both."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,32 +6,34 @@ from pathlib import Path
 from bench.figures import Figure
 from bench.report import Report, aligned, rounded
 
-LEAST = 0.03  # of a change that is told, as a part of the figure: the same machine is that different on another day
-LEAST_OF_ONE = 0.2  # where there was but one sample, and so nothing is known of the noise
+LEAST_CHANGE = 0.03  # part of the figure; the same machine differs by that much from day to day
+LEAST_CHANGE_OF_ONE = 0.2  # of figures with one sample only, whose noise is not known
 
 
 def compare(before: Path, after: Path) -> str:
-    """Compare two reports, or each of two directories. Raises SystemExit if they are not of the same measurement."""
+    """Return a comparison of two reports, or of two directories. Raises SystemExit if the reports differ in kind."""
     if before.is_dir() and after.is_dir():
         names = sorted({path.name for path in before.glob("*.json")} & {path.name for path in after.glob("*.json")})
-        return "\n\n".join(compare(before / name, after / name) for name in names) or "no report is in both"
+        return "\n\n".join(compare(before / name, after / name) for name in names) or "no report is in both directories"
     old, new = _read(before), _read(after)
     if old.name != new.name:
         raise SystemExit(f"{before} is a report of {old.name}, and {after} one of {new.name}: compare two of the same")
     rows = list(_changes(old, new))
-    told = aligned([["figure", "before", "after", "change"], *rows]) if rows else "nothing has changed beyond the noise"
-    return "\n".join([f"{old.name}: {old.commit} ({old.made}) and {new.commit} ({new.made})", *_conditions(old, new), told])
+    changes = aligned([["figure", "before", "after", "change"], *rows]) if rows else "nothing has changed beyond the noise"
+    return "\n".join(
+        [f"{old.name}: {old.commit} ({old.made}) and {new.commit} ({new.made})", *_conditions(old, new), changes]
+    )
 
 
 def _read(path: Path) -> Report:
     try:
         return Report.read(path)
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise SystemExit(f"{path} is no report: {error}") from error
+        raise SystemExit(f"{path} is not a report: {error}") from error
 
 
 def _conditions(old: Report, new: Report) -> Iterator[str]:
-    """Say what else differs."""
+    """Yield a line for each other difference between the reports."""
     for what in ("machine", "versions", "settings"):
         one, other = getattr(old, what), getattr(new, what)
         for name in sorted({**one, **other}):
@@ -52,9 +54,9 @@ def _changes(old: Report, new: Report) -> Iterator[list[str]]:
 
 
 def has_changed(old: Figure, new: Figure) -> bool:
-    """Tell whether the samples lie apart, and their medians far enough."""
+    """Return whether the samples do not overlap, and the medians differ by more than the least change."""
     apart = new.low > old.high or new.high < old.low
-    least = LEAST if min(len(old.samples), len(new.samples)) > 1 else LEAST_OF_ONE
+    least = LEAST_CHANGE if min(len(old.samples), len(new.samples)) > 1 else LEAST_CHANGE_OF_ONE
     return apart and abs(new.median - old.median) > least * abs(old.median)
 
 

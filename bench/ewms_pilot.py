@@ -10,16 +10,16 @@ from typing import Any
 
 from bench.broker import Queues
 from bench.load import Start
-from bench.pilot import LONG, variables
-from bench.process import Measured, running
+from bench.measured_process import Measured, running
+from bench.pilot import IDLE_TIMEOUT, environment
 from bench.report import ROOT
 
 VERSION = "0.27.0"
-# It asks for any htcondor; from 25 on that has no module `htcondor` any more.
+# ewms-pilot accepts any htcondor; from 25 on that no longer has a module `htcondor`.
 PACKAGES = (f"ewms-pilot[rabbitmq]=={VERSION}", "htcondor<25")
 ENVIRONMENT = ROOT / ".venv-ewms-pilot"
 
-# Stands in for apptainer, and starts the command as a plain process: nothing that it could be told to run costs less.
+# A stand-in for apptainer that starts the command as a plain process: ewms-pilot can run nothing that costs less.
 STAND_IN = """#!/bin/sh
 while [ "$1" != / ]; do
     case "$1" in
@@ -38,13 +38,13 @@ done
 exec "$@"
 """
 MOUNTS = " ".join(f"--mount type=bind,source=/a,target=/ewms-pilot-data/{name}" for name in ("data-hub", "task-io"))
-# What ewms-pilot has it run, of the same length; our own runtime has it run the same.
+# Arguments like those of ewms-pilot, of the same length; trio-pilot runs the stand-in with these.
 STAND_IN_ARGS = f"run --containall --no-eval {MOUNTS} --env A=a --env B=b --env C=c /"
 
 
 @cache
 def program() -> Path:
-    """Install it, if it is not; give its Python."""
+    """Install ewms-pilot, if it is not installed; return its Python."""
     python = ENVIRONMENT / "bin/python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
@@ -53,7 +53,7 @@ def program() -> Path:
 
 
 def stand_in(directory: Path) -> Path:
-    """Write the stand-in for apptainer into a directory, which is then to be on PATH; give its path."""
+    """Write the stand-in for apptainer into a directory, for PATH; return the path of the stand-in."""
     path = directory / "apptainer"
     path.write_text(STAND_IN)
     path.chmod(0o755)
@@ -61,12 +61,12 @@ def stand_in(directory: Path) -> Path:
 
 
 def ewms_pilot(settings: Mapping[str, Any], env: Mapping[str, str]) -> Start:
-    """Give what starts an ewms-pilot with these settings, named as ours are."""
+    """Return a function that starts an ewms-pilot with these settings, which have the names of trio-pilot's."""
 
     @contextmanager
     def start(queues: Queues, directory: Path) -> Iterator[Measured]:
-        given = {**variables(), **_variables(queues, directory, settings), **env}
-        with running([str(program()), "-m", "ewms_pilot"], directory, given) as process:
+        env_of_pilot = {**environment(), **_variables(queues, directory, settings), **env}
+        with running([str(program()), "-m", "ewms_pilot"], directory, env_of_pilot) as process:
             yield process
 
     return start
@@ -78,7 +78,7 @@ def _variables(queues: Queues, directory: Path, settings: Mapping[str, Any]) -> 
         "QUEUE_OUTGOING": queues.outgoing,
         **{f"QUEUE_{way}_BROKER_TYPE": "rabbitmq" for way in ("INCOMING", "OUTGOING")},
         **{f"QUEUE_{way}_BROKER_ADDRESS": queues.address for way in ("INCOMING", "OUTGOING")},
-        "TIMEOUT_QUEUE_INCOMING": LONG,
+        "TIMEOUT_QUEUE_INCOMING": IDLE_TIMEOUT,
         "DATA_DIR_PARENT_PATH_ON_HOST": directory,
         "CL_LOG": "WARNING",
         **{name.upper(): value for name, value in settings.items()},
@@ -87,9 +87,9 @@ def _variables(queues: Queues, directory: Path, settings: Mapping[str, Any]) -> 
 
 
 def platform(name: str) -> dict[str, str]:
-    """Say which container platform it is to use.
+    """Return the variables that make ewms-pilot use a container platform.
 
-    With docker it would fetch an image, if this were not CI. As root with apptainer it asks for all capabilities, which a
-    machine may not have to give.
+    With docker it would fetch an image, unless CI is set. As root with apptainer it requests all capabilities, which a
+    machine may not have.
     """
     return {"_EWMS_PILOT_CONTAINER_PLATFORM": name, "CI": "true", "APPTAINER_NO_PRIVS": "true"}

@@ -1,4 +1,4 @@
-"""Figures: what was measured, several times, and how far the samples lie apart."""
+"""Figures: quantities that were measured several times, and the spread of the samples."""
 
 import os
 import statistics
@@ -13,7 +13,7 @@ Side = TypeVar("Side", bound=Hashable)
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A quantity under some conditions: `labels` tell it from all others of its report."""
+    """A quantity under some conditions; no other figure of the report has the same `labels`."""
 
     labels: Mapping[str, Label]
     unit: str
@@ -21,34 +21,34 @@ class Figure:
 
     @property
     def median(self) -> float:
-        """The figure itself."""
+        """Return the median of the samples, which is the value of the figure."""
         return statistics.median(self.samples)
 
     @property
     def low(self) -> float:
-        """The least sample."""
+        """Return the smallest sample."""
         return min(self.samples)
 
     @property
     def high(self) -> float:
-        """The largest sample."""
+        """Return the largest sample."""
         return max(self.samples)
 
     def as_json(self) -> dict[str, Any]:
-        """Give what a report keeps of it."""
+        """Return the figure as it is in a report."""
         facts = {"unit": self.unit, "median": self.median, "low": self.low, "high": self.high}
         return {"labels": dict(self.labels), **facts, "samples": list(self.samples)}
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> "Figure":
-        """Read one of a report."""
+        """Return a figure from a report."""
         return cls(facts["labels"], facts["unit"], facts["samples"])
 
 
 def alternate(rounds: int, sides: Mapping[Side, Callable[[], float]], pause: float = 0) -> dict[Side, list[float]]:
-    """Measure each side once a round, every other round backwards: what else happens to the machine happens to all.
+    """Measure each side once in each round, in every other round backwards, so that other load affects all sides alike.
 
-    In a pause, in seconds, the kernel does what one side has left to it, and not in the time of the next.
+    In a pause, in seconds, the kernel finishes the work that one side has left to it, before the next side begins.
     """
     samples: dict[Side, list[float]] = {side: [] for side in sides}
     for number in range(rounds):
@@ -61,7 +61,7 @@ def alternate(rounds: int, sides: Mapping[Side, Callable[[], float]], pause: flo
 
 
 def compared(labels: Mapping[str, Label], unit: str, samples: Mapping[str, Sequence[float]], one: str) -> Iterator[Figure]:
-    """Give each side's figure, and of one of them the ratio to each other, taken round by round."""
+    """Yield the figure of each side, and the ratio of one of them to each other, taken round by round."""
     for name, values in samples.items():
         yield Figure({**labels, "what": name}, unit, values)
     for name, values in samples.items():

@@ -1,15 +1,15 @@
-"""How near to the limit: the pilot, with its broker on the same cores, against the same commands with no pilot at all."""
+"""Compare the pilot, with its broker on the same cores, to the same commands started without any pilot: the limit."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from bench import bare, fed
+from bench import minimal_pilot, without_pilot
 from bench.broker import RabbitServer
 from bench.figures import Figure, alternate, compared
 from bench.load import Load
-from bench.measure import of_runtimes, report, say
-from bench.pilot import AHEAD, OURS, pilot, task
+from bench.measurement import measure_runtimes, print_progress, report
+from bench.pilot import EXTRA_PREFETCH, TRIO_PILOT, pilot, task_args
 from bench.report import Report
 from bench.runtimes import Runtime
 from bench.throughput import COST
@@ -17,13 +17,13 @@ from bench.throughput import COST
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is compared."""
+    """The conditions to measure."""
 
     runtimes: tuple[str, ...] = ("process", "bubblewrap", "docker")
     slots: tuple[int, ...] = (1, 4)
     rounds: int = 7
-    length: float = 8  # seconds that a run is to take, roughly
-    pause: float = 1  # seconds before each
+    length: float = 8  # seconds that a run should take, roughly
+    pause: float = 1  # seconds before each run
 
 
 FULL = Plan()
@@ -37,21 +37,27 @@ def measure(plan: Plan, server: RabbitServer) -> Report:
         for slots in plan.slots:
             yield from _figures(plan, runtime, server, slots)
 
-    figures, programs = of_runtimes(plan.runtimes, of)
+    figures, programs = measure_runtimes(plan.runtimes, of)
     return report("limit", figures, plan, server, **programs)
 
 
 def _figures(plan: Plan, runtime: Runtime, server: RabbitServer, slots: int) -> Iterator[Figure]:
     tasks = max(8 * slots, round(plan.length / COST[runtime.name]))
-    settings = {"max_concurrent_tasks": slots, "prefetch": slots + AHEAD, "task_args": task(0), **runtime.settings}
-    notes, start = bare.notes(settings, runtime.env, server), pilot(settings, runtime.env)
-    sides: dict[str, Callable[[], float]] = {
-        way: partial(bare.rate, way, runtime, notes, slots, tasks) for way in bare.ways(runtime)
+    settings = {
+        "max_concurrent_tasks": slots,
+        "prefetch": slots + EXTRA_PREFETCH,
+        "task_args": task_args(0),
+        **runtime.settings,
     }
-    if bare.API in sides:
-        sides[fed.WAY] = partial(fed.rate, runtime, notes, slots, tasks, server)
-    sides[OURS] = lambda: Load(tasks).done_by(start, server).rate
+    recording, start = without_pilot.record_pilot(settings, runtime.env, server), pilot(settings, runtime.env)
+    sides: dict[str, Callable[[], float]] = {
+        method: partial(without_pilot.rate, method, runtime, recording, slots, tasks)
+        for method in without_pilot.methods(runtime)
+    }
+    if without_pilot.API in sides:
+        sides[minimal_pilot.METHOD] = partial(minimal_pilot.rate, runtime, recording, slots, tasks, server)
+    sides[TRIO_PILOT] = lambda: Load(tasks).done_by(start, server).rate
     samples = alternate(plan.rounds, sides, plan.pause)
-    for figure in compared({"runtime": runtime.name, "slots": slots}, "1/s", samples, OURS):
-        say(f"{dict(figure.labels)}: {figure.median:.3g} {figure.unit}")
+    for figure in compared({"runtime": runtime.name, "slots": slots}, "1/s", samples, TRIO_PILOT):
+        print_progress(f"{dict(figure.labels)}: {figure.median:.3g} {figure.unit}")
         yield figure

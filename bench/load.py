@@ -1,4 +1,4 @@
-"""A load: so many events of a size, and what it takes somebody to do them all."""
+"""A load: so many events of a size, which a pilot has to do, and the time, CPU and memory that it takes."""
 
 import random
 import tempfile
@@ -9,42 +9,42 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.broker import Queues, RabbitServer, open_queues
-from bench.process import Measured
+from bench.measured_process import MAX_SHOWN, Measured
 
-LEAST_PAUSE, MOST_PAUSE = 0.005, 0.25  # seconds between two looks at the queue of results
-PAUSE_WITH_SLEEPERS = 0.01  # where tasks sleep: they end in waves, of which no rate tells, and leave cores for looking
-PATIENCE = 120.0  # seconds without any progress, after which nothing will come any more
+LEAST_PAUSE, MOST_PAUSE = 0.005, 0.25  # seconds between two counts of the results
+PAUSE_WITH_SLEEPERS = 0.01  # if tasks sleep: they end in waves, whose times no rate predicts, and leave cores for counting
+PATIENCE = 120.0  # seconds without progress, after which the measurement fails
 
 Start = Callable[[Queues, Path], AbstractContextManager[Measured]]
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """How a load was done."""
+    """The cost of doing a load."""
 
     seconds: float  # from the first event that was taken to the last result that was confirmed
-    cpu: float  # seconds of the pilot's own CPU meanwhile
-    memory: float  # MB in the end
+    cpu: float  # seconds of the pilot's own CPU in that time
+    memory: float  # MB at the end
     rate: float  # events a second
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Events that are all different, each to come back as it is."""
+    """Events that are all different, of which each is to be copied to a result."""
 
     events: int
-    size: int = 1000  # bytes of each; half of what zstd could take out of text is not there to be taken out
+    size: int = 1000  # bytes of each; hexadecimal digits of random bytes, which zstd compresses to half
     sleeps: bool = False  # whether its tasks sleep for most of their time
 
     def bodies(self) -> Iterator[str]:
-        """Give the events."""
+        """Yield the events."""
         chance = random.Random(1)
         for number in range(self.events):
             start = f"{number} "
             yield start + chance.randbytes(max(0, self.size - len(start) + 1) // 2).hex()[: self.size - len(start)]
 
     def done_by(self, start: Start, server: RabbitServer) -> Run:
-        """Have the load done, and check every result. The queue is full before anybody starts to take from it."""
+        """Start a pilot, wait until the load is done, and check every result. The queue is full before the pilot starts."""
         with open_queues(server) as queues, tempfile.TemporaryDirectory(prefix="trio-pilot-bench-") as directory:
             queues.fill(self.bodies())
             with start(queues, Path(directory)) as pilot:
@@ -56,27 +56,29 @@ class Load:
         while queues.ready(queues.incoming) == self.events:
             pilot.assert_alive()
             time.sleep(LEAST_PAUSE)
-        begun, cpu = time.monotonic(), pilot.cpu()
-        self.wait(queues, pilot, begun)
-        seconds = time.monotonic() - begun
+        started, cpu = time.monotonic(), pilot.cpu()
+        self.wait(queues, pilot, started)
+        seconds = time.monotonic() - started
         return Run(seconds, pilot.cpu() - cpu, pilot.memory(), self.events / seconds)
 
-    def wait(self, queues: Queues, pilot: Measured, begun: float) -> None:
-        """Wait for the last result. The nearer it is, the more often the queue is looked at: so looking costs little."""
-        last, since = 0, begun
-        most = PAUSE_WITH_SLEEPERS if self.sleeps else MOST_PAUSE
+    def wait(self, queues: Queues, pilot: Measured, started: float) -> None:
+        """Wait for the last result. The nearer it is, the shorter the pauses between counts: so they cost little."""
+        last, since = 0, started
+        longest = PAUSE_WITH_SLEEPERS if self.sleeps else MOST_PAUSE
         while (done := queues.ready(queues.outgoing)) < self.events:
             now = time.monotonic()
             if done != last:
                 last, since = done, now
             elif now > since + PATIENCE:
-                raise AssertionError(f"{done} of {self.events} results after {now - begun:.0f} s: {pilot.said()[-2000:]}")
+                raise AssertionError(
+                    f"{done} of {self.events} results after {now - started:.0f} s: {pilot.output()[-MAX_SHOWN:]}"
+                )
             pilot.assert_alive()
-            left = (self.events - done) * (now - begun) / max(done, 1)
-            time.sleep(min(max(left / 4, LEAST_PAUSE), most))
+            left = (self.events - done) * (now - started) / max(done, 1)
+            time.sleep(min(max(left / 4, LEAST_PAUSE), longest))
 
     def check(self, queues: Queues) -> None:
-        """Take the results, and raise AssertionError if there is not one for each event."""
+        """Take the results. Raises AssertionError if there is not exactly one for each event."""
         found = sorted(queues.results())
         wanted = sorted(self.bodies())
         assert found == wanted, f"{len(found)} results for {self.events} events, and not one for each"

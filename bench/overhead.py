@@ -1,4 +1,4 @@
-"""Where an event's time goes, and what an event costs the pilot's own process in CPU and instructions.
+"""Measure where an event's time goes, and what an event costs the pilot's own process in CPU and instructions.
 
 The stages of an event: `queued` (a slot between two events), `staged` (until its directory and input file are there),
 `started` (until its process is), `ran`, `read` (its output), `published` (until that is confirmed) and `acked`. What an
@@ -14,25 +14,26 @@ from dataclasses import dataclass
 from bench.broker import RabbitServer
 from bench.figures import Figure, Label
 from bench.load import Load
-from bench.measure import of_runtimes, report, say
-from bench.pilot import pilot, stubbed, task, telling
+from bench.measured_process import MAX_SHOWN
+from bench.measurement import measure_runtimes, print_progress, report
+from bench.pilot import instrumented_pilot, pilot, stub_pilot, task_args
 from bench.report import Report
 from bench.runtimes import Runtime
 from bench.throughput import COST
-from bench.timed import STAGES
+from bench.timing_pilot import STAGES
 
 CALLGRIND = ("valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured."""
+    """The conditions to measure."""
 
     runtimes: tuple[str, ...] = ("process", "bubblewrap", "docker")
     slots: tuple[int, ...] = (1, 4, 8)
     rounds: int = 3
-    length: float = 5  # seconds that a run is to take, roughly
-    counted: tuple[int, int] = (20, 120)  # events of two runs whose instructions are counted; none: 0, 0
+    length: float = 5  # seconds that a run should take, roughly
+    counted: tuple[int, int] = (20, 120)  # events of the two runs whose instructions are counted; (0, 0): none
 
 
 FULL = Plan()
@@ -46,44 +47,44 @@ def measure(plan: Plan, server: RabbitServer) -> Report:
         for slots in plan.slots:
             yield from _figures(plan, runtime, server, slots)
 
-    figures, programs = of_runtimes(plan.runtimes, of)
+    figures, programs = measure_runtimes(plan.runtimes, of)
     figures += _instructions(plan, server)
     return report("overhead", figures, plan, server, **programs)
 
 
 def _figures(plan: Plan, runtime: Runtime, server: RabbitServer, slots: int) -> Iterator[Figure]:
     load = Load(max(3 * slots, round(plan.length / COST[runtime.name])))
-    settings = {"max_concurrent_tasks": slots, "task_args": task(0), **runtime.settings}
+    settings = {"max_concurrent_tasks": slots, "task_args": task_args(0), **runtime.settings}
     labels: dict[str, Label] = {"runtime": runtime.name, "slots": slots}
     runs = [load.done_by(pilot(settings, runtime.env), server) for _ in range(plan.rounds)]
     yield Figure({**labels, "what": "CPU of the pilot"}, "ms", [1000 * run.cpu / load.events for run in runs])
     times: list[dict[str, float]] = []
     for _ in range(plan.rounds):
-        load.done_by(telling("bench.timed", settings, runtime.env, times.append), server)
+        load.done_by(instrumented_pilot("bench.timing_pilot", settings, runtime.env, times.append), server)
     for stage in STAGES:
         yield Figure({**labels, "what": stage}, "ms", [1000 * time[stage] for time in times])
-    say(f"{labels}: {', '.join(f'{stage} {1000 * times[-1][stage]:.2f} ms' for stage in STAGES)}")
+    print_progress(f"{labels}: {', '.join(f'{stage} {1000 * times[-1][stage]:.2f} ms' for stage in STAGES)}")
 
 
 def _instructions(plan: Plan, server: RabbitServer) -> Iterator[Figure]:
-    """Count the instructions of two runs, of which the difference is that of so many events.
+    """Count the instructions of two runs; their difference is the cost of the additional events.
 
-    valgrind knows no pidfd_open(2), which the pilot needs for its children: so the tasks are stubs.
+    valgrind does not support pidfd_open(2), which the pilot needs for child processes, so the tasks are stubs.
     """
     few, many = plan.counted
     if not many:
         return
     if not shutil.which("valgrind"):
-        say("left out: instructions: there is no valgrind")
+        print_progress("left out: instructions: valgrind is not installed")
         return
     less, more = (_counted(number, server) for number in (few, many))
     yield Figure({"runtime": "stub", "slots": 1, "what": "instructions of the pilot"}, "M", [(more - less) / (many - few)])
 
 
 def _counted(events: int, server: RabbitServer) -> float:
-    """Give the million instructions of a pilot that does so many events."""
-    said: list[str] = []
-    Load(events).done_by(stubbed({}, CALLGRIND, said.append), server)
-    found = re.search(r"Collected : (\d+)", said[0])
-    assert found, f"callgrind has not told what it counted: {said[0][-2000:]}"
+    """Return the instructions, in millions, of a pilot that does so many events."""
+    outputs: list[str] = []
+    Load(events).done_by(stub_pilot({}, CALLGRIND, outputs.append), server)
+    found = re.search(r"Collected : (\d+)", outputs[0])
+    assert found, f"no count of callgrind in the output: {outputs[0][-MAX_SHOWN:]}"
     return int(found[1]) / 1e6

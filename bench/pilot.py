@@ -1,4 +1,4 @@
-"""trio-pilot as a side of a measurement."""
+"""trio-pilot as a side of a measurement: functions that start it, as it is or with some of its parts replaced."""
 
 import json
 import os
@@ -11,82 +11,84 @@ from typing import Any
 
 from bench.broker import Queues
 from bench.load import Start
-from bench.process import Measured, running
+from bench.measured_process import Measured, running
 from bench.report import ROOT
 
 COMMAND = Path(sys.executable).with_name("trio-pilot")
-OURS = "trio-pilot"  # the name of the side
-AHEAD = 24  # events at hand beyond the slots, as the README has it for short tasks
-LONG = 120  # seconds that it waits for events: it is ended as soon as the last result is there
+TRIO_PILOT = "trio-pilot"  # the name of the side
+EXTRA_PREFETCH = 24  # events at hand beyond the slots, as the README advises for short tasks
+IDLE_TIMEOUT = 120  # seconds without an event; the pilot is ended as soon as the last result is there
 
 COPY = 'cp "$EWMS_TASK_INFILE" "$EWMS_TASK_OUTFILE"'
 
 
-def task(seconds: float) -> str:
-    """Give the arguments of a task that takes so long, and then copies its input to its output."""
+def task_args(seconds: float) -> str:
+    """Return the arguments of a task that takes so many seconds, and then copies its input to its output."""
     return shlex.join(["sh", "-c", f"sleep {seconds:g}; {COPY}"]) if seconds else "cp {{INFILE}} {{OUTFILE}}"
 
 
-def variables() -> dict[str, str]:
-    """Give an environment in which nothing is set for a pilot that the measurement has not set."""
+def environment() -> dict[str, str]:
+    """Return the environment without any settings of a pilot."""
     return {name: value for name, value in os.environ.items() if "EWMS" not in name}
 
 
-def _known(queues: Queues, settings: Mapping[str, Any]) -> dict[str, str]:
-    given = {
+def _with_queues(queues: Queues, settings: Mapping[str, Any]) -> dict[str, str]:
+    merged = {
         "broker": queues.address,
         "queue_incoming": queues.incoming,
         "queue_outgoing": queues.outgoing,
-        "timeout_queue_incoming": LONG,
+        "timeout_queue_incoming": IDLE_TIMEOUT,
         **settings,
     }
-    return {name: str(value) for name, value in given.items()}
+    return {name: str(value) for name, value in merged.items()}
 
 
-def given(queues: Queues, directory: Path, settings: Mapping[str, Any]) -> str:
-    """Write settings, with these queues, to a file for a pilot of `bench.inside`; give its path."""
+def write_settings(queues: Queues, directory: Path, settings: Mapping[str, Any]) -> str:
+    """Write settings, with these queues, to a file for a pilot of `bench.custom_pilot`; return its path."""
     path = directory / "settings.json"
-    path.write_text(json.dumps(_known(queues, settings)))
+    path.write_text(json.dumps(_with_queues(queues, settings)))
     return str(path)
 
 
 def pilot(settings: Mapping[str, Any], env: Mapping[str, str] | None = None) -> Start:
-    """Give what starts a pilot with these settings."""
+    """Return a function that starts a pilot with these settings."""
 
     @contextmanager
     def start(queues: Queues, directory: Path) -> Iterator[Measured]:
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in _known(queues, settings).items()]
-        with running([str(COMMAND), "run", *flags], directory, {**variables(), **(env or {})}) as process:
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in _with_queues(queues, settings).items()]
+        with running([str(COMMAND), "run", *flags], directory, {**environment(), **(env or {})}) as process:
             yield process
             process.end()
 
     return start
 
 
-def telling(module: str, settings: Mapping[str, Any], env: Mapping[str, str], tell: Callable[[Any], object]) -> Start:
-    """Give what starts the pilot of a module of ours, and in the end tells what that has written, as JSON."""
+def instrumented_pilot(
+    module: str, settings: Mapping[str, Any], env: Mapping[str, str], take_result: Callable[[Any], object]
+) -> Start:
+    """Return a function that starts the pilot of a module, and at the end calls `take_result` with the JSON it wrote."""
 
     @contextmanager
     def start(queues: Queues, directory: Path) -> Iterator[Measured]:
-        found = directory / "found.json"
-        command = [sys.executable, "-m", module, given(queues, directory, settings), str(found)]
-        with running(command, directory, {**variables(), **(env or {}), "PYTHONPATH": str(ROOT)}) as process:
+        result = directory / "result.json"
+        command = [sys.executable, "-m", module, write_settings(queues, directory, settings), str(result)]
+        with running(command, directory, {**environment(), **(env or {}), "PYTHONPATH": str(ROOT)}) as process:
             yield process
             process.end()
-        tell(json.loads(found.read_text()))
+        take_result(json.loads(result.read_text()))
 
     return start
 
 
-def stubbed(settings: Mapping[str, Any], prefix: Sequence[str] = (), tell: Callable[[str], object] = len) -> Start:
-    """Give what starts a pilot whose tasks are stubs, and in the end tells what it has said."""
+def stub_pilot(settings: Mapping[str, Any], prefix: Sequence[str] = (), take_output: Callable[[str], object] = len) -> Start:
+    """Return a function that starts a pilot whose tasks are stubs, and at the end calls `take_output` with its output."""
 
     @contextmanager
     def start(queues: Queues, directory: Path) -> Iterator[Measured]:
-        command = [*prefix, sys.executable, "-m", "bench.stubbed", given(queues, directory, settings)]
-        with running(command, directory, {**variables(), "PYTHONPATH": str(ROOT)}) as process:
+        command = [*prefix, sys.executable, "-m", "bench.stub_pilot", write_settings(queues, directory, settings)]
+        with running(command, directory, {**environment(), "PYTHONPATH": str(ROOT)}) as process:
             yield process
             process.end()
-            tell(process.said())
+            take_output(process.output())
 
     return start

@@ -1,4 +1,4 @@
-"""Plots of reports, as SVG. matplotlib is in here alone."""
+"""Plots of reports, as SVG. Only this module imports matplotlib."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,24 +7,24 @@ from typing import Any
 import matplotlib as mpl
 
 from bench.figures import Figure
-from bench.pilot import OURS
+from bench.pilot import TRIO_PILOT
 from bench.report import Report
-from bench.timed import STAGES
+from bench.timing_pilot import STAGES
 
 mpl.use("svg")
-# The same figures make the same file.
+# So that equal figures give equal files.
 mpl.rcParams.update(
     {"svg.hashsalt": "trio-pilot", "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
 )
 
-from matplotlib import pyplot  # noqa: E402 -- the backend is to be chosen before
+from matplotlib import pyplot  # noqa: E402 -- the backend has to be chosen before
 from matplotlib.ticker import LogFormatter  # noqa: E402
 
 WIDTH, HEIGHT = 4.2, 3.2  # inches of each of the axes of a plot
 
 
 def plot(report: Report, directory: Path) -> Path | None:
-    """Draw a report, if there is something to be drawn of it."""
+    """Draw a report, and return the path of the plot; None if reports of its kind are not drawn."""
     draw = DRAW.get(report.name)
     if draw is None:
         return None
@@ -41,7 +41,7 @@ def _axes(number: int) -> tuple[Any, list[Any]]:
 
 
 def _line(axes: Any, figures: list[Figure], label: str, x: str = "slots", **style: Any) -> None:
-    """Draw figures over one of their labels, with their spread."""
+    """Draw figures by one of their labels, with their spread."""
     places, medians = [figure.labels[x] for figure in figures], [figure.median for figure in figures]
     spread = [[figure.median - figure.low for figure in figures], [figure.high - figure.median for figure in figures]]
     axes.errorbar(places, medians, spread, marker="o", markersize=4, capsize=2, label=label, **style)
@@ -80,14 +80,16 @@ def _throughput(report: Report) -> Any:
 
 
 def _sides(by: str) -> Callable[[Report], Any]:
-    """Draw the sides of a comparison over the slots, in axes for each value of a label."""
+    """Return a function that draws the sides of a comparison by slots, in axes for each value of a label."""
 
     def draw(report: Report) -> Any:
         kinds = _values(report, by)
         figure, all_axes = _axes(len(kinds))
         for axes, kind in zip(all_axes, kinds, strict=True):
             rates = [figure for figure in _having(report, **{by: kind}) if figure.unit == "1/s"]
-            for side in sorted({str(figure.labels["what"]) for figure in rates}, key=lambda side: (side != OURS, side)):
+            for side in sorted(
+                {str(figure.labels["what"]) for figure in rates}, key=lambda side: (side != TRIO_PILOT, side)
+            ):
                 _line(axes, [figure for figure in rates if figure.labels["what"] == side], side)
             _over_slots(axes, str(kind))
         return figure

@@ -1,10 +1,11 @@
 """The README's section on speed: one plot and one table, made of the reports in bench/results.
 
-`python -m bench readme` writes it, and a test holds it to the reports.
+`python -m bench readme` writes it, and a test checks that it agrees with the reports.
 """
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from bench.figures import Figure
 from bench.report import RESULTS, ROOT, Report, rounded
@@ -20,9 +21,9 @@ def write() -> None:
     README.write_text(SECTION.sub(lambda found: found[1] + markdown() + found[3], README.read_text()))
 
 
-def markdown() -> str:
-    """Make the section of what reports there are."""
-    peer, limit = (RESULTS / f"{name}.json" for name in ("peer", "limit"))
+def markdown(results: Path = RESULTS) -> str:
+    """Return the section for the reports in a directory."""
+    peer, limit = (results / f"{name}.json" for name in ("peer", "limit"))
     if not (peer.exists() and limit.exists()):
         return NOTHING_YET
     reports = Report.read(peer), Report.read(limit)
@@ -39,15 +40,15 @@ def _table(peer: Report, limit: Report) -> Iterator[str]:
 
 
 def _row(report: Report, kind: str, ratio: Figure) -> str:
-    ours, other = str(ratio.labels["what"]).split(" / ")
+    side, other = str(ratio.labels["what"]).split(" / ")
     where = {name: ratio.labels[name] for name in (kind, "slots")}
-    rates = [rounded(report.find(**where, what=what).median) for what in (ours, other)]
+    rates = [rounded(report.find(**where, what=what).median) for what in (side, other)]
     spread = f"{rounded(ratio.median)} ({rounded(ratio.low)} to {rounded(ratio.high)})"
     return f"| {where[kind]} | {where['slots']} | {rates[0]} | {other} | {rates[1]} | {spread} |"
 
 
 def _conditions(peer: Report, limit: Report) -> str:
-    """Say of which machine and versions this is true."""
+    """Return the line on the machine and the versions."""
     versions = {**limit.versions, **peer.versions}
     named = ", ".join(f"{name} {versions[name]}" for name in ("python", "rabbitmq", "ewms-pilot"))
     cores = f"{peer.machine['cores']} cores ({peer.machine['cpu']}), shared with RabbitMQ"

@@ -1,4 +1,4 @@
-"""A report: the figures of a measurement, with the machine, versions and settings that they are true of."""
+"""A report: the figures of a measurement, with the machine, versions and settings for which they hold."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from bench.figures import Figure
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 
-LOAD = os.getloadavg()[0]  # of the machine, before anything was measured
+LOAD = os.getloadavg()[0]  # of the machine, before the measurements
 
 LIBRARIES = ("cyclopts", "httpx", "pika", "trio", "trio-pilot", "trio-util", "zstandard")
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one measurement found."""
+    """The figures of one measurement, and its conditions."""
 
     name: str
     figures: Sequence[Figure]
@@ -34,14 +34,14 @@ class Report:
     made: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def find(self, **labels: Any) -> Figure:
-        """Give the one figure that has these labels, or LookupError."""
+        """Return the figure that has these labels. Raises LookupError if there is not exactly one."""
         found = [figure for figure in self.figures if labels.items() <= figure.labels.items()]
         if len(found) != 1:
             raise LookupError(f"{len(found)} figures of {self.name} have {labels}")
         return found[0]
 
     def write(self, directory: Path) -> Path:
-        """Write it as JSON."""
+        """Write the report as JSON, and return its path."""
         facts = {name: getattr(self, name) for name in ("name", "made", "commit", "machine", "versions", "settings")}
         path = directory / f"{self.name}.json"
         directory.mkdir(parents=True, exist_ok=True)
@@ -50,12 +50,12 @@ class Report:
 
     @classmethod
     def read(cls, path: Path) -> "Report":
-        """Read one that was written."""
+        """Read a report."""
         facts = json.loads(path.read_text())
         return cls(**{**facts, "figures": [Figure.from_json(figure) for figure in facts["figures"]]})
 
     def table(self) -> str:
-        """Write it for people: a line a figure, under the names of the labels."""
+        """Return a table with a line for each figure, under the names of the labels."""
         names = [*dict.fromkeys(name for figure in self.figures for name in figure.labels)]
         rows = [[str(figure.labels.get(name, "")) for name in names] + list(_amounts(figure)) for figure in self.figures]
         return aligned([[*names, "median", "low", "high", "unit"], *rows])
@@ -67,12 +67,12 @@ def _amounts(figure: Figure) -> Iterator[str]:
 
 
 def rounded(number: float) -> str:
-    """Write a number with three digits that count."""
+    """Return a number with three significant digits."""
     return f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Write rows of words in columns, numbers to the right."""
+    """Return rows of words in columns, with numbers aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     is_number = [all(_is_number(word) for word in column[1:]) for column in zip(*rows, strict=True)]
     lines = (
@@ -94,7 +94,7 @@ def _is_number(word: str) -> bool:
 
 
 def machine() -> dict[str, Any]:
-    """Say what this machine is, as far as speed depends on it."""
+    """Return the facts about this machine on which speed depends."""
     facts = {name.strip(): value.strip() for name, _, value in _lines(Path("/proc/cpuinfo"))}
     memory = {name: value.strip() for name, _, value in _lines(Path("/proc/meminfo"))}
     return {
@@ -111,7 +111,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def commit() -> str:
-    """Name the commit that is measured, and whether files differ from it."""
+    """Return the commit that is measured, with `-dirty` if files differ from it."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -120,5 +120,5 @@ def commit() -> str:
 
 
 def versions(**programs: str) -> dict[str, str]:
-    """Give the versions of Python, of what the pilot is built on, and of these programs."""
+    """Return the versions of Python, of the libraries that the pilot uses, and of these programs."""
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in LIBRARIES}, **programs}

@@ -1,4 +1,4 @@
-"""The runtimes of a measurement, each as it works on this machine: engines of our own, and a small image."""
+"""The runtimes of a measurement, as they work on this machine, with engines started for it and a small image."""
 
 import json
 import os
@@ -21,7 +21,7 @@ __all__ = ["Runtime", "UnavailableError", "open_runtime"]
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """What runs the tasks, and how both sides of a comparison are told of it."""
+    """A runtime of tasks, with the settings and variables by which both sides of a comparison use it."""
 
     name: str
     settings: Mapping[str, Any]  # of a pilot
@@ -31,13 +31,13 @@ class Runtime:
 
     @property
     def socket(self) -> Path:
-        """Where its engine is."""
+        """Return the socket of the engine."""
         return Path(self.env["DOCKER_HOST"].removeprefix("unix://"))
 
 
 @contextmanager
 def open_runtime(name: str) -> Iterator[Runtime]:
-    """Have a runtime of that name. Raises UnavailableError where this machine has none, and none can be made."""
+    """Open the runtime of that name. Raises UnavailableError if this machine does not have it, and it cannot be made."""
     with ExitStack() as stack:
         match name:
             case "process":
@@ -61,7 +61,7 @@ def open_runtime(name: str) -> Iterator[Runtime]:
 
 @contextmanager
 def _image() -> Iterator[Path]:
-    """Make an image; as one of apptainer's, it runs what it is told to."""
+    """Make an image, whose runscript for apptainer runs its arguments; remove it at the end."""
     directory = Path(tempfile.mkdtemp(prefix="trio-pilot-bench-image-"))
     runscript = directory / ".singularity.d/runscript"
     try:

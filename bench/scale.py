@@ -1,7 +1,7 @@
-"""Scale: one pilot after many events, several pilots on one queue, and many idle pilots on one broker.
+"""Measure scale: one pilot after many events, several pilots on one queue, and many idle pilots on one broker.
 
-What one more idle pilot costs the broker is multiplied by 10,000: a projection on paper. Nearly all of that memory is
-buffers: RabbitMQ makes that of each connection as large as the kernel's (tcp_listen_options.recbuf and .sndbuf set it).
+The cost of one more idle pilot for the broker is multiplied by 10,000, as a projection on paper. Nearly all of that memory
+is buffers: RabbitMQ makes that of each connection as large as the kernel's (tcp_listen_options.recbuf and .sndbuf set it).
 """
 
 import tempfile
@@ -16,19 +16,19 @@ from typing import Any
 from bench.broker import Queues, RabbitServer, open_queues
 from bench.figures import Figure
 from bench.load import Load, Start
-from bench.measure import report, say
-from bench.pilot import pilot, task
-from bench.process import Measured
+from bench.measured_process import Measured
+from bench.measurement import print_progress, report
+from bench.pilot import pilot, task_args
 from bench.report import Report
 
-SETTINGS = {"runtime": "process", "task_args": task(0), "max_concurrent_tasks": 8}
+SETTINGS = {"runtime": "process", "task_args": task_args(0), "max_concurrent_tasks": 8}
 PROJECTED = 10_000  # pilots
-LISTENING_TIMEOUT = 300.0  # seconds for all pilots to start, or to come back
-FOR_EVER = 3600  # seconds
+LISTENING_TIMEOUT = 300.0  # seconds for all pilots to start, or to reconnect
+UNLIMITED = 3600  # seconds
 STEP = 4  # pilots that are started at once
-LOOK = 0.2  # seconds between two looks at the connections
+POLL_INTERVAL = 0.2  # seconds between two counts of the connections
 
-# To the broker: its memory in bytes, and its connections.
+# Queries to the broker: its memory in bytes, and the number of its connections.
 MEMORY = "[erlang:garbage_collect(Process) || Process <- processes()], erlang:memory(total)."
 CONNECTIONS = "length(rabbit_networking:connections())."
 UNITS = {"memory of the machine": "MB", "memory of the broker": "MB", "connections": ""}
@@ -36,12 +36,12 @@ UNITS = {"memory of the machine": "MB", "memory of the broker": "MB", "connectio
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured."""
+    """The conditions to measure."""
 
-    events: tuple[int, ...] = (1000, 10_000, 100_000)  # that one pilot has done
+    events: tuple[int, ...] = (1000, 10_000, 100_000)  # done by one pilot before each reading
     pilots: tuple[int, ...] = (1, 2, 4, 8)  # on one queue
     shared: int = 4000  # events in that queue
-    idle: int = 200  # pilots; with none of them the broker is not restarted either
+    idle: int = 200  # pilots; if 0, the broker is not restarted either
     rounds: int = 3
 
 
@@ -53,14 +53,14 @@ def measure(plan: Plan, server: RabbitServer) -> Report:
     """Measure all of the plan."""
     figures = []
     for figure in chain(_growth(plan, server), _together(plan, server), _idle(plan, server) if plan.idle else ()):
-        say(f"{dict(figure.labels)}: {figure.median:.4g} {figure.unit}")
+        print_progress(f"{dict(figure.labels)}: {figure.median:.4g} {figure.unit}")
         figures.append(figure)
     return report("scale", figures, plan, server)
 
 
 def _growth(plan: Plan, server: RabbitServer) -> Iterator[Figure]:
-    """One pilot, looked at whenever it has done so many events."""
-    settings = {**SETTINGS, "timeout_queue_incoming": FOR_EVER}
+    """Measure one pilot each time that it has done so many events."""
+    settings = {**SETTINGS, "timeout_queue_incoming": UNLIMITED}
     with open_queues(server) as queues, _directory() as directory, pilot(settings)(queues, Path(directory)) as process:
         process.wait_for("listening")
         done, cpu = 0, process.cpu()
@@ -77,14 +77,14 @@ def _growth(plan: Plan, server: RabbitServer) -> Iterator[Figure]:
 
 
 def _together(plan: Plan, server: RabbitServer) -> Iterator[Figure]:
-    """Several pilots on one queue: on one machine they share its cores, so the sum is to stay."""
+    """Measure several pilots on one queue. On one machine they share its cores, so the total should not change."""
     for number in plan.pilots:
         rates = [Load(plan.shared).done_by(_several(number), server).rate for _ in range(plan.rounds)]
         yield Figure({"pilots": number, "events": plan.shared, "what": "events"}, "1/s", rates)
 
 
 def _several(number: int) -> Start:
-    """Give what starts so many pilots; the first of them stands for all."""
+    """Return a function that starts so many pilots, and yields the first."""
 
     @contextmanager
     def start(queues: Queues, directory: Path) -> Iterator[Measured]:
@@ -104,24 +104,24 @@ def _pilots(stack: ExitStack, queues: Queues, directory: Path, number: int, **se
 
 
 def _idle(plan: Plan, server: RabbitServer) -> Iterator[Figure]:
-    """Many idle pilots on one broker, which then is killed and started again."""
+    """Measure many idle pilots on one broker, which is then killed and started again."""
     with open_queues(server) as queues, _directory() as directory, ExitStack() as stack:
         least = _state(server)
         pilots = _pilots(
-            stack, queues, Path(directory), plan.idle, timeout_queue_incoming=FOR_EVER, broker_patience=FOR_EVER
+            stack, queues, Path(directory), plan.idle, timeout_queue_incoming=UNLIMITED, broker_patience=UNLIMITED
         )
         started = []
         for process in pilots:
             started.append(process)
             if len(started) % STEP == 0 or len(started) == plan.idle:
                 process.wait_for("listening", LISTENING_TIMEOUT)
-        _connected(server, 2 * plan.idle + 1)
+        _wait_for_connections(server, 2 * plan.idle + 1)
         costs = {what: (amount - least[what]) / plan.idle for what, amount in _state(server).items()}
         for what, cost in costs.items():
             yield Figure({"pilots": plan.idle, "what": f"{what} of an idle pilot"}, UNITS[what], [cost])
             if what != "memory of the machine":
                 yield Figure({"pilots": PROJECTED, "what": f"{what}, on paper"}, UNITS[what], [PROJECTED * cost])
-        yield from _stampede(plan, server)
+        yield from _restart(plan, server)
         for process in started:
             process.process.terminate()
 
@@ -135,24 +135,24 @@ def _state(server: RabbitServer) -> dict[str, float]:
     }
 
 
-def _stampede(plan: Plan, server: RabbitServer) -> Iterator[Figure]:
-    """Restart the broker, and see its pilots come back: how long that takes, and how many connect in the worst second."""
+def _restart(plan: Plan, server: RabbitServer) -> Iterator[Figure]:
+    """Restart the broker; measure how long its pilots take to reconnect, and how many connect in the worst second."""
     server.kill()
     server.start()
-    seen = _connected(server, 2 * plan.idle)
+    seen = _wait_for_connections(server, 2 * plan.idle)
     worst = max(later[1] - earlier[1] for earlier in seen for later in seen if 0 <= later[0] - earlier[0] <= 1)
     labels = {"pilots": plan.idle}
     yield Figure({**labels, "what": "restarted broker: until all are back"}, "s", [seen[-1][0] - seen[0][0]])
     yield Figure({**labels, "what": "restarted broker: connections in its worst second"}, "1/s", [worst])
 
 
-def _connected(server: RabbitServer, wanted: int) -> list[tuple[float, int]]:
-    """Wait until there are so many connections; give when there were how many."""
+def _wait_for_connections(server: RabbitServer, wanted: int) -> list[tuple[float, int]]:
+    """Wait until there are so many connections; return their number at each time of counting."""
     deadline = time.monotonic() + LISTENING_TIMEOUT
     seen = [(time.monotonic(), 0)]
     while seen[-1][1] < wanted:
         assert time.monotonic() < deadline, f"{seen[-1][1]} of {wanted} connections after {LISTENING_TIMEOUT:g} s"
-        time.sleep(LOOK)
+        time.sleep(POLL_INTERVAL)
         seen.append((time.monotonic(), int(server.evaluate(CONNECTIONS))))
     return seen
 

@@ -1,4 +1,4 @@
-"""Start and end: what it takes to import the pilot, to its first task, to be idle, and to end."""
+"""Measure start and end: the time to import the pilot, to its first result and to its end, and its CPU use when idle."""
 
 import signal
 import subprocess
@@ -13,12 +13,12 @@ from typing import Any
 
 from bench.broker import Queues, RabbitServer, open_queues
 from bench.figures import Figure, alternate
-from bench.measure import report, say
-from bench.pilot import pilot, task
+from bench.measurement import print_progress, report
+from bench.pilot import pilot, task_args
 from bench.report import Report
 
-# All that a run with RabbitMQ and a container has imported before its first event: with its settings in the environment, and
-# with flags.
+# All modules that a run with RabbitMQ and a container has imported before its first event: with its settings in the
+# environment, and with flags.
 RUN = "trio_pilot.cli.run, trio_pilot.cli.load_settings, trio_pilot.brokers.rabbitmq, trio_pilot.runtimes.bubblewrap"
 IMPORTS = {
     "import of all that a run needs": f"import trio_pilot.cli.main, {RUN}",
@@ -31,10 +31,10 @@ SLOTS = 4
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured."""
+    """The conditions to measure."""
 
     rounds: int = 11
-    idle: float = 20  # seconds for which an idle pilot is looked at
+    idle: float = 20  # seconds for which the CPU use of an idle pilot is measured
 
 
 FULL = Plan()
@@ -43,30 +43,32 @@ QUICK = Plan(rounds=3, idle=2)
 
 def measure(plan: Plan, server: RabbitServer) -> Report:
     """Measure all of the plan."""
-    figures = [*_imports(plan), *_moments(plan, server), _idle(plan, server)]
+    figures = [*_imports(plan), *_durations(plan, server), _idle(plan, server)]
     for figure in figures:
-        say(f"{figure.labels['what']}: {figure.median:.3g} {figure.unit}")
+        print_progress(f"{figure.labels['what']}: {figure.median:.3g} {figure.unit}")
     return report("start", figures, plan, server)
 
 
 def _imports(plan: Plan) -> Iterator[Figure]:
-    for what, samples in alternate(plan.rounds, {what: partial(_timed, code) for what, code in IMPORTS.items()}).items():
+    for what, samples in alternate(
+        plan.rounds, {what: partial(_import_time, code) for what, code in IMPORTS.items()}
+    ).items():
         yield Figure({"what": what}, "ms", samples)
 
 
-def _timed(code: str) -> float:
-    """Time it within the interpreter: it takes a tenth as long again to tear all modules down, which is no part of it."""
-    timed = f"import time; begun = time.monotonic(); {code}; print(time.monotonic() - begun)"
-    done = subprocess.run([sys.executable, "-c", timed], check=True, capture_output=True, text=True)
+def _import_time(code: str) -> float:
+    """Return the milliseconds of an import, measured in the interpreter: to unload all modules takes another tenth."""
+    program = f"import time; started = time.monotonic(); {code}; print(time.monotonic() - started)"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     return 1000 * float(done.stdout)
 
 
-def _moments(plan: Plan, server: RabbitServer) -> Iterator[Figure]:
+def _durations(plan: Plan, server: RabbitServer) -> Iterator[Figure]:
     sides: dict[str, Callable[[], float]] = {
         "start to listening": partial(_with_queues, server, _listening),
         "start to first result": partial(_with_queues, server, _first_result),
-        "end after the idle timeout": partial(_with_queues, server, _overtime),
-        f"end by SIGTERM of {SLOTS} running tasks, without grace": partial(_with_queues, server, _drain),
+        "end after the idle timeout": partial(_with_queues, server, _end_when_idle),
+        f"end by SIGTERM of {SLOTS} running tasks, without grace": partial(_with_queues, server, _end_by_signal),
     }
     for what, samples in alternate(plan.rounds, sides).items():
         yield Figure({"what": what}, "ms", [1000 * seconds for seconds in samples])
@@ -89,25 +91,25 @@ def _first_result(queues: Queues, directory: Path) -> float:
         return time.monotonic() - process.started
 
 
-def _overtime(queues: Queues, directory: Path) -> float:
+def _end_when_idle(queues: Queues, directory: Path) -> float:
     with pilot(_settings(timeout_queue_incoming=IDLE))(queues, directory) as process:
         listening = process.wait_for("listening")
         process.process.wait()
         return time.monotonic() - listening - IDLE
 
 
-def _drain(queues: Queues, directory: Path) -> float:
+def _end_by_signal(queues: Queues, directory: Path) -> float:
     queues.fill(str(number) for number in range(SLOTS))
-    settings = _settings(task_args=task(60), max_concurrent_tasks=SLOTS, grace=0)
+    settings = _settings(task_args=task_args(60), max_concurrent_tasks=SLOTS, grace=0)
     with pilot(settings)(queues, directory) as process:
         while len(list(directory.glob("ewms-pilot-data/*/outputs/stdoutfile"))) < SLOTS:
             process.assert_alive()
             time.sleep(0.005)
         process.process.send_signal(signal.SIGTERM)
-        told = time.monotonic()
+        signalled = time.monotonic()
         process.process.wait()
-        seconds = time.monotonic() - told
-    queues.wait_for(queues.incoming, SLOTS)  # all are given back
+        seconds = time.monotonic() - signalled
+    queues.wait_for(queues.incoming, SLOTS)  # all events are given back
     return seconds
 
 
@@ -119,10 +121,10 @@ def _idle_cpu(seconds: float, queues: Queues, directory: Path) -> float:
     with pilot(_settings())(queues, directory) as process:
         process.wait_for("listening")
         time.sleep(1)
-        before = process.cpu_to_the_nanosecond()
+        before = process.cpu()
         time.sleep(seconds)
-        return 100 * (process.cpu_to_the_nanosecond() - before) / seconds
+        return 100 * (process.cpu() - before) / seconds
 
 
 def _settings(**more: Any) -> dict[str, Any]:
-    return {"runtime": "process", "task_args": task(0), **more}
+    return {"runtime": "process", "task_args": task_args(0), **more}

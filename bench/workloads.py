@@ -1,9 +1,9 @@
-"""Two real workloads, their times divided so that they take minutes.
+"""Measure two real workloads, with times divided so that each takes minutes.
 
 `sky scan`: 3,072 events of 1 kB (the pixels of a map), an init container that fetches a file of 500 kB, run times with a
-heavy tail, and a task timeout by which slow nodes hand their events to others. One of its pilots is on such a node.
+heavy tail, and a task timeout after which events of slow nodes are run on others. One of its pilots is on a slow node.
 
-`condor benchmark`: EWMS's own test of pools: tasks of 60 s on the average, by a Poisson distribution, of which 1 % fail.
+`condor benchmark`: EWMS's own test of pools: tasks of 60 s on average, by a Poisson distribution, of which 1 % fail.
 """
 
 import math
@@ -23,18 +23,18 @@ from typing import Any
 
 from bench.broker import Queues, RabbitServer, open_queues
 from bench.figures import Figure, Label
-from bench.measure import report, say
+from bench.measured_process import Measured
+from bench.measurement import print_progress, report
 from bench.pilot import pilot
-from bench.process import Measured
 from bench.report import Report
 
 SIZE = 1000  # bytes of an event
 FILE = bytes(500_000)  # what the init container fetches
 
 SLOWNESS = 10  # of the slow node
-TIMEOUT = 4.0  # seconds that a task of the sky scan may take, to the median of its run times
+TIMEOUT = 4.0  # time limit of a task of the sky scan, in medians of its run times
 
-# The first word of an event is how long it takes. One that fails does so once on each pilot.
+# The first word of an event is its run time in seconds. An event that fails does so once on each pilot.
 SLEEP = 'read -r seconds rest < "$EWMS_TASK_INFILE"; sleep "$seconds"; '
 SLOW_SLEEP = f'read -r seconds rest < "$EWMS_TASK_INFILE"; for _ in $(seq {SLOWNESS}); do sleep "$seconds"; done; '
 FAIL = 'read -r _ number fails _ < "$EWMS_TASK_INFILE"; '
@@ -46,10 +46,10 @@ COPY = 'cp "$EWMS_TASK_INFILE" "$EWMS_TASK_OUTFILE"'
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much of them."""
+    """The sizes of the workloads."""
 
     pilots: int = 4
-    slots: int = 4  # of each
+    slots: int = 4  # of each pilot
     pixels: int = 3072
     pixel: float = 0.25  # median seconds of the sky scan's tasks
     tasks: int = 1000
@@ -63,16 +63,16 @@ QUICK = Plan(pilots=2, pixels=64, tasks=40, task=0.3)
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Events, as (number, seconds, whether it fails at first), and the settings of each pilot."""
+    """Events, each as (number, seconds, whether it fails at first), and the settings of each pilot."""
 
     name: str
     events: Sequence[tuple[int, float, bool]]
     pilots: Sequence[Mapping[str, Any]]
-    ideal: float  # seconds that the good slots need, if nothing cost anything
+    ideal: float  # seconds that the good slots would need if pilots cost nothing
 
 
 def measure(plan: Plan, server: RabbitServer) -> Report:
-    """Measure both."""
+    """Measure both workloads."""
     figures = []
     with _file_server() as address:
         for make in (partial(sky_scan, plan, address), partial(condor_benchmark, plan)):
@@ -88,11 +88,11 @@ def _figures(workload: Workload, took: Sequence[float]) -> Iterator[Figure]:
     yield Figure(
         {**labels, "what": "utilisation of the good slots"}, "%", [100 * workload.ideal / seconds for seconds in took]
     )
-    say(f"{workload.name}: {took[-1]:.1f} s, ideal {workload.ideal:.1f} s")
+    print_progress(f"{workload.name}: {took[-1]:.1f} s, ideal {workload.ideal:.1f} s")
 
 
 def sky_scan(plan: Plan, address: str) -> Workload:
-    """Make the sky scan; the first of its pilots is on a slow node."""
+    """Return the sky scan; the first of its pilots is on a slow node."""
     chance = random.Random(2)
     times = [min(plan.pixel * chance.lognormvariate(0, 0.5), 0.8 * TIMEOUT * plan.pixel) for _ in range(plan.pixels)]
     fetch = (
@@ -111,7 +111,7 @@ def sky_scan(plan: Plan, address: str) -> Workload:
 
 
 def condor_benchmark(plan: Plan) -> Workload:
-    """Make the condor benchmark."""
+    """Return the condor benchmark."""
     chance = random.Random(3)
     events = [(number, _poisson(chance, 60) * plan.task / 60, chance.random() < 0.01) for number in range(plan.tasks)]
     settings = {
@@ -127,7 +127,7 @@ def _ideal(events: Sequence[tuple[int, float, bool]], slots: int) -> float:
 
 
 def _poisson(chance: random.Random, mean: float) -> int:
-    """Draw a number (Knuth, The Art of Computer Programming 2, 3.4.1)."""
+    """Return a random number (Knuth, The Art of Computer Programming 2, 3.4.1)."""
     limit, number, product = math.exp(-mean), 0, chance.random()
     while product > limit:
         number, product = number + 1, product * chance.random()
@@ -139,7 +139,7 @@ def _text(number: int, seconds: float, fails: bool) -> str:
 
 
 def _makespan(workload: Workload, server: RabbitServer) -> float:
-    """Have all pilots start at once on a full queue; give the seconds until the last result, each of which is there once."""
+    """Start all pilots at once on a full queue; return the seconds until the last result. Each result may come only once."""
     texts = [_text(*event) for event in workload.events]
     with open_queues(server) as queues, tempfile.TemporaryDirectory(prefix="trio-pilot-bench-") as directory:
         queues.fill(texts)
@@ -148,11 +148,11 @@ def _makespan(workload: Workload, server: RabbitServer) -> float:
                 stack.enter_context(_started(queues, Path(directory), each, given))
                 for each, given in enumerate(workload.pilots)
             ]
-            begun = time.monotonic()
+            started = time.monotonic()
             while queues.ready(queues.outgoing) < len(texts):
                 pilots[-1].assert_alive()
                 time.sleep(0.05)
-            seconds = time.monotonic() - begun
+            seconds = time.monotonic() - started
         wrong = Counter(queues.results()) - Counter(texts)
         assert not wrong, f"{workload.name}: {sum(wrong.values())} results too many"
     return seconds
@@ -174,12 +174,12 @@ class _File(BaseHTTPRequestHandler):
         self.wfile.write(FILE)
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @contextmanager
 def _file_server() -> Iterator[str]:
-    """Serve the file; give its address."""
+    """Serve the file; yield its address."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _File) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
         try:

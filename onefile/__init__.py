@@ -1,1 +1,1 @@
-"""`python -m onefile`: trio-pilot as one executable file, for any of several Pythons, that needs nothing but one of them."""
+"""`python -m onefile`: make trio-pilot one executable file, for several Pythons; to run it, one of them is enough."""

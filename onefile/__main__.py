@@ -1,7 +1,7 @@
-"""Makes the file: a ZIP archive of trio-pilot and all it needs, as bytecode, with a folder for each Python.
+"""Make the file: a ZIP archive of trio-pilot and all it needs, as bytecode, with a folder for each Python.
 
-Nothing is unpacked, so that the first run, which is all that a job does, is like any other: it listens after 0.25 s.
-With pex and shiv, which unpack themselves to a disk first, that was 2.3 and 1.9 s; shiv needs a home, pex makes a `~`.
+Nothing is unpacked, so that the first run is as fast as any other, and a job has only one: the pilot listens after 0.25 s.
+Files made by pex and shiv unpack themselves to a disk first, and took 2.3 and 1.9 s; shiv needs a home, pex makes a `~`.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[1]
-MINORS = range(11, 15)  # of Python 3, that are looked for
+MINORS = range(11, 15)  # minor versions of Python 3 that are looked for
 
-# What the pilot never imports: other libraries' tests, and what cyclopts and rich have for colourful help.
+# Packages that the pilot never imports: tests of libraries, and parts of cyclopts and rich for coloured help.
 LEFT_OUT = {"tests", "_tests", "bin", "pygments", "rich_rst", "markdown_it", "mdurl", "_cffi", "backend_cffi"}
 
-# A job may have no PATH: then sh has a default one.
+# A job may have no PATH; sh has a default for it.
 HEADER = """#!/bin/sh
 if [ -n "$TRIO_PILOT_PYTHON" ]; then
     found=$(command -v "$TRIO_PILOT_PYTHON") && exec "$found" -I -S "$0" "$@"
@@ -37,32 +37,36 @@ echo "trio-pilot: there is no python3 on the PATH; name one in TRIO_PILOT_PYTHON
 exit 4
 """
 
-# Its own name for itself, and for whom its compiled modules are: cpython-311-x86_64-linux-gnu.
+# The path of a Python, and the tag of its compiled modules, such as cpython-311-x86_64-linux-gnu.
 FACTS = "import sys, importlib.machinery as i; print(sys.executable, i.EXTENSION_SUFFIXES[0].split('.')[1], sep='\\n')"
 
 
 def main() -> None:
     """Make the file."""
     parser = argparse.ArgumentParser(prog="python -m onefile", description=__doc__)
-    parser.add_argument("pythons", nargs="*", metavar="PYTHON", help="to make it for; none: all that are found here")
-    parser.add_argument("--output", type=Path, default=ROOT / "dist" / "trio-pilot", metavar="FILE")
+    parser.add_argument(
+        "pythons", nargs="*", metavar="PYTHON", help="Python for which to make the file [all that are found]"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "dist" / "trio-pilot", metavar="FILE", help="[dist/trio-pilot]"
+    )
     given = parser.parse_args()
     print(make(given.output, given.pythons or found_pythons()))
 
 
 def found_pythons() -> Iterator[str]:
-    """Find a Python of each minor version: on PATH, or pyenv's."""
+    """Yield a Python of each minor version, from PATH or from pyenv."""
     for minor in MINORS:
         pyenv = Path("~/.pyenv/versions").expanduser().glob(f"3.{minor}.*/bin/python3")
         for python in [f"python3.{minor}", *map(str, pyenv)]:
-            with suppress(OSError, subprocess.CalledProcessError):  # none, or a shim with nothing behind it
+            with suppress(OSError, subprocess.CalledProcessError):  # not there, or a shim of pyenv without a Python
                 _facts(python)
                 yield python
                 break
 
 
 def make(output: Path, pythons: Iterable[str]) -> str:
-    """Make the file, and say what it is."""
+    """Make the file, and return a line with its path, its size and its Pythons."""
     with TemporaryDirectory() as directory:
         wheels, archive = Path(directory, "wheels"), Path(directory, "archive")
         _pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", str(wheels), str(ROOT))
@@ -76,17 +80,17 @@ def make(output: Path, pythons: Iterable[str]) -> str:
 
 
 def _fill(archive: Path, wheel: Path, python: str) -> str:
-    """Fill the folder for a Python, named by the tag of its compiled modules; give the tag."""
+    """Fill the folder for a Python, whose name is the tag of its compiled modules; return the tag."""
     executable, tag = _facts(python)
     folder = archive / tag
     _pip(executable, "install", "--no-compile", "--target", str(folder), str(wheel))
     _remove(path for path in folder.rglob("*") if path.name.split(".")[0] in LEFT_OUT)
     shutil.copytree(ROOT / "onefile", folder / "onefile")
-    if strip := shutil.which("strip"):  # of 11 MB of names for debuggers
+    if strip := shutil.which("strip"):  # which removes 11 MB of symbols for debuggers
         subprocess.run([strip, "--strip-unneeded", *folder.rglob("*.so")], check=True)
     compiling = ["-m", "compileall", "-q", "-b", "--invalidation-mode", "unchecked-hash", "-s", str(archive), str(folder)]
     subprocess.run([executable, "-I", *compiling], check=True)
-    # Of the sources only ours stay, for the lines in tracebacks.
+    # Only the sources of trio-pilot are kept, for the lines in tracebacks.
     _remove(path for path in folder.rglob("*.py*") if path.suffix != ".pyc" and folder / "trio_pilot" not in path.parents)
     return tag
 
@@ -108,7 +112,7 @@ def _pip(python: str, *arguments: str) -> None:
 
 
 def _write(output: Path, archive: Path) -> None:
-    """Write the file, at once: pilots may be running from an old one."""
+    """Write the file, and replace an old one in one step: pilots may be running from it."""
     pythons = " ".join(f"python3.{minor}" for minor in reversed(MINORS))
     new = output.with_name(f".{output.name}.new")
     with new.open("wb") as file:

@@ -1,4 +1,4 @@
-"""Compiled modules from an archive: Python cannot import them, so each is lent a file."""
+"""Import compiled modules from an archive. Python cannot do that by itself, so each is written to a temporary file."""
 
 import os
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from zipimport import zipimporter
 
 
 class Extensions:
-    """Finds the compiled modules in a folder of an archive. To be the last of `sys.meta_path`."""
+    """Finds the compiled modules in a folder of an archive. It belongs at the end of `sys.meta_path`."""
 
     def __init__(self, archive: zipimporter, folder: str) -> None:
         self._archive = archive
         self._folder = folder
 
     def find_spec(self, name: str, _path: Sequence[str] | None, _target: ModuleType | None = None) -> ModuleSpec | None:
-        """Find a module, as the import system asks for it."""
+        """Return the spec of a module, or None, as the import system requires."""
         with suppress(OSError):
             code = self._archive.get_data(f"{self._folder}/{name.replace('.', '/')}{EXTENSION_SUFFIXES[0]}")
             return spec_from_loader(name, _Loader(name, code))
@@ -31,13 +31,13 @@ class _Loader(ExtensionFileLoader):
         self._code = code
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """Load from memory, which needs neither disk nor trust; where that is forbidden, from a directory."""
+        """Load the module from memory, for which no disk is needed; where that is forbidden, from a directory."""
         try:
             return self._load(spec, _in_memory(self.name, self._code))
         except (OSError, ImportError):
             from tempfile import TemporaryDirectory
 
-            # Nobody else can have made it, or get at it; and it is gone before anything else runs.
+            # No other user can have made the directory, or open it; it is removed before anything else runs.
             where = os.environ.get("_CONDOR_SCRATCH_DIR", ".")
             with TemporaryDirectory(prefix=".trio-pilot-", dir=where, ignore_cleanup_errors=True) as directory:
                 file = Path(directory, "module.so")
@@ -50,7 +50,7 @@ class _Loader(ExtensionFileLoader):
 
 
 def _in_memory(name: str, code: bytes) -> str:
-    """Give the path of a file in memory. It stays open: by its path the dynamic linker knows what it has loaded."""
+    """Return the path of a file in memory. It stays open: the dynamic linker recognises loaded modules by their paths."""
     descriptor = os.memfd_create(name)
     os.write(descriptor, code)
     return f"/proc/self/fd/{descriptor}"

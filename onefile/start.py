@@ -1,4 +1,4 @@
-"""What the file runs first, as its `__main__`. It is source, and plain, for old Pythons to read what they cannot run."""
+"""The `__main__` of the file. It is source in simple syntax, so that an old Python can run it, and report an error."""
 
 import os
 import shutil
@@ -7,8 +7,8 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from zipimport import zipimporter
 
-THIS = EXTENSION_SUFFIXES[0].split(".")[1]  # cpython-311-x86_64-linux-gnu: whom compiled modules are for
-NODE_ERROR = 4  # as the README says: this machine cannot run tasks
+THIS = EXTENSION_SUFFIXES[0].split(".")[1]  # tag of compiled modules, such as cpython-311-x86_64-linux-gnu
+NODE_ERROR = 4  # exit code: this machine cannot run tasks
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def start_another(file: Path, tags: "list[str]") -> None:
-    """Start again with a Python that the file was made for, if there is one."""
+    """Restart with a Python for which the file was made. Exits if there is none."""
     for tag in tags:
         python = shutil.which(f"python3.{tag.split('-')[1][1:]}")
         if python:

@@ -1,7 +1,7 @@
 """Every setting, in one table: its name, default, meaning and check.
 
 A setting's value comes from a flag, an environment variable, the TOML file, or its default, in that order. The variables are
-those of ewms-pilot (its quirks included) and more of the kind; they are also read from EWMS's envfile, as data.
+those of ewms-pilot (its quirks included) and more of the same form; they are also read from EWMS's envfile, as data.
 """
 
 import dataclasses
@@ -42,8 +42,8 @@ from trio_pilot.runtimes.selection import NAMES
 
 CONFIG_FILE = "trio-pilot.toml"
 PREFIX = "EWMS_PILOT_"
-LAST_STEPS = 5.0  # seconds that a pilot needs in the end, but for the killing: a few tenths as a rule
-MOST_SHOWN = 80  # characters of a wrong value in a message
+LAST_STEPS = 5.0  # seconds for the end of a pilot, apart from killing tasks; it usually takes a few tenths
+MAX_SHOWN = 80  # characters of a wrong value in a message
 
 
 def setting(
@@ -54,10 +54,14 @@ def setting(
     variables: tuple[str, ...] = (),
     secret: bool = False,
 ) -> Any:
-    """Describe a setting; its default is written as a person would write it, None is no value at all.
+    """Describe a setting.
 
-    Its variable is EWMS_PILOT_ and its name in capitals; of other `variables`, the first that is set counts. The value of
-    a `secret` is never shown.
+    Args:
+        default: text of the default, as in the environment; None is no value at all.
+        parse: checks a value and converts it.
+        meaning: text for the help and the README.
+        variables: environment variables, of which the first that is set counts; none: EWMS_PILOT_ and the name in capitals.
+        secret: whether the value is never shown.
     """
     return dataclasses.field(
         default_factory=lambda: None if default is None else parse(default),
@@ -76,128 +80,179 @@ TASK_TIMEOUT = ("EWMS_PILOT_TASK_TIMEOUT", "EWMS_PILOT_SUBPROC_TIMEOUT")
 RUNTIME = ("EWMS_PILOT_RUNTIME", "_EWMS_PILOT_CONTAINER_PLATFORM")
 SHM_SIZE = ("_EWMS_PILOT_DOCKER_SHM_SIZE",)
 
-LEASE_MARGIN = 900.0  # seconds for all that is done with an event besides running it
-MOST_AHEAD = 65535  # messages that AMQP lets a consumer have unsettled
+LEASE_MARGIN = 900.0  # seconds for everything that is done with an event besides running its task
+MAX_PREFETCH = 65535  # unsettled messages that AMQP allows a consumer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the pilot was told, checked."""
+    """The checked settings of a pilot."""
 
-    # In SECTIONS each part is named by its first setting.
-    task_image: str = setting("", text, "image of the task container; bubblewrap: an unpacked directory, or /")
+    # SECTIONS names the first setting of each section.
+    task_image: str = setting("", text, "image of the task container; with bubblewrap an unpacked directory, or /")
     task_args: tuple[str, ...] = setting(
-        "", arguments, "its arguments, with {{INFILE}}, {{OUTFILE}}, {{DATA_HUB}}; no shell ever sees them"
+        "",
+        arguments,
+        "arguments of the task container, with {{INFILE}}, {{OUTFILE}} and {{DATA_HUB}} replaced; no shell is used",
     )
-    task_env_json: Mapping[str, str] = setting("{}", variables, "JSON object of its environment variables", secret=True)
-    task_timeout: float | None = setting(None, seconds, "seconds a task may take", variables=TASK_TIMEOUT)
-    init_image: str = setting("", text, "image of the init container, run once before any event is taken")
-    init_args: tuple[str, ...] = setting("", arguments, "its arguments, with {{DATA_HUB}}")
-    init_env_json: Mapping[str, str] = setting("{}", variables, "JSON object of its environment variables", secret=True)
-    init_timeout: float | None = setting(None, seconds, "seconds it may take")
+    task_env_json: Mapping[str, str] = setting(
+        "{}", variables, "environment variables of the task, as a JSON object", secret=True
+    )
+    task_timeout: float | None = setting(None, seconds, "time limit of a task, in seconds", variables=TASK_TIMEOUT)
+    init_image: str = setting("", text, "image of the init container, which runs once before any event is taken")
+    init_args: tuple[str, ...] = setting(
+        "", arguments, "arguments of the init container, with {{DATA_HUB}} replaced; no shell is used"
+    )
+    init_env_json: Mapping[str, str] = setting(
+        "{}", variables, "environment variables of the init container, as a JSON object", secret=True
+    )
+    init_timeout: float | None = setting(None, seconds, "time limit of the init container, in seconds")
 
-    queue_incoming: tuple[str, ...] = setting("", queues, "queue of events; a `;`-joined list is several")
-    queue_incoming_auth_token: tuple[str, ...] = setting("", queues, "its token", secret=True)
+    queue_incoming: tuple[str, ...] = setting("", queues, "name of the incoming queue (events); several are joined by `;`")
+    queue_incoming_auth_token: tuple[str, ...] = setting("", queues, "token of the incoming queue", secret=True)
     queue_incoming_broker_type: tuple[str, ...] = setting("", each(one_of(*KINDS)), f"its broker: {', '.join(KINDS)}")
-    queue_incoming_broker_address: tuple[str, ...] = setting("", queues, "its broker's address", secret=True)
-    queue_outgoing: tuple[str, ...] = setting("", queues, "queue of outputs; each output goes to all of a list")
-    queue_outgoing_auth_token: tuple[str, ...] = setting("", queues, "its token", secret=True)
+    queue_incoming_broker_address: tuple[str, ...] = setting(
+        "", queues, "address of the broker of the incoming queue", secret=True
+    )
+    queue_outgoing: tuple[str, ...] = setting(
+        "", queues, "name of the outgoing queue (outputs); of several, joined by `;`, each gets every output"
+    )
+    queue_outgoing_auth_token: tuple[str, ...] = setting("", queues, "token of the outgoing queue", secret=True)
     queue_outgoing_broker_type: tuple[str, ...] = setting("", each(one_of(*KINDS)), f"its broker: {', '.join(KINDS)}")
-    queue_outgoing_broker_address: tuple[str, ...] = setting("", queues, "its broker's address", secret=True)
+    queue_outgoing_broker_address: tuple[str, ...] = setting(
+        "", queues, "address of the broker of the outgoing queue", secret=True
+    )
     broker: str = setting(
         "",
         text,
-        "address of the broker of queues that name none: amqp://HOST, nats://HOST, pulsar://HOST, or a queue file",
+        "broker of queues without an address of their own: amqp://HOST, nats://HOST, pulsar://HOST, or a queue file",
         secret=True,
     )
     broker_token: str = setting(
-        "", text, "token for that broker; @/FILE or @./FILE: that of a file, read anew when it changes", secret=True
+        "",
+        text,
+        "token of queues without one of their own; @/FILE or @./FILE: read from the file, again when it changes",
+        secret=True,
     )
     broker_patience: float = setting(
-        "60", seconds_or_none_at_all, "seconds a broker may be away while nothing is run or sent, also at the start"
+        "60",
+        seconds_or_none_at_all,
+        "time for which a broker may be unreachable while nothing is run or sent, also at the start, in seconds",
     )
     wire: str = setting("ewms", one_of("ewms", "raw"), "format of message bodies: ewms, or raw for bytes as they are")
-    max_payload: int = setting("134217728", integer(1), "bytes an unpacked event, or an output, may have")
+    max_payload: int = setting("134217728", integer(1), "largest size of an unpacked event, or of an output, in bytes")
 
     max_concurrent_tasks: int = setting(
-        "1", or_auto(integer(1, MOST_AHEAD)), "slots: tasks run at once; auto: as many as there are CPUs and memory for"
+        "1",
+        or_auto(integer(1, MAX_PREFETCH)),
+        "number of slots, that is, of tasks run at once; auto: as many as the job's CPUs and memory allow",
     )
     cpus_per_task: float | None = setting(
-        None, cpus, "CPUs, and so threads, that a task is meant to use; none: its share of those there are; with auto: 1"
+        None,
+        cpus,
+        "number of CPUs, and so of threads, for each task; none: its share of the job's CPUs, or 1 if the slots are auto",
     )
-    pin_tasks: bool = setting("false", boolean, "give each task CPUs of its own, where this job has CPUs of its own")
+    pin_tasks: bool = setting("false", boolean, "pin each task to CPUs of its own, if this job has CPUs of its own")
     prefetch: int = setting(
-        "1", integer(1, MOST_AHEAD), "events at hand: taken ahead, run or being sent; never fewer than the slots"
+        "1",
+        integer(1, MAX_PREFETCH),
+        "most events that the pilot has at once: taken ahead, run, or being sent; at least the number of slots",
     )
-    timeout_queue_incoming: float = setting("1", seconds, "seconds a free slot waits before the pilot ends")
+    timeout_queue_incoming: float = setting(
+        "1", seconds, "time without an event for a free slot, after which the pilot ends, in seconds"
+    )
     timeout_queue_wait_for_first_message: float | None = setting(
-        None, seconds, "seconds to wait for the first event; none: as for any other"
+        None, seconds, "time without a first event, after which the pilot ends, in seconds; none: --timeout-queue-incoming"
     )
-    stop_listening_on_task_error: bool = setting("true", boolean, "take no more events after a task failed")
-    okay_errors: frozenset[str] = setting("", words, "names of errors that are no reason to stop listening")
+    stop_listening_on_task_error: bool = setting("true", boolean, "take no more events after a task has failed")
+    okay_errors: frozenset[str] = setting("", words, "names of errors after which the pilot goes on taking events")
     quarantine_time: float = setting(
-        "0", seconds_or_none_at_all, "seconds to hold the slot after a task, or this node, failed"
+        "0",
+        seconds_or_none_at_all,
+        "time for which the pilot holds its job's slot after a task, or this node, has failed, in seconds",
     )
-    max_attempts: int = setting("20", integer(1), "tries of an event that fails, before it is a dead letter")
+    max_attempts: int = setting("20", integer(1), "failures after which an event becomes a dead letter")
     retry_delay: float = setting(
-        "1", seconds_or_none_at_all, "seconds before an event that failed is tried again; doubled each time, up to 30"
+        "1",
+        seconds_or_none_at_all,
+        "delay before a failed event is tried again, in seconds; doubled each time, up to 30",
     )
-    until: float | None = setting(None, moment, "when this slot ends, as 2027-01-31T18:30 or Unix time, if not sooner")
-    max_runtime: float | None = setting(None, seconds, "seconds after which it ends, if not sooner")
+    until: float | None = setting(
+        None, moment, "end of the job's slot, as 2027-01-31T18:30 or Unix time; the earliest end that is known counts"
+    )
+    max_runtime: float | None = setting(
+        None, seconds, "longest run time of the pilot, in seconds; the earliest end that is known counts"
+    )
     grace: float = setting(
         "auto",
         or_auto(seconds_or_none_at_all),
-        "seconds running tasks have after SIGTERM or Ctrl-C; auto: what HTCondor leaves for them, else 10",
+        "time for running tasks to end after SIGTERM or Ctrl-C, in seconds; auto: as much as HTCondor allows, else 10",
     )
-    kill_grace: float = setting("2", seconds_or_none_at_all, "seconds a container has between SIGTERM and SIGKILL")
-    settle_grace: float = setting("10", seconds, "seconds to send and settle what is done, when told to stop")
+    kill_grace: float = setting("2", seconds_or_none_at_all, "time between SIGTERM and SIGKILL of a container, in seconds")
+    settle_grace: float = setting(
+        "10", seconds, "time to send finished outputs and settle their events after SIGTERM or Ctrl-C, in seconds"
+    )
 
     runtime: str = setting(
         "auto",
         one_of("auto", *NAMES),
-        "what runs containers: docker, podman, apptainer, bubblewrap, process (no container at all), or auto",
+        "runtime of containers: docker, podman, apptainer, bubblewrap, process (no container at all), or auto",
         variables=RUNTIME,
     )
-    task_memory: int | None = setting(None, or_auto(memory), "bytes of memory a task may use: 512m, 2g; auto: its share")
-    task_cpus: float | None = setting(None, cpus, "CPUs a task may use")
-    task_pids: int | None = setting(None, integer(1), "processes and threads a task may have")
-    task_network: str = setting("", text, "docker, podman: network of the tasks, such as none or host")
-    task_user: str = setting("", text, "docker, podman: user of the tasks, UID[:GID]; none: the image's")
+    task_memory: int | None = setting(
+        None, or_auto(memory), "memory limit of a task, in bytes or as 512m or 2g; auto: its share of the job's memory"
+    )
+    task_cpus: float | None = setting(None, cpus, "CPU limit of a task, in CPUs")
+    task_pids: int | None = setting(None, integer(1), "largest number of processes and threads of a task")
+    task_network: str = setting("", text, "network of the tasks with docker or podman, such as none or host")
+    task_user: str = setting("", text, "user of the tasks with docker or podman, as UID[:GID]; none: that of the image")
     engine_patience: float = setting(
-        "60", seconds_or_none_at_all, "docker, podman: seconds their daemon may be away before the pilot gives up"
+        "60",
+        seconds_or_none_at_all,
+        "time for which the daemon of docker or podman may be unreachable before the pilot gives up, in seconds",
     )
     data_dir_parent_path_on_host: Path = setting(".", path, "directory in which ewms-pilot-data/ is made")
     dead_letter_directory: Path | None = setting(
-        None, path, "directory for dead letters that the broker does not take; none: ewms-pilot-dead-letters/ beside that"
+        None,
+        path,
+        "directory for dead letters that the broker does not take; none: ewms-pilot-dead-letters/ beside ewms-pilot-data/",
     )
-    infile_ext: str = setting(".in", extension, "extension of the input file")
-    outfile_ext: str = setting(".out", extension, "extension of the output file; .json is parsed and sent as JSON")
+    infile_ext: str = setting(".in", extension, "file name extension of the input file")
+    outfile_ext: str = setting(
+        ".out", extension, "file name extension of the output file; .json: the output is parsed, and sent as JSON"
+    )
     external_directories: tuple[Path, ...] = setting(
-        "", directories, "comma-separated directories that tasks may read, at the same path"
+        "", directories, "directories, separated by commas, that tasks may read at the same paths"
     )
-    max_output: int = setting("16m", size, "bytes kept of what a task writes to stdout, and to stderr")
-    keep_all_task_files: bool = setting("false", boolean, "leave the directory of every task")
-    container_debug: bool = setting("false", boolean, "have the runtime say more")
+    max_output: int = setting("16m", size, "bytes kept of a task's stdout, and as many of its stderr")
+    keep_all_task_files: bool = setting("false", boolean, "keep the directory of every task")
+    container_debug: bool = setting("false", boolean, "run the container runtime with debug output")
     apptainer_build_workdir: Path = setting(
         "/var/tmp",  # noqa: S108 -- upstream's
         path,
-        "where apptainer builds images",
+        "directory in which apptainer builds images",
         variables=APPTAINER_BUILD,
     )
     apptainer_image_directory_must_be_present: bool = setting(
-        "true", boolean, "accept only an unpacked directory for apptainer", variables=APPTAINER_IMAGE
+        "true", boolean, "accept only an unpacked directory as an image of apptainer", variables=APPTAINER_IMAGE
     )
-    docker_shm_size: int | None = setting(None, size, "docker, podman: size of /dev/shm", variables=SHM_SIZE)
+    docker_shm_size: int | None = setting(
+        None, size, "size of /dev/shm with docker or podman, in bytes or as 512m or 2g", variables=SHM_SIZE
+    )
 
-    config: Path | None = setting(None, path, f"TOML file of settings; none: {CONFIG_FILE}, where there is one")
-    cl_log: str = setting("INFO", log_level, "log level")
-    cl_log_third_party: str = setting("WARNING", log_level, "log level of libraries")
-    dump_task_output: bool = setting("false", boolean, "copy each task's stdout and stderr to the pilot's")
+    config: Path | None = setting(None, path, f"TOML file of settings; none: {CONFIG_FILE}, if it exists")
+    cl_log: str = setting("INFO", log_level, "log level of the pilot")
+    cl_log_third_party: str = setting("WARNING", log_level, "log level of the libraries that the pilot uses")
+    dump_task_output: bool = setting("false", boolean, "copy stdout and stderr of each task to those of the pilot")
     htchirp: bool = setting("false", boolean, "report to HTCondor by chirp")
     htchirp_dest: str = setting(
-        "JOB_ATTR", one_of("JOB_ATTR", "JOB_EVENT_LOG"), "where: job attributes, or the job event log"
+        "JOB_ATTR",
+        one_of("JOB_ATTR", "JOB_EVENT_LOG"),
+        "destination of chirp reports: job attributes (JOB_ATTR), or the job event log (JOB_EVENT_LOG)",
     )
-    htchirp_ratelimit_interval: float = setting("60", seconds_or_none_at_all, "seconds between reports of counts")
+    htchirp_ratelimit_interval: float = setting(
+        "60", seconds_or_none_at_all, "shortest time between two chirp reports of counts, in seconds"
+    )
 
     def __post_init__(self) -> None:
         if self.quarantine_time and not self.stop_listening_on_task_error:
@@ -207,7 +262,7 @@ class Settings:
             )
 
     def check_complete(self) -> None:
-        """Raise SettingsError if something is missing that the pilot cannot do without."""
+        """Raise SettingsError if a setting that every pilot needs is missing."""
         if not self.task_args:
             raise SettingsError("EWMS_PILOT_TASK_ARGS must say what to run for each event: set it, or give --task-args")
         if self.init_image and not self.init_args:
@@ -217,22 +272,22 @@ class Settings:
 
     @property
     def first_event_timeout(self) -> float:
-        """Seconds to wait for the first event."""
+        """Return the seconds to wait for the first event."""
         return self.timeout_queue_wait_for_first_message or self.timeout_queue_incoming
 
     @property
     def last_steps(self) -> float:
-        """Seconds from the end of the tasks' time to that of the pilot: to kill, settle, tidy up and report."""
+        """Return the seconds from the end of the tasks' time to that of the pilot: to kill, settle, clean up and report."""
         return self.kill_grace + LAST_STEPS
 
     @property
     def limits(self) -> Limits:
-        """What each container may use."""
+        """Return the limits of each container."""
         return Limits(self.task_memory, self.task_cpus, self.task_pids)
 
     @property
     def runtime_options(self) -> Options:
-        """What is wanted of the runtime."""
+        """Return the options of the runtime."""
         return Options(
             kill_grace=self.kill_grace,
             network=self.task_network,
@@ -246,33 +301,33 @@ class Settings:
         )
 
     def incoming(self) -> list[QueueAddress]:
-        """Where the events are; raises SettingsError if that was not said."""
+        """Return the addresses of the incoming queues. Raises SettingsError if none is set."""
         return self._queues("incoming")
 
     def outgoing(self) -> list[QueueAddress]:
-        """Where the outputs go; raises SettingsError if that was not said."""
+        """Return the addresses of the outgoing queues. Raises SettingsError if none is set."""
         return self._queues("outgoing")
 
     @property
     def dead_letters(self) -> Path:
-        """Where dead letters go that the broker does not take."""
+        """Return the directory for dead letters that the broker does not take."""
         return self.dead_letter_directory or self.data_dir_parent_path_on_host / DEAD_LETTERS
 
     @property
     def most_at_hand(self) -> int:
-        """Events to have at hand: as many as there are slots, so that all fill at once, and no more unless told so."""
+        """Return the most events to have at once: one for each slot, so that all fill at once, or more if `prefetch` is."""
         return max(self.prefetch, self.max_concurrent_tasks)
 
     @property
     def lease(self) -> float:
-        """Seconds for which an event may be unsettled: while it waits for a slot, is run, sent, or held back."""
+        """Return the seconds for which an event may be unsettled: while it waits for a slot, is run, sent, or held back."""
         if self.task_timeout is None:
             return LONGEST_LEASE
         turns = math.ceil(self.most_at_hand / self.max_concurrent_tasks)
         return min(turns * self.task_timeout + LEASE_MARGIN, LONGEST_LEASE)
 
     def at_broker(self, queue: str) -> QueueAddress:
-        """Find a queue at the broker of all queues. Raises SettingsError if that is no queue's name."""
+        """Return the address of a queue at the broker of all queues. Raises SettingsError if the name cannot be one."""
         if not queue or queue != queue.strip() or ";" in queue:
             raise SettingsError(f"QUEUE must name one queue, with no ; in it and no space around it, not {queue!r}")
         return self._queue_address(queue, "", self.broker, self.broker_token)
@@ -293,7 +348,7 @@ class Settings:
         ]
 
     def _aligned(self, name: str, count: int) -> tuple[str, ...]:
-        """Give one value a queue: as many as there are queues, or one for them all."""
+        """Return one value for each of `count` queues: either each has its own, or all have the same."""
         values: tuple[str, ...] = getattr(self, name)
         if len(values) not in (1, count):
             raise SettingsError(f"{PREFIX}{name.upper()} must have 1 or {count} values, one a queue, not {len(values)}")
@@ -341,7 +396,7 @@ SECTIONS = {
 
 
 def sections() -> Iterator[tuple[str, str]]:
-    """Name the section and each setting in it, in the order of the table."""
+    """Yield each setting with its section before it, in the order of the table."""
     section = ""
     for name in FIELDS:
         section = SECTIONS.get(name, section)
@@ -349,49 +404,49 @@ def sections() -> Iterator[tuple[str, str]]:
 
 
 def variables_of(name: str) -> tuple[str, ...]:
-    """Name the environment variables of a setting; the first that is set counts."""
+    """Return the environment variables of a setting; the first that is set counts."""
     return FIELDS[name].metadata["variables"] or (PREFIX + name.upper(),)
 
 
 def flag_of(name: str) -> str:
-    """Name the flag of a setting."""
+    """Return the flag of a setting."""
     return "--" + name.replace("_", "-")
 
 
 def environment(environ: Mapping[str, str], directory: Path) -> Mapping[str, str]:
-    """Give the environment, with what the envfile in `directory` says put over it as if it had been sourced.
+    """Return the environment, updated from the envfile in `directory` as if that had been sourced.
 
     Raises:
-        SettingsError: there is an envfile, and it cannot be read.
+        SettingsError: there is an envfile that cannot be read.
     """
     return {**environ, **_read_envfile(directory / ENVFILE)}
 
 
 def load(flags: Mapping[str, Any], environ: Mapping[str, str], directory: Path) -> Settings:
-    """Put the settings together.
+    """Return the settings from all their sources.
 
     Args:
-        flags: what the command line says, by setting; None is nothing said.
-        environ: what `environment` gives.
-        directory: the working directory, where a TOML file is looked for.
+        flags: values from the command line, by setting; None: not given.
+        environ: the mapping that `environment` returns.
+        directory: the working directory, in which the TOML file is looked for.
 
     Raises:
-        SettingsError: a value is wrong, or a file is.
+        SettingsError: a value or a file is wrong.
     """
     config = flags.get("config") or environ.get(PREFIX + "CONFIG")
     table = _read_toml(path(config)) if config else _read_toml(directory / CONFIG_FILE, optional=True)
-    given = {name: _given(name, flags, environ, table) for name in FIELDS}
-    return Settings(**{name: value for name, value in given.items() if value is not _NOTHING})
+    given = {name: _first_given(name, flags, environ, table) for name in FIELDS}
+    return Settings(**{name: value for name, value in given.items() if value is not _NOT_GIVEN})
 
 
-_NOTHING = object()
+_NOT_GIVEN = object()
 
 
-def _given(name: str, flags: Mapping[str, Any], environ: Mapping[str, str], table: Mapping[str, Any]) -> Any:
+def _first_given(name: str, flags: Mapping[str, Any], environ: Mapping[str, str], table: Mapping[str, Any]) -> Any:
     for label, raw in _candidates(name, flags, environ, table):
         if raw is not None and raw != "":
             return _parsed(name, label, raw)
-    return _NOTHING
+    return _NOT_GIVEN
 
 
 def _candidates(
@@ -408,13 +463,13 @@ def _parsed(name: str, label: str, raw: Any) -> Any:
     try:
         return facts["parse"](raw)
     except ValueError as error:
-        found = " (what it is now is not shown)" if facts["secret"] else f", not {_short(raw)}"
+        found = " (the value is not shown)" if facts["secret"] else f", not {_short(raw)}"
         raise SettingsError(f"{label} {error}{found}") from None
 
 
 def _short(raw: Any) -> str:
     shown = repr(raw)
-    return shown if len(shown) <= MOST_SHOWN else f"{shown[:MOST_SHOWN]}..."
+    return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
 
 
 def _read_envfile(file: Path) -> Mapping[str, str]:
@@ -432,7 +487,7 @@ def _read_envfile(file: Path) -> Mapping[str, str]:
 def _read_toml(file: Path, *, optional: bool = False) -> Mapping[str, Any]:
     try:
         content = file.read_text()
-        import tomllib  # few have such a file
+        import tomllib  # few pilots have such a file
 
         table = tomllib.loads(content)
     except FileNotFoundError:
@@ -444,26 +499,26 @@ def _read_toml(file: Path, *, optional: bool = False) -> Mapping[str, Any]:
     values = {key.replace("-", "_"): value for key, value in table.items()}
     known = FIELDS.keys() - {"config"}
     for key in values.keys() - known:
-        raise SettingsError(f"{file} has {key!r}, which is no setting{_meant(key, known)}")
+        raise SettingsError(f"{file} has {key!r}, which is no setting{_did_you_mean(key, known)}")
     return values
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
-    """Say of each EWMS_PILOT_ variable that is none of ours, which one may have been meant."""
+    """Return a warning for each EWMS_PILOT_ variable that is not a setting, with the most similar one that is."""
     known = [variable for name in FIELDS for variable in variables_of(name)]
-    ours = (name for name in environ if name.startswith((PREFIX, "_" + PREFIX)))
-    return [f"{name} is no setting{_meant(name, known)}" for name in ours if name not in known]
+    found = (name for name in environ if name.startswith((PREFIX, "_" + PREFIX)))
+    return [f"{name} is no setting{_did_you_mean(name, known)}" for name in found if name not in known]
 
 
-def _meant(word: str, known: Iterable[str]) -> str:
-    import difflib  # for those who mistype
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    import difflib  # needed only after a mistake
 
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.8)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def markdown_table() -> str:
-    """Write the table of all settings that is in the README."""
+    """Return the README's table of all settings."""
     lines, last = ["| flag | variable | default | meaning |", "|---|---|---|---|"], ""
     for section, name in sections():
         if section != last:

@@ -22,11 +22,11 @@ Check = Callable[..., tuple[int, list[list[str]]]]
 @pytest.fixture
 def check(tmp_path: Path) -> Check:
     def check(*, path: str = os.environ["PATH"], **settings: str) -> tuple[int, list[list[str]]]:
-        ours = {f"EWMS_PILOT_{name}": text for name, text in {**SETTINGS, **settings}.items()}
+        variables = {f"EWMS_PILOT_{name}": text for name, text in {**SETTINGS, **settings}.items()}
         done = subprocess.run(
             [sys.executable, "-m", "trio_pilot", "check"],
             cwd=tmp_path,
-            env={"PATH": path, **ours},
+            env={"PATH": path, **variables},
             capture_output=True,
             text=True,
             timeout=TIMEOUT,
@@ -49,7 +49,7 @@ def jwt(**claims: Any) -> str:
     return ".".join(base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in ({}, claims, {}))
 
 
-def test_what_works_is_said_line_by_line_and_nothing_is_left(check: Check, tmp_path: Path) -> None:
+def test_each_check_has_a_line_and_no_files_are_left(check: Check, tmp_path: Path) -> None:
     found = check()
     assert found[0] == 0
     names = [name for _, name, _ in found[1]]
@@ -57,45 +57,45 @@ def test_what_works_is_said_line_by_line_and_nothing_is_left(check: Check, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_settings_are_told(check: Check) -> None:
+def test_missing_settings_are_reported(check: Check) -> None:
     found = check(QUEUE_OUTGOING="")
     assert found[0] == 2
     assert facts(found, "settings")[0].startswith("FAIL EWMS_PILOT_QUEUE_OUTGOING must name a queue")
     assert facts(found, "incoming")[0].startswith("ok")
 
 
-def test_a_wrong_setting_is_told(check: Check) -> None:
+def test_a_wrong_setting_is_reported(check: Check) -> None:
     found = check(PREFETCH="two")
     assert found[0] == 2
     assert facts(found, "settings")[0].startswith("FAIL EWMS_PILOT_PREFETCH must be an integer ≥ 1, not 'two' →")
 
 
-def test_queues_at_rabbitmq_are_found_and_their_messages_left(check: Check, rabbitmq: RabbitServer) -> None:
+def test_queues_at_rabbitmq_are_found_without_taking_messages(check: Check, rabbitmq: RabbitServer) -> None:
     found = check(BROKER=f"amqp://{rabbitmq.address}", QUEUE_INCOMING="check-in;check-in-2", QUEUE_OUTGOING="check-out")
     assert found[0] == 0
     assert len(facts(found, "incoming")) == 2
 
 
-def test_a_wrong_password_is_told_and_not_shown(check: Check, rabbitmq: RabbitServer) -> None:
+def test_a_wrong_password_is_reported_and_not_shown(check: Check, rabbitmq: RabbitServer) -> None:
     found = check(QUEUE_INCOMING_BROKER_ADDRESS=f"amqp://guest:hunter2@{rabbitmq.address}")
     assert found[0] == 3
     assert "refuses our user and password, or token" in facts(found, "incoming")[0]
     assert "hunter2" not in str(found)
 
 
-def test_a_broker_that_is_not_there_is_told(check: Check) -> None:
+def test_a_broker_that_cannot_be_reached_is_reported(check: Check) -> None:
     found = check(QUEUE_OUTGOING_BROKER_ADDRESS="127.0.0.1:1")
     assert found[0] == 3
     assert facts(found, "outgoing")[0].startswith("FAIL RabbitMQ at 127.0.0.1 cannot be reached: Connection refused →")
 
 
-def test_a_queue_file_that_is_there_is_opened_and_one_that_is_none_is_told(check: Check, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_queue_file_is_reported(check: Check, tmp_path: Path) -> None:
     (tmp_path / "broken.sqlite").write_bytes(b"this is no database at all, however long one looks at it" * 100)
     assert check(BROKER="./broken.sqlite")[0] == 3
     assert facts(check(BROKER="/nonexistent/q.sqlite"), "incoming")[0].startswith("FAIL in: the queue file /nonexistent")
 
 
-def test_what_auto_passed_over_is_told(check: Check) -> None:
+def test_runtimes_that_auto_passed_over_are_reported(check: Check) -> None:
     found = check(RUNTIME="auto", path="/nonexistent", TASK_ARGS="/bin/true")
     assert found[0] == 0
     assert facts(found, "runtime")[0].startswith(
@@ -103,14 +103,14 @@ def test_what_auto_passed_over_is_told(check: Check) -> None:
     )
 
 
-def test_a_runtime_that_does_not_work_is_told_once(check: Check) -> None:
+def test_a_runtime_that_does_not_work_is_reported_once(check: Check) -> None:
     found = check(RUNTIME="bubblewrap", path="/nonexistent")
     assert found[0] == 4
     assert [name for verdict, name, _ in found[1] if verdict == "FAIL"] == ["runtime"]
     assert "command" not in [name for _, name, _ in found[1]]
 
 
-def test_an_image_that_is_not_there_is_told(check: Check, need: Callable[[str, str], None]) -> None:
+def test_a_missing_image_is_reported(check: Check, need: Callable[[str, str], None]) -> None:
     need("bwrap", "bubblewrap")
     found = check(RUNTIME="bubblewrap", TASK_IMAGE="/nonexistent")
     assert found[0] == 4
@@ -118,7 +118,7 @@ def test_an_image_that_is_not_there_is_told(check: Check, need: Callable[[str, s
 
 
 @pytest.mark.parametrize("command", ["nonexistent-command", "/nonexistent", "./relative"])
-def test_a_command_that_is_not_there_is_told(check: Check, command: str) -> None:
+def test_a_missing_command_is_reported(check: Check, command: str) -> None:
     found = check(TASK_ARGS=command)
     assert found[0] == 4
     assert facts(found, "command")[0].startswith(f"FAIL {command} is not there, as the container will see it →")
@@ -141,7 +141,7 @@ def test_a_command_is_looked_for_as_the_container_sees_it(
     assert check(RUNTIME="bubblewrap", TASK_ARGS=hidden, EXTERNAL_DIRECTORIES=image)[0] == 0
 
 
-def test_a_data_directory_that_cannot_be_written_is_told(check: Check) -> None:
+def test_a_data_directory_that_cannot_be_written_is_reported(check: Check) -> None:
     found = check(DATA_DIR_PARENT_PATH_ON_HOST="/proc")
     assert found[0] in (2, 4)
     assert facts(found, "data")[0].startswith("FAIL")
@@ -150,12 +150,12 @@ def test_a_data_directory_that_cannot_be_written_is_told(check: Check) -> None:
 @pytest.mark.parametrize(
     ("exp", "verdict"),
     [
-        (3600 * 24, "ok in: good for 24.0 h"),
-        (600, "ok in: good for 10 min: soon"),
+        (3600 * 24, "ok in: expires in 24.0 h"),
+        (600, "ok in: expires in 10 min, soon"),
         (-7200, "FAIL the token of in has expired"),
     ],
 )
-def test_the_time_that_a_token_has_is_told(check: Check, exp: int, verdict: str) -> None:
+def test_the_expiry_of_a_token_is_reported(check: Check, exp: int, verdict: str) -> None:
     token = jwt(exp=time.time() + exp + 1)
     found = check(QUEUE_INCOMING_AUTH_TOKEN=token)
     assert facts(found, "token")[0].startswith(verdict)
@@ -163,20 +163,18 @@ def test_the_time_that_a_token_has_is_told(check: Check, exp: int, verdict: str)
     assert token not in str(found)
 
 
-def test_a_token_that_is_not_yet_good_is_told(check: Check) -> None:
+def test_a_token_that_is_not_yet_valid_is_reported(check: Check) -> None:
     found = check(QUEUE_INCOMING_AUTH_TOKEN=jwt(nbf=time.time() + 7350))
-    assert facts(found, "token")[0].startswith("FAIL the token of in is good in 2.0 h only")
+    assert facts(found, "token")[0].startswith("FAIL the token of in is not valid before 2.0 h from now")
 
 
 @pytest.mark.parametrize("token", ["a.b.c", "plain", jwt(exp="never"), "e30.W10.e30"])
-def test_a_token_of_another_kind_is_no_fault(check: Check, token: str) -> None:
+def test_a_token_that_is_not_a_jwt_is_not_a_failure(check: Check, token: str) -> None:
     assert check(QUEUE_INCOMING_AUTH_TOKEN=token)[0] == 0
 
 
 @pytest.mark.parametrize("seconds", ["", "3600", "60"])
-def test_a_server_that_takes_events_of_long_tasks_back_is_warned_of(
-    check: Check, rabbitmq: RabbitServer, seconds: str
-) -> None:
+def test_a_consumer_timeout_that_is_too_short_is_warned_of(check: Check, rabbitmq: RabbitServer, seconds: str) -> None:
     found = check(BROKER=f"amqp://{rabbitmq.address}", QUEUE_INCOMING="check-in", TASK_TIMEOUT=seconds)
     (incoming,) = facts(found, "incoming")
     assert incoming.startswith("ok")

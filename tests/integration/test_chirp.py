@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.process import running
+from bench.measured_process import running
 from tests.support.chirp_proxy import FAULTS, Fault, chirp_proxy, hangs
 from tests.support.pilot_process import COMMAND, Ended, assert_nothing_left, environment, pilot, run_pilot
 from tests.support.waiting import until_sync

@@ -72,7 +72,7 @@ def test_the_help_of_run_has_every_setting(command: Run) -> None:
     assert [name for name in FIELDS if flag_of(name)[:26] not in said] == []
 
 
-def test_the_version_is_told(command: Run) -> None:
+def test_version_prints_the_version(command: Run) -> None:
     from trio_pilot import __version__
 
     assert command("--version").stdout.decode().strip() == __version__
@@ -111,7 +111,7 @@ def test_the_version_is_told(command: Run) -> None:
         ("send q missing.jsonl", "missing.jsonl cannot be read: No such file or directory"),
     ],
 )
-def test_what_is_wrong_is_told_in_a_line(command: Run, arguments: str, message: str) -> None:
+def test_a_usage_error_is_one_line(command: Run, arguments: str, message: str) -> None:
     done = command(*arguments.split())
     assert done.stderr.decode().splitlines()[-1] == f"trio-pilot: {message}"
     assert len(done.stderr.splitlines()) == 1 + arguments.startswith("send q m")
@@ -147,7 +147,7 @@ def test_everything_may_be_in_the_environment(command: Run) -> None:
     assert sorted(lines(command("receive", "out", "--idle", "0.1"))) == ["ONE", "TWO"]
 
 
-def test_the_envfile_counts_and_what_is_wrong_in_it_is_told(command: Run, tmp_path: Path) -> None:
+def test_the_envfile_is_read_and_its_unknown_variables_warned_of(command: Run, tmp_path: Path) -> None:
     settings = {"TASK_ARGS": "true", "QUEUE_INCOMING": "in", "QUEUE_OUTGOING": "out", "TIMEOUT_QUEUE_INCOMING": "0.1"}
     lines = [f"export EWMS_PILOT_{name}='{text}'\n" for name, text in [*settings.items(), ("PREFETSCH", "1")]]
     (tmp_path / "ewms_htcondor_envfile.sh").write_text("".join(lines))
@@ -156,7 +156,7 @@ def test_the_envfile_counts_and_what_is_wrong_in_it_is_told(command: Run, tmp_pa
     assert b"EWMS_PILOT_PREFETSCH is no setting; did you mean EWMS_PILOT_PREFETCH?" in done.stderr
 
 
-def test_lines_go_in_and_come_out(command: Run) -> None:
+def test_json_lines_are_sent_and_received(command: Run) -> None:
     events = [{"a": [1, None]}, "text\r\n", 1.5, None, True, "", "é\ud800"]
     sent = command("send", "q", stdin="\n\n".join(map(json.dumps, events)).encode())
     assert (sent.returncode, sent.stderr) == (0, b"7 event(s) sent to q\n")
@@ -166,14 +166,14 @@ def test_lines_go_in_and_come_out(command: Run) -> None:
     assert lines(command("receive", "q", "--idle", "0.1")) == []
 
 
-def test_nan_goes_through(command: Run) -> None:
+def test_nan_is_sent_and_received(command: Run) -> None:
     command("send", "q", "-", stdin=b"[NaN, -Infinity]")
     (found,) = lines(command("receive", "q", "--count", "1"))
     assert math.isnan(found[0])
     assert found[1] == -math.inf
 
 
-def test_files_go_in_whole_and_come_out_as_they_were(command: Run, tmp_path: Path) -> None:
+def test_files_are_received_as_they_were_sent(command: Run, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\n")
     (tmp_path / "b.bin").write_bytes(BINARY)
     (tmp_path / "c.json").write_bytes(b'{"x":\n 1}')
@@ -189,7 +189,7 @@ def test_files_go_in_whole_and_come_out_as_they_were(command: Run, tmp_path: Pat
     )
 
 
-def test_binary_comes_out_in_a_line_as_base64(command: Run, tmp_path: Path) -> None:
+def test_binary_data_is_received_in_a_line_as_base64(command: Run, tmp_path: Path) -> None:
     (tmp_path / "b.bin").write_bytes(b"\xff\x00")
     command("send", "q", "b.bin")
     assert lines(command("receive", "q", "--count", "1")) == [{"encoding": "base64", "data": "/wA="}]
@@ -204,7 +204,7 @@ def test_events_before_a_bad_line_are_sent_and_counted(command: Run) -> None:
     assert lines(command("receive", "q", "--idle", "0.1")) == [1, 2]
 
 
-def test_receive_unique_drops_what_has_the_id_of_an_earlier_message(command: Run, tmp_path: Path) -> None:
+def test_receive_unique_drops_messages_with_an_earlier_id(command: Run, tmp_path: Path) -> None:
     def put(*names: str) -> None:
         async def send() -> None:
             async with local.open_sink(QueueAddress("q", "local", str(tmp_path / local.DEFAULT_FILE))) as sink:
@@ -234,7 +234,7 @@ def test_a_file_too_large_to_be_received_is_not_sent(command: Run, tmp_path: Pat
     )
 
 
-def test_count_ends_the_receiving_and_the_rest_stays(command: Run) -> None:
+def test_receive_ends_after_count_and_leaves_the_rest(command: Run) -> None:
     command("send", "q", stdin=b"1\n2\n3\n")
     assert lines(command("receive", "q", "--count", "2", "--idle", "inf")) == [1, 2]
     assert lines(command("receive", "q", "--idle", "0.1")) == [3]
@@ -246,13 +246,13 @@ def test_a_message_that_cannot_be_decoded_is_set_aside(command: Run, tmp_path: P
     command("send", "q", stdin=b"1")
     done = command("receive", "q", "--idle", "0.1")
     assert lines(done) == [1]
-    assert b"is set aside: the message body is not zstd" in done.stderr
+    assert b"is set aside as a dead letter: the message body is not zstd" in done.stderr
     assert command("receive", "q.dead-letters", "--wire", "raw", "--to", "dead", "--idle", "0.1").returncode == 0
     (dead,) = (tmp_path / "dead").iterdir()
     assert dead.read_bytes() == b"\xffjunk"
 
 
-def test_a_full_disk_is_told_and_nothing_is_lost(command: Run, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_no_message_is_lost(command: Run, tmp_path: Path) -> None:
     command("send", "q", stdin=b"1\n2\n")
     with Path("/dev/full").open("wb") as full:
         process = start(tmp_path, "receive", "q", stdout=full, stderr=subprocess.PIPE)
@@ -263,7 +263,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(command: Run, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["file/x", "x" * 300], ids=["below a file", "of a name too long"])
-def test_a_directory_that_cannot_be_made_is_told(command: Run, tmp_path: Path, name: str) -> None:
+def test_a_directory_that_cannot_be_made_is_an_error_of_one_line(command: Run, tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
     done = command("receive", "q", "--to", name)
     assert (done.returncode, len(done.stderr.splitlines())) == (4, 1)
@@ -284,7 +284,7 @@ def test_a_closed_pipe_loses_no_message(command: Run, tmp_path: Path) -> None:
     assert sorted(lines(command("receive", "q", "--idle", "0.1"))) == events[1:]
 
 
-def test_a_killed_receive_loses_no_message_and_doubles_none(command: Run, tmp_path: Path) -> None:
+def test_a_killed_receive_neither_loses_nor_doubles_messages(command: Run, tmp_path: Path) -> None:
     events = list(range(300))
     command("send", "q", stdin="\n".join(map(json.dumps, events)).encode())
     out = tmp_path / "out"
@@ -380,7 +380,7 @@ RUN = ("run", "--queue-incoming=q", "--queue-outgoing=r", "--runtime=process", "
 @pytest.mark.parametrize(
     "arguments", [("--help",), ("--version",), ("check", *RUN[1:]), ("condor-submit", "--broker=amqp://h", *RUN[1:])]
 )
-def test_a_stdout_that_takes_no_more_is_told_in_a_line(tmp_path: Path, arguments: Sequence[str]) -> None:
+def test_a_stdout_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path, arguments: Sequence[str]) -> None:
     if arguments[0] == "condor-submit":
         (tmp_path / "file").touch()
         arguments = (*arguments, "--executable=file")
@@ -393,14 +393,14 @@ def test_a_stdout_that_takes_no_more_is_told_in_a_line(tmp_path: Path, arguments
 
 @pytest.mark.parametrize("queue", ["", " events", "a;b"])
 @pytest.mark.parametrize("which", ["send", "receive", "dead-letters"])
-def test_a_queue_that_no_pilot_could_name_is_refused(command: Run, which: str, queue: str) -> None:
+def test_a_name_that_cannot_be_of_a_queue_is_refused(command: Run, which: str, queue: str) -> None:
     done = command(which, queue)
     said = f"trio-pilot: QUEUE must name one queue, with no ; in it and no space around it, not {queue!r}\n"
     assert (done.returncode, done.stderr.decode()) == (2, said)
 
 
 @pytest.mark.parametrize("arguments", [RUN, ("send", "q"), ("check",), ("demo",)])
-def test_a_working_directory_that_is_gone_is_told_in_a_line(tmp_path: Path, arguments: Sequence[str]) -> None:
+def test_a_removed_working_directory_is_an_error_of_one_line(tmp_path: Path, arguments: Sequence[str]) -> None:
     (tmp_path / "gone").mkdir()
     script = 'cd gone && rmdir ../gone && exec "$@"'
     done = subprocess.run(
@@ -411,7 +411,7 @@ def test_a_working_directory_that_is_gone_is_told_in_a_line(tmp_path: Path, argu
     assert done.stderr.count(b"\n") == 1
 
 
-def test_a_slot_that_is_too_short_for_any_task_says_so(command: Run) -> None:
+def test_a_slot_that_is_too_short_for_any_task_is_warned_of(command: Run) -> None:
     command("send", "q", stdin=b"1")
     done = command(*RUN, "--max-runtime=5")
     assert done.returncode == 0
@@ -428,7 +428,7 @@ def test_a_broker_of_no_known_kind_is_refused(command: Run) -> None:
 @pytest.mark.parametrize(
     "arguments", [RUN, ("check", *RUN[1:]), ("send", "q"), ("receive", "q")], ids=["run", "check", "send", "receive"]
 )
-def test_a_queue_file_in_a_home_that_nobody_has_is_refused(command: Run, arguments: Sequence[str]) -> None:
+def test_a_queue_file_in_an_unknown_home_is_refused(command: Run, arguments: Sequence[str]) -> None:
     done = command(*arguments, "--broker=~nobody-of-that-name/q.sqlite", stdin=b"1")
     assert done.returncode == 2
     assert b"a home directory that is not known: ~nobody-of-that-name/q.sqlite" in done.stdout + done.stderr

@@ -19,7 +19,7 @@ NAMES = ("bubblewrap", "process")
 
 @pytest.fixture
 def temporary() -> Iterator[Path]:
-    # A place that pytest's own long and numbered directories do not lengthen.
+    # A short path: the directories of pytest have long and numbered ones.
     directory = Path("/tmp", f"demo-test-{os.getpid()}")
     directory.mkdir()
     yield directory
@@ -50,7 +50,7 @@ def tasks_of(directory: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("runtime", NAMES)
-def test_the_demo_finds_the_best_pixel_and_leaves_nothing_behind(
+def test_the_demo_finds_the_best_pixel_and_leaves_no_files(
     temporary: Path, runtime: str, need: Callable[[str, str], None]
 ) -> None:
     if runtime == "bubblewrap":
@@ -67,7 +67,7 @@ def test_the_demo_finds_the_best_pixel_and_leaves_nothing_behind(
 
 @pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "ended by SIGTERM")])
 @pytest.mark.parametrize("moment", [0.0, 0.1, 1.0])
-def test_a_signal_in_the_middle_gives_a_line_and_leaves_nothing(
+def test_a_demo_ended_by_a_signal_prints_a_line_and_leaves_no_files(
     temporary: Path, number: signal.Signals, word: str, moment: float
 ) -> None:
     process = start(temporary, "--max-concurrent-tasks", "2")
@@ -81,7 +81,7 @@ def test_a_signal_in_the_middle_gives_a_line_and_leaves_nothing(
     assert tasks_of(temporary) == []
 
 
-def test_a_demo_without_bubblewrap_runs_without(temporary: Path) -> None:
+def test_without_bubblewrap_the_demo_runs_plain_processes(temporary: Path) -> None:
     environ = {**os.environ, "TMPDIR": str(temporary), "PATH": "/nonexistent"}
     command = [sys.executable, "-m", "trio_pilot", "demo"]
     done = subprocess.run(command, cwd="/", env=environ, capture_output=True, text=True, timeout=TIMEOUT, check=True)

@@ -1,4 +1,4 @@
-"""The recipes in images/: each image is built without network, and run as EWMS does, with an envfile for its entrypoint."""
+"""The recipes in images/: each image is built without network, and run as by EWMS, with an envfile for its entrypoint."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ pytestmark = needs_root
 
 @pytest.fixture(scope="module")
 def base() -> Path:
-    """A Debian with Python and bubblewrap, for want of a registry: that of the pool."""
+    """The root of a Debian with Python and bubblewrap, as there is no registry: that of the pool."""
     try:
         return debian(SUITE, *PACKAGES)
     except UnavailableError as error:
@@ -33,7 +33,7 @@ def base() -> Path:
 
 @pytest.fixture
 def project(onefile: Path) -> Iterator[Path]:
-    """The project, as far as a recipe needs it."""
+    """The files of the project that a recipe needs."""
     project = Path(tempfile.mkdtemp(prefix="trio-pilot-images-"))
     project.chmod(0o755)
     (project / "dist").mkdir()
@@ -61,7 +61,7 @@ def call(*command: str | Path, cwd: Path, given: str = "", **env: str) -> str:
 
 
 def copies_an_event(job: Path, runtime: str, *image: str | Path) -> None:
-    """Run the image as a pilot, that finds its settings in the envfile of its directory."""
+    """Run the image as a pilot with settings in the envfile of its directory."""
     settings = {"TASK_IMAGE": "/", "TASK_ARGS": "cp {{INFILE}} {{OUTFILE}}", "RUNTIME": runtime}
     settings |= {"QUEUE_INCOMING": "events", "QUEUE_OUTGOING": "outputs", "DATA_DIR_PARENT_PATH_ON_HOST": str(job)}
     lines = [f"export EWMS_PILOT_{name}='{value}'\n" for name, value in settings.items()]
@@ -80,7 +80,7 @@ def test_the_dockerfile_makes_an_image_that_is_a_pilot(docker: Engine, base: Pat
     try:
         run = (*command, "run", "--rm", "--interactive", "--network=none", f"--volume={job}:{job}", f"--workdir={job}")
         copies_an_event(job, "process", *run, IMAGE)
-        # Docker keeps containers from making containers, unless told otherwise.
+        # By default, Docker prevents containers from making containers.
         allowing = [f"--security-opt={what}=unconfined" for what in ("seccomp", "systempaths")]
         copies_an_event(job, "bubblewrap", *run, *allowing, IMAGE)
     finally:
@@ -88,7 +88,7 @@ def test_the_dockerfile_makes_an_image_that_is_a_pilot(docker: Engine, base: Pat
 
 
 def as_mapped_root(*command: str | Path, cwd: Path, path: str) -> None:
-    """Run a command as the root of a user namespace, where it has the capability that this machine's root has not."""
+    """Run a command as the root of a user namespace, which has a capability that root of this machine may lack."""
     waiting = ["unshare", "--user", "sh", "-c", 'echo; read _; exec "$@"', "-", *command]
     env, pipe = {**os.environ, "PATH": path}, subprocess.PIPE
     with subprocess.Popen(waiting, cwd=cwd, env=env, stdin=pipe, stdout=pipe, stderr=pipe) as child:
@@ -101,7 +101,7 @@ def as_mapped_root(*command: str | Path, cwd: Path, path: str) -> None:
 
 
 def build_image(base: Path, project: Path, programs: Path) -> None:
-    """Make PROJECT/image by the definition, with apptainer's programs."""
+    """Build PROJECT/image by the definition, with the programs of apptainer."""
     (project / "base").mkdir()
     with subprocess.Popen(["tar", "-C", base, *LEFT_OUT, "-c", "."], stdout=subprocess.PIPE) as tar:
         subprocess.run(["tar", "-C", project / "base", "-x"], stdin=tar.stdout, check=True)

@@ -1,22 +1,22 @@
-"""Each measurement on so little that it says nothing about speed; that it comes to its end, and what its report has."""
+"""Each measurement ends with a report, on a load too small to say anything about speed."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from bench import bare, bridge, limit, overhead, peer, scale, start, throughput, workloads
-from bench.measure import runtime_or_none
-from bench.pilot import task
+from bench import bridge, limit, overhead, peer, scale, start, throughput, without_pilot, workloads
+from bench.measurement import runtime_or_none
+from bench.pilot import task_args
 from bench.plots import plot
 from bench.report import Report
-from bench.timed import STAGES
+from bench.timing_pilot import STAGES
 from tests.support import servers
 from tests.support.servers import RabbitServer
 
 
 def drawn(report: Report, directory: Path) -> str:
-    """Write and draw a report, twice the same; give the drawing."""
+    """Write and draw a report, twice with the same result; return the drawing."""
     report.write(directory)
     first = plot(report, directory)
     assert first
@@ -41,22 +41,27 @@ def test_the_limit(rabbitmq: RabbitServer, tmp_path: Path, need: Callable[[str, 
     need("bwrap", "bubblewrap")
     found = limit.measure(limit.Plan(("process", "bubblewrap"), slots=(2,), rounds=1, length=0.01, pause=0), rabbitmq)
     for runtime, way in (("process", "xargs"), ("bubblewrap", "bwrap")):
-        ours, bare = (found.find(runtime=runtime, what=what).median for what in ("trio-pilot", way))
-        assert found.find(runtime=runtime, what=f"trio-pilot / {way}").median == ours / bare
+        with_pilot, without = (found.find(runtime=runtime, what=what).median for what in ("trio-pilot", way))
+        assert found.find(runtime=runtime, what=f"trio-pilot / {way}").median == with_pilot / without
     assert "bubblewrap" in drawn(found, tmp_path)
 
 
-def test_what_is_done_without_a_pilot_is_what_a_pilot_does(rabbitmq: RabbitServer, need: Callable[[str, str], None]) -> None:
+def test_tasks_without_a_pilot_are_started_as_by_a_pilot(rabbitmq: RabbitServer, need: Callable[[str, str], None]) -> None:
     need("bwrap", "bubblewrap")
-    settings = {"runtime": "bubblewrap", "task_image": "/", "task_args": task(0), "kill_grace": 0.5}
-    notes = bare.notes(settings, {}, rabbitmq)
-    program, *options = notes["argv"]
+    settings = {"runtime": "bubblewrap", "task_image": "/", "task_args": task_args(0), "kill_grace": 0.5}
+    recording = without_pilot.record_pilot(settings, {}, rabbitmq)
+    program, *options = recording["argv"]
     assert Path(program).name == "bwrap"
-    status = str(notes["fds"][0])
+    status = str(recording["fds"][0])
     assert options[options.index("--json-status-fd") + 1] == status
-    assert {"--cap-drop", "--die-with-parent", "--remount-ro", f"{notes['root']}/{notes['name']}/scratch"} <= set(options)
-    assert options[-3:] == ["cp", *(f"/ewms-pilot-data/task-io/{way}file-{notes['name']}.{way}" for way in ("in", "out"))]
-    assert notes["env"]["OMP_NUM_THREADS"].isdecimal()
+    assert {"--cap-drop", "--die-with-parent", "--remount-ro", f"{recording['root']}/{recording['name']}/scratch"} <= set(
+        options
+    )
+    assert options[-3:] == [
+        "cp",
+        *(f"/ewms-pilot-data/task-io/{way}file-{recording['name']}.{way}" for way in ("in", "out")),
+    ]
+    assert recording["env"]["OMP_NUM_THREADS"].isdecimal()
 
 
 @pytest.mark.soak
@@ -98,6 +103,7 @@ def test_instructions(rabbitmq: RabbitServer, need: Callable[[str, str], None]) 
 def test_start_and_end(rabbitmq: RabbitServer) -> None:
     found = start.measure(start.Plan(rounds=1, idle=0.5), rabbitmq)
     assert found.find(what="start to listening").median < found.find(what="start to first result").median + 2000
+    assert found.find(what="CPU of an idle pilot").median > 0
     assert len(found.figures) == 7
 
 
@@ -129,7 +135,7 @@ def test_bridge(rabbitmq: RabbitServer) -> None:
     assert found.find(what="pilot").median > 0
 
 
-def test_a_runtime_that_cannot_be_had_is_left_out(
+def test_a_runtime_that_is_not_available_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")

@@ -24,7 +24,7 @@ PYTHONS = list(found_pythons())
 
 @pytest.fixture
 def scratch() -> Iterator[Path]:
-    """A job's own directory, which belongs to a user with no home."""
+    """The directory of a job, which belongs to a user without a home."""
     directory = Path(tempfile.mkdtemp(prefix="trio-pilot-scratch-"))
     if AS_ROOT:
         os.chown(directory, NOBODY, NOBODY)
@@ -34,7 +34,7 @@ def scratch() -> Iterator[Path]:
 
 @pytest.fixture
 def job(onefile: Path, scratch: Path) -> Path:
-    """The file, as a job's executable."""
+    """The file as the executable of a job."""
     return Path(shutil.copy(onefile, scratch / "condor_exec.exe"))
 
 
@@ -44,20 +44,20 @@ def run(*task: str, runtime: str = "process", task_image: str = "/") -> list[str
 
 
 def in_nothing(scratch: Path, *command: str | Path, given: str = "") -> str:
-    """Run a command in an empty environment; give what it says."""
+    """Run a command in an empty environment; return its output."""
     return subprocess.run(
         command, cwd=scratch, env={}, input=given, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT, check=True
     ).stdout
 
 
 def copies(scratch: Path, event: str, *command: str | Path) -> None:
-    """Send an event, copy it to its output in a task, and receive that."""
+    """Send an event, copy it to the output by a task, and receive the output."""
     in_nothing(scratch, *command, "send", "events", given=event)
     in_nothing(scratch, *command, *run("cp", "{{INFILE}}", "{{OUTFILE}}"))
     assert in_nothing(scratch, *command, "receive", "outputs", "--idle", "0.1") == f"{event}\n"
 
 
-def test_it_works_in_an_empty_environment_for_a_user_with_no_home_and_unpacks_nothing(onefile: Path, scratch: Path) -> None:
+def test_it_runs_without_environment_and_home_and_unpacks_nothing(onefile: Path, scratch: Path) -> None:
     as_nobody = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"] if AS_ROOT else []
     for attempt in ('"first"', '"second"'):
         copies(scratch, attempt, *as_nobody, onefile)
@@ -65,7 +65,7 @@ def test_it_works_in_an_empty_environment_for_a_user_with_no_home_and_unpacks_no
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-def test_it_works_with_every_python_that_it_was_made_for(onefile: Path, scratch: Path, python: str) -> None:
+def test_it_runs_with_every_python_for_which_it_was_made(onefile: Path, scratch: Path, python: str) -> None:
     copies(scratch, '"event"', shutil.which(python) or python, "-I", "-S", onefile)
 
 
@@ -75,7 +75,7 @@ def test_it_has_what_its_help_and_demo_need(onefile: Path, scratch: Path) -> Non
 
 
 @pytest.mark.parametrize("python", ["", sys.executable], ids=["none", "found"])
-def test_a_python_that_it_was_not_made_for_gives_way_to_another(tmp_path: Path, python: str) -> None:
+def test_a_python_for_which_it_was_not_made_is_replaced(tmp_path: Path, python: str) -> None:
     (tmp_path / "archive").mkdir()
     (tmp_path / "archive/tags").write_text("cpython-399-x86_64-linux-gnu")
     shutil.copy(ROOT / "onefile/start.py", tmp_path / "archive/__main__.py")
@@ -92,7 +92,7 @@ def test_a_python_that_it_was_not_made_for_gives_way_to_another(tmp_path: Path, 
         assert done.stderr.startswith(f"trio-pilot: made for cpython-399-x86_64-linux-gnu; {sys.executable} is cpython-3")
 
 
-def test_where_memory_cannot_be_executed_a_directory_of_its_own_serves(onefile: Path, scratch: Path) -> None:
+def test_a_directory_is_used_where_memory_cannot_be_executed(onefile: Path, scratch: Path) -> None:
     code = """
 import sys, os, zipimport
 def forbidden(name): raise PermissionError(name)

@@ -13,7 +13,7 @@ from trio_pilot.settings import FIELDS, LEASE_MARGIN, Settings, environment, fla
 
 NOWHERE = Path("/nonexistent")
 
-# Each row of the contract: variable, what is in it, what comes of it.
+# The contract with EWMS: variable, setting, text of the variable, value of the setting.
 ROWS: list[tuple[str, str, str, Any]] = [
     ("EWMS_PILOT_TASK_IMAGE", "task_image", "icecube/skymap:1.2", "icecube/skymap:1.2"),
     ("EWMS_PILOT_TASK_ARGS", "task_args", "run 'two words' {{INFILE}} $(x)", ("run", "two words", "{{INFILE}}", "$(x)")),
@@ -104,16 +104,16 @@ def from_environment(**environ: str) -> Settings:
 
 
 @pytest.mark.parametrize(("variable", "name", "text", "value"), ROWS)
-def test_each_variable_of_ewms_is_understood(variable: str, name: str, text: str, value: Any) -> None:
+def test_each_variable_of_ewms_sets_its_setting(variable: str, name: str, text: str, value: Any) -> None:
     assert getattr(from_environment(**{variable: text}), name) == value
 
 
-def test_the_rows_of_the_contract_and_our_own_settings_are_all_there_are() -> None:
-    ours = {"config", "broker", "broker_token", "broker_patience", "wire", "max_payload", "max_attempts"}
-    ours |= {"grace", "kill_grace", "settle_grace", "engine_patience", "dead_letter_directory", "retry_delay"}
-    ours |= {"task_memory", "task_cpus", "task_pids", "task_network", "task_user", "max_output"}
-    ours |= {"cpus_per_task", "pin_tasks", "until", "max_runtime"}
-    assert {name for _, name, _, _ in ROWS} | ours == FIELDS.keys()
+def test_each_setting_is_in_the_contract_or_known_as_an_addition() -> None:
+    additions = {"config", "broker", "broker_token", "broker_patience", "wire", "max_payload", "max_attempts"}
+    additions |= {"grace", "kill_grace", "settle_grace", "engine_patience", "dead_letter_directory", "retry_delay"}
+    additions |= {"task_memory", "task_cpus", "task_pids", "task_network", "task_user", "max_output"}
+    additions |= {"cpus_per_task", "pin_tasks", "until", "max_runtime"}
+    assert {name for _, name, _, _ in ROWS} | additions == FIELDS.keys()
 
 
 @pytest.mark.parametrize(("name", "value"), DEFAULTS.items())
@@ -130,7 +130,7 @@ def test_an_empty_variable_is_no_variable(name: str) -> None:
     ("text", "size"),
     [("1", 1), ("512m", 2**29), ("2g", 2**31), ("2GB", 2**31), ("2 GiB", 2**31), ("1.5k", 1536), ("1T", 2**40), ("7b", 7)],
 )
-def test_words_for_bytes(text: str, size: int) -> None:
+def test_sizes_may_have_units(text: str, size: int) -> None:
     assert from_environment(EWMS_PILOT_MAX_OUTPUT=text).max_output == size
 
 
@@ -139,12 +139,12 @@ def test_a_task_has_at_least_the_memory_that_an_engine_grants() -> None:
 
 
 @pytest.mark.parametrize("word", ["y", "YES", "t", "True", "on", "1"])
-def test_words_for_true(word: str) -> None:
+def test_words_that_mean_true(word: str) -> None:
     assert from_environment(EWMS_PILOT_HTCHIRP=word).htchirp is True
 
 
 @pytest.mark.parametrize("word", ["n", "NO", "f", "False", "off", "0"])
-def test_words_for_false(word: str) -> None:
+def test_words_that_mean_false(word: str) -> None:
     assert from_environment(EWMS_PILOT_STOP_LISTENING_ON_TASK_ERROR=word).stop_listening_on_task_error is False
 
 
@@ -206,7 +206,7 @@ def test_words_for_false(word: str) -> None:
         ),
     ],
 )
-def test_a_wrong_value_is_told_in_a_line(variable: str, text: str, message: str) -> None:
+def test_a_wrong_value_is_an_error_of_one_line(variable: str, text: str, message: str) -> None:
     with pytest.raises(SettingsError) as raised:
         from_environment(**{variable: text})
     assert str(raised.value) == message
@@ -225,16 +225,16 @@ def test_a_wrong_value_is_told_in_a_line(variable: str, text: str, message: str)
         ('{"1A": "secret"}', "must have names of letters, digits and _ only: '1A' is none"),
     ],
 )
-def test_the_environment_of_a_task_is_really_checked_and_its_values_are_not_shown(text: str, message: str) -> None:
+def test_the_task_environment_is_checked_without_showing_values(text: str, message: str) -> None:
     with pytest.raises(SettingsError) as raised:
         from_environment(EWMS_PILOT_TASK_ENV_JSON=text)
-    assert str(raised.value) == f"EWMS_PILOT_TASK_ENV_JSON {message} (what it is now is not shown)"
+    assert str(raised.value) == f"EWMS_PILOT_TASK_ENV_JSON {message} (the value is not shown)"
 
 
-def test_events_at_hand_beyond_the_slots_may_wait_for_each_other() -> None:
+def test_prefetch_beyond_the_slots_allows_sending_together() -> None:
     few, many = (load({"queue_outgoing": "q", "max_concurrent_tasks": 4, "prefetch": each}, {}, NOWHERE) for each in (1, 10))
     assert [address.spare for address in (*few.outgoing(), *many.outgoing())] == [0, 6]
-    assert many.at_broker("q").spare == 0  # for who sends or receives by hand, each message is waited for
+    assert many.at_broker("q").spare == 0  # `send` and `receive` wait for each message
 
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if FIELDS[name].metadata["secret"]])
@@ -263,7 +263,7 @@ def test_quarantine_without_stopping_is_an_error() -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_the_new_name_of_the_task_timeout_wins_over_the_old() -> None:
+def test_the_new_name_of_the_task_timeout_precedes_the_old() -> None:
     assert from_environment(EWMS_PILOT_TASK_TIMEOUT="1", EWMS_PILOT_SUBPROC_TIMEOUT="2").task_timeout == 1
 
 
@@ -271,7 +271,7 @@ def test_infinite_timeouts_are_allowed() -> None:
     assert from_environment(EWMS_PILOT_TIMEOUT_QUEUE_INCOMING="inf").timeout_queue_incoming == math.inf
 
 
-def test_flags_win_over_variables_over_the_file_over_defaults(tmp_path: Path) -> None:
+def test_flags_precede_variables_the_file_and_defaults(tmp_path: Path) -> None:
     (tmp_path / "trio-pilot.toml").write_text("prefetch = 2\nmax-attempts = 2\ngrace = 2\n")
     environ = {"EWMS_PILOT_PREFETCH": "3", "EWMS_PILOT_MAX_ATTEMPTS": "3"}
     settings = load({"prefetch": "4"}, environ, tmp_path)
@@ -305,7 +305,7 @@ def test_the_file_may_hold_toml_values(tmp_path: Path) -> None:
         ("\xff", "cannot read the settings file"),
     ],
 )
-def test_a_wrong_file_is_told_in_a_line(tmp_path: Path, content: str, message: str) -> None:
+def test_a_wrong_file_is_an_error_of_one_line(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "trio-pilot.toml").write_bytes(content.encode("latin-1"))
     with pytest.raises(SettingsError) as raised:
         load({}, {}, tmp_path)
@@ -314,7 +314,7 @@ def test_a_wrong_file_is_told_in_a_line(tmp_path: Path, content: str, message: s
 
 
 @pytest.mark.parametrize("name", ["missing.toml", "."])
-def test_a_file_that_was_named_and_cannot_be_read_is_an_error(tmp_path: Path, name: str) -> None:
+def test_a_named_file_that_cannot_be_read_is_an_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(SettingsError, match="settings file"):
         load({}, {"EWMS_PILOT_CONFIG": str(tmp_path / name)}, tmp_path)
 
@@ -339,14 +339,14 @@ def test_an_envfile_is_read_as_data_and_never_run(tmp_path: Path) -> None:
     assert not Path("x").exists()
 
 
-def test_a_broken_envfile_is_told_without_its_content(tmp_path: Path) -> None:
+def test_a_broken_envfile_is_an_error_without_its_content(tmp_path: Path) -> None:
     (tmp_path / "ewms_htcondor_envfile.sh").write_text("export TOKEN='hunter2")
     with pytest.raises(SettingsError, match=r"cannot read .*: No closing quotation") as raised:
         environment({}, tmp_path)
     assert "hunter2" not in str(raised.value)
 
 
-def test_unknown_variables_are_told_those_of_the_envfile_too(tmp_path: Path) -> None:
+def test_unknown_variables_also_of_the_envfile_are_warned_of(tmp_path: Path) -> None:
     (tmp_path / "ewms_htcondor_envfile.sh").write_text("export EWMS_PILOT_PREFETSCH='1'")
     environ = environment({"_EWMS_PILOT_CONTAINER_PLATFROM": "x", "HOME": "/", "EWMS_PILOT_ZZZZ": ""}, tmp_path)
     assert sorted(unknown_variables(environ)) == [
@@ -360,7 +360,7 @@ def outgoing(**environ: str) -> list[QueueAddress]:
     return from_environment(**{f"EWMS_PILOT_QUEUE_OUTGOING{name}": text for name, text in environ.items()}).outgoing()
 
 
-def test_the_positions_of_queue_lists_are_aligned_also_where_entries_are_empty() -> None:
+def test_queue_lists_are_aligned_by_position_with_empty_entries() -> None:
     found = outgoing(**{"": "a;b;c"}, _AUTH_TOKEN=";tok;", _BROKER_TYPE="local;;rabbitmq", _BROKER_ADDRESS=";u@h;")
     assert found == [
         QueueAddress("a", "local", "", ""),
@@ -410,13 +410,13 @@ def test_the_address_tells_the_kind_of_a_broker(address: str, kind: str) -> None
         ({"": "a;b\udcff"}, "a queue's name must be UTF-8, not 'b\\udcff'"),
     ],
 )
-def test_queues_that_are_not_told_are_an_error(environ: Mapping[str, str], message: str) -> None:
+def test_missing_queues_are_an_error(environ: Mapping[str, str], message: str) -> None:
     with pytest.raises(SettingsError) as raised:
         outgoing(**environ)
     assert str(raised.value).startswith(message)
 
 
-def test_the_first_event_may_be_waited_for_longer() -> None:
+def test_the_wait_for_the_first_event_may_be_longer() -> None:
     assert from_environment(EWMS_PILOT_TIMEOUT_QUEUE_INCOMING="5").first_event_timeout == 5
     assert from_environment(EWMS_PILOT_TIMEOUT_QUEUE_WAIT_FOR_FIRST_MESSAGE="9").first_event_timeout == 9
 
@@ -457,5 +457,5 @@ def test_arguments_have_no_nul(tmp_path: Path) -> None:
         ({"task_timeout": math.inf}, LONGEST_LEASE),
     ],
 )
-def test_a_lease_is_long_enough_for_all_that_wait_their_turn(given: dict[str, Any], seconds: float) -> None:
+def test_a_lease_is_long_enough_for_events_that_wait_for_a_slot(given: dict[str, Any], seconds: float) -> None:
     assert Settings(**given).lease == seconds

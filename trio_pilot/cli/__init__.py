@@ -1,1 +1,1 @@
-"""The command line: one module for each subcommand, with a function that does it and returns the exit code."""
+"""The command line: one module for each subcommand, with a function that runs it and returns the exit code."""

@@ -1,4 +1,4 @@
-"""The command line: subcommands and flags. Nothing else imports cyclopts, which takes half as long as Trio."""
+"""The command line: subcommands and flags. Only this module imports cyclopts, which takes half as long to import as Trio."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,20 +13,20 @@ from trio_pilot.cli.load_settings import load_settings
 from trio_pilot.errors import SettingsError, UsageError
 from trio_pilot.settings import FIELDS, Settings, flag_of, sections
 
-# What sending and receiving need of the settings, and the demo.
+# The settings that each kind of command has flags for.
 BROKER_FLAGS = ("broker", "broker_token", "broker_patience", "wire", "max_payload", "config", "cl_log")
-LETTER_FLAGS = (*BROKER_FLAGS, "dead_letter_directory", "data_dir_parent_path_on_host")
+DEAD_LETTER_FLAGS = (*BROKER_FLAGS, "dead_letter_directory", "data_dir_parent_path_on_host")
 DEMO_FLAGS = ("runtime", "max_concurrent_tasks", "cl_log")
 
 HELP = """Take events from a queue, run one container per event, send its output, and only then acknowledge.
 
-Without a command it is `run`, whose settings may all be in the environment: `trio-pilot run --help` lists them."""
+The default command is `run`, whose settings may all be in the environment: `trio-pilot run --help` lists them."""
 
 app = App(name="trio-pilot", help=HELP, version=__version__, help_format="plaintext", suppress_keyboard_interrupt=False)
 
 
 def _flags_class(names: Iterable[str]) -> Any:
-    """Make flags of settings; they are parsed where all other sources of settings are."""
+    """Return a class of flags for settings; their values are parsed where those of all other sources are."""
     hints = get_type_hints(Settings)
     groups = {section: Group.create_ordered(section) for section, _ in sections()}
     fields = [
@@ -34,7 +34,7 @@ def _flags_class(names: Iterable[str]) -> Any:
         for section, name in sections()
         if name in names
     ]
-    # cyclopts takes the fields of a class apart only if it is not of the standard library's `types`.
+    # cyclopts makes flags of the fields of a class only if the class is not in the standard library's `types`.
     flags = dataclasses.make_dataclass("Flags", fields, frozen=True, namespace={"__module__": __name__})
     return Annotated[flags | None, Parameter(name="*")]
 
@@ -56,12 +56,12 @@ def _flag(name: str, group: Group) -> Parameter:
 if TYPE_CHECKING:
     AllFlags: TypeAlias = Any
     BrokerFlags: TypeAlias = Any
-    LetterFlags: TypeAlias = Any
+    DeadLetterFlags: TypeAlias = Any
     DemoFlags: TypeAlias = Any
 else:
     AllFlags = _flags_class(FIELDS)
     BrokerFlags = _flags_class(BROKER_FLAGS)
-    LetterFlags = _flags_class(LETTER_FLAGS)
+    DeadLetterFlags = _flags_class(DEAD_LETTER_FLAGS)
     DemoFlags = _flags_class(DEMO_FLAGS)
 
 
@@ -69,8 +69,8 @@ else:
 def run(*, flags: AllFlags = None) -> int:
     """Run the pilot: take events until the queue stays empty.
 
-    A setting comes from its flag, its variable (`--task-args` is EWMS_PILOT_TASK_ARGS), a TOML file (task_args), or its
-    default in brackets. The README has the whole table.
+    A setting comes from its flag, its environment variable (for `--task-args`, EWMS_PILOT_TASK_ARGS), a TOML file
+    (task_args), or its default, shown in brackets. The README has a table of all settings.
     """
     from trio_pilot.cli.run import run
 
@@ -93,10 +93,10 @@ def send(
     queue
         Name of the queue.
     files
-        Each file is one event: .json as its value, text as text, anything else as bytes.
-        `-` (the default) is stdin: an event, as JSON, on each line; a .jsonl file is read so too.
+        Files to send, one event each: .json as its value, text as text, anything else as bytes.
+        `-` (the default, for stdin) and .jsonl files have an event on each line, as JSON.
     lines
-        Read every file as JSON lines.
+        Read every file as JSON lines, one event each.
     """
     from trio_pilot.cli.send import send
 
@@ -124,98 +124,98 @@ def receive(
     queue
         Name of the queue.
     to
-        Write each message to a file of this directory instead.
+        Directory for messages, each in a file of its own, instead of stdout.
     count
-        Stop after so many messages.
+        Number of messages after which to end.
     idle
-        Stop once none has come for so many seconds; `inf` is never.
+        Time without a message after which to end, in seconds; `inf` is never.
     unique
-        Drop messages whose id was there before: of the last 100 000, or among the files of the directory.
+        Drop messages whose id is among those of the last 100 000, or of the files in the directory.
     """
-    from trio_pilot.cli.receive import receive
+    from trio_pilot.cli.receive import ReceiveOptions, receive
 
-    return receive(_settings(flags), queue, to, count, idle, unique=unique)
-
-
-letters = App(name="dead-letters", help="List, show, replay or run events that failed for the last time.")
-app.command(letters)
+    return receive(_settings(flags), queue, ReceiveOptions(to, count, idle, unique))
 
 
-@letters.default
+dead_letters = App(name="dead-letters", help="List, show, replay or run dead letters: events that have failed too often.")
+app.command(dead_letters)
+
+
+@dead_letters.default
 def list_dead_letters(
     queue: str,
     /,
     *,
     json: Annotated[bool, Parameter(negative="", show_default=False)] = False,
-    flags: LetterFlags = None,
+    flags: DeadLetterFlags = None,
 ) -> int:
-    """List the dead letters of a queue. They stay as they are.
+    """List the dead letters of a queue, without changing them.
 
     Parameters
     ----------
     queue
-        Name of the queue in which the events were.
+        Name of the queue from which the events came.
     json
-        Write a JSON object a line.
+        Print each dead letter as a JSON object on a line.
     """
     from trio_pilot.cli.dead_letters import show_list
 
     return show_list(_settings(flags), queue, as_json=json)
 
 
-@letters.command(name="show")
-def show_dead_letter(queue: str, message_id: str, /, *, flags: LetterFlags = None) -> int:
-    """Show what is known of a dead letter, and its event, as JSON.
+@dead_letters.command(name="show")
+def show_dead_letter(queue: str, message_id: str, /, *, flags: DeadLetterFlags = None) -> int:
+    """Show a dead letter as JSON: why it failed, where and when, and its event.
 
     Parameters
     ----------
     queue
-        Name of the queue in which the event was.
+        Name of the queue from which the event came.
     message_id
-        Its id, as listed.
+        Id of the dead letter, as listed.
     """
     from trio_pilot.cli.dead_letters import show
 
     return show(_settings(flags), queue, message_id)
 
 
-@letters.command(name="replay")
+@dead_letters.command(name="replay")
 def replay_dead_letters(
     queue: str,
     message_ids: Annotated[tuple[str, ...], Parameter(show_default=False)] = (),
     /,
     *,
     every: Annotated[bool, Parameter(name="--all", negative="", show_default=False)] = False,
-    flags: LetterFlags = None,
+    flags: DeadLetterFlags = None,
 ) -> int:
-    """Send dead letters back to their queue; their attempts start anew.
+    """Send dead letters back to their queue; their attempts are counted from the start again.
 
     Parameters
     ----------
     queue
-        Name of the queue in which the events were, and will be.
+        Name of the queue from which the events came, and to which they go back.
     message_ids
-        Their ids, as listed.
+        Ids of the dead letters, as listed.
     every
-        Replay all that are listed.
+        Replay all dead letters that are listed.
     """
     from trio_pilot.cli.dead_letters import replay
 
     return replay(_settings(flags), queue, message_ids, every=every)
 
 
-@letters.command(name="run")
+@dead_letters.command(name="run")
 def run_dead_letter(queue: str, message_id: str, /, *, flags: AllFlags = None) -> int:
-    """Run the task for a dead letter here and now, with the settings of a run; the letter stays where it is.
+    """Run the task for a dead letter on this machine, with the settings of `run`; the dead letter stays where it is.
 
-    What the task says is shown, and its exit code is ours; what it writes to its output file is not sent.
+    The output of the task is shown, and its exit code is that of the command; its output file is not sent.
 
     Parameters
     ----------
     queue
-        Name of the queue in which the event was.
+        Name of the queue from which the event came.
     message_id
-        Its id, as listed.
+        Id of the dead letter, as listed.
     """
     from trio_pilot.cli.dead_letters import run
 
@@ -224,7 +224,7 @@ def run_dead_letter(queue: str, message_id: str, /, *, flags: AllFlags = None) -
 
 @app.command
 def check(*, flags: AllFlags = None) -> int:
-    """Say what works with these settings, what does not, and how to cure it."""
+    """Check what works with these settings and what does not, and print how to correct it."""
     from trio_pilot.cli.check import check
 
     return check(lambda: _settings(flags))
@@ -234,7 +234,7 @@ def check(*, flags: AllFlags = None) -> int:
 def condor_submit(
     *,
     pilots: Annotated[int, Parameter(metavar="NUMBER", validator=Number(gte=1))] = 1,
-    cpus: Annotated[int, Parameter(metavar="NUMBER", validator=Number(gte=1), help="CPUs of each.")] = 1,
+    cpus: Annotated[int, Parameter(metavar="NUMBER", validator=Number(gte=1), help="CPUs of each pilot.")] = 1,
     memory: Annotated[str, Parameter(metavar="BYTES")] = "2g",
     disk: Annotated[str, Parameter(metavar="BYTES")] = "4g",
     time: Annotated[float | None, Parameter(metavar="SECONDS", validator=Number(gt=0))] = None,
@@ -244,26 +244,26 @@ def condor_submit(
     transfer: Annotated[tuple[Path, ...], Parameter(metavar="FILE", negative="", show_default=False)] = (),
     flags: AllFlags = None,
 ) -> int:
-    """Print the description of HTCondor jobs that run pilots with these settings, for condor_submit.
+    """Print a submit file, for condor_submit, of HTCondor jobs that run pilots with these settings.
 
     Parameters
     ----------
     pilots
-        Pilots to start.
+        Number of pilots to start.
     memory
-        Memory of each, as in 2g.
+        Memory of each pilot, such as 2g.
     disk
-        Scratch disk of each.
+        Scratch disk of each pilot, such as 4g.
     time
-        Seconds a pilot may take.
+        Time limit of a pilot, in seconds.
     executable
-        trio-pilot as one file [this one, if it is one].
+        trio-pilot as one file [the running program, if it is one file].
     container_image
-        An image that starts trio-pilot, or has what the executable needs.
+        Image that starts trio-pilot, or that has what the executable needs.
     cron
-        Five fields as in a crontab: when to start pilots again and again.
+        Times at which pilots are started again and again, as the five fields of a crontab.
     transfer
-        A file that is to go with the job; may be repeated.
+        File to transfer with the job; may be repeated.
     """
     from trio_pilot.cli.condor_submit import Request, condor_submit
 
@@ -273,9 +273,9 @@ def condor_submit(
 
 @app.command
 def demo(*, flags: DemoFlags = None) -> int:
-    """Run the main job on a small sky scan: send events, run a task for each, and show the best pixel.
+    """Run a small sky scan as an example: send events, run a task for each, and show the best pixel.
 
-    It needs no settings, no server and no network, and leaves nothing behind.
+    The demo needs no settings, no server and no network, and leaves no files behind.
     """
     from trio_pilot.cli.demo import demo
 
@@ -283,7 +283,7 @@ def demo(*, flags: DemoFlags = None) -> int:
 
 
 def call(argv: Sequence[str]) -> int:
-    """Do what a command line says, and give the exit code. Raises UsageError if it is wrong."""
+    """Run the command of a command line, and return its exit code. Raises UsageError if the command line is wrong."""
     try:
         return app(_with_command(argv), exit_on_error=False, print_error=False, result_action="return_value") or 0
     except CycloptsError as error:
@@ -291,7 +291,7 @@ def call(argv: Sequence[str]) -> int:
 
 
 def _with_command(argv: Sequence[str]) -> Sequence[str]:
-    """Put `run` where there is no command."""
+    """Return the arguments with `run` before them if they name no command."""
     first = argv[0] if argv else "--"
     return ["run", *argv] if first.startswith("-") and first not in ("--help", "-h", "--version") else argv
 

@@ -1,4 +1,4 @@
-"""`trio-pilot condor-submit`: the description of an HTCondor job that runs pilots."""
+"""`trio-pilot condor-submit`: print a submit file of HTCondor jobs that run pilots."""
 
 import math
 import os
@@ -17,11 +17,11 @@ from trio_pilot.files import filesystem
 from trio_pilot.parsing import AUTO, size
 from trio_pilot.settings import CONFIG_FILE, FIELDS, PREFIX, Settings, environment, flag_of, variables_of
 
-# How a hold is told from others: by the pilot's exit code, or this.
+# The subcode of a hold is the pilot's exit code, or this if the pilot has stopped reporting.
 SILENT = 100
-LEAST_SILENCE = 900  # seconds without a report from a pilot whose tasks run: it tells how long they have
+LEAST_SILENCE = 900  # seconds without a report, after which a pilot whose tasks run is held
 
-# A pilot that was killed is tried again, one that has ended by itself not.
+# A pilot that was killed is started again; one that has ended by itself is not.
 RETRIES = """\
 success_exit_code = 0
 max_retries = 3
@@ -33,8 +33,8 @@ cron_prep_time = 60
 on_exit_remove = false
 """
 
-RELEASE_AFTER, MOST_STARTS = 600, 10  # seconds that what may pass is waited for, and how many starts there are in all
-VACATE_TIME = 60  # seconds that are asked for between SIGTERM and SIGKILL; the pilot finds out what it gets
+RELEASE_AFTER, MAX_STARTS = 600, 10  # seconds on hold for a reason that may pass, and starts of a job in all
+VACATE_TIME = 60  # seconds between SIGTERM and SIGKILL that are requested; the pilot finds out how many it gets
 
 CRON_FIELD = re.compile(r"[0-9*/,-]+")  # HTCondor's manual, "CronTab Scheduling": numbers only, no names
 CRON_FIELDS = "minute", "hour", "day_of_month", "month", "day_of_week"
@@ -43,7 +43,7 @@ ADDRESSES = "broker", "queue_incoming_broker_address", "queue_outgoing_broker_ad
 TOKENS = "broker_token", "queue_incoming_auth_token", "queue_outgoing_auth_token"
 
 HEADER = """\
-# Pilots for HTCondor, described by `trio-pilot condor-submit`; to be given to condor_submit.
+# Pilots for HTCondor, made by `trio-pilot condor-submit`, for condor_submit.
 batch_name = trio-pilot
 log = trio-pilot-$(Cluster).log
 output = trio-pilot-$(Cluster).$(Process).out
@@ -53,15 +53,15 @@ when_to_transfer_output = ON_EXIT
 transfer_output_files = ""
 """
 
-# Attributes are what the pilot reports by chirp, those of its latest start.
+# The HTChirpEWMSPilot attributes are those that the pilot reports by chirp, from its latest start.
 ENDS = """\
-# SIGTERM gives back what is not done.
+# After SIGTERM the pilot gives unfinished events back.
 +WantIOProxy = true
 kill_sig = SIGTERM
 want_graceful_removal = true
 job_max_vacate_time = {grace}
 
-# 2, settings, and 70, a defect, are for you to look at; 3, no broker, and 4, a bad machine, may pass.
+# 2 (settings) and 70 (a defect) need a correction; 3 (no broker) and 4 (a bad machine) may pass.
 on_exit_hold = ExitBySignal =?= false && member(ExitCode, {{2, 3, 4, 70}})
 on_exit_hold_subcode = ExitCode
 on_exit_hold_reason = HTChirpEWMSPilotError ?: strcat("trio-pilot ended with exit code ", ExitCode)
@@ -71,8 +71,8 @@ periodic_hold = JobStatus == 2 && HTChirpEWMSPilotStatus =?= "Tasking" \\
 periodic_hold_subcode = {silent}
 periodic_hold_reason = "no report from the pilot for {silence} s, though its tasks run"
 periodic_release = HoldReasonCode == 3 && member(HoldReasonSubCode, {{3, 4, {silent}}}) \\
-    && NumJobStarts < {most_starts} && time() - EnteredCurrentStatus > {release_after}
-# Not on the same bad machine again.
+    && NumJobStarts < {max_starts} && time() - EnteredCurrentStatus > {release_after}
+# The next start is not on the same bad machine.
 job_machine_attrs = Machine
 requirements = MY.LastHoldReasonSubCode =!= 4 || TARGET.Machine =!= MY.MachineAttrMachine0
 """
@@ -80,7 +80,7 @@ requirements = MY.LastHoldReasonSubCode =!= 4 || TARGET.Machine =!= MY.MachineAt
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of HTCondor."""
+    """What to request from HTCondor."""
 
     pilots: int
     cpus: int
@@ -94,10 +94,10 @@ class Request:
 
 
 def condor_submit(settings: Settings, flags: Mapping[str, Any], request: Request) -> int:
-    """Print it.
+    """Print the submit file.
 
     Raises:
-        SettingsError: something is missing or wrong, or would be shown to everybody who can look at the job.
+        SettingsError: a setting is missing or wrong, or is secret and would be visible to all who can see the job.
     """
     settings.check_complete()
     for queue in settings.incoming() + settings.outgoing():
@@ -106,14 +106,14 @@ def condor_submit(settings: Settings, flags: Mapping[str, Any], request: Request
                 f"queue {queue.queue} is in a file of this machine: name a broker, as in --broker amqp://HOST"
             )
     variables = dict(_variables(settings, flags, environment(os.environ, Path.cwd())))
-    lines = list(_description(settings, variables, request))
+    lines = list(_submit_file(settings, variables, request))
     print("\n".join(lines))
     return 0
 
 
-def _description(settings: Settings, variables: Mapping[str, str], request: Request) -> Iterator[str]:
+def _submit_file(settings: Settings, variables: Mapping[str, str], request: Request) -> Iterator[str]:
     yield HEADER
-    yield from _what(request)
+    yield from _program(request)
     yield f'environment = "{" ".join(_assigned(name, value) for name, value in variables.items())}"'
     if files := _files([*_config(settings), *_token_files(settings), *request.transfer]):
         yield f"transfer_input_files = {', '.join(files)}"
@@ -127,25 +127,25 @@ def _description(settings: Settings, variables: Mapping[str, str], request: Requ
         grace=VACATE_TIME if settings.grace == AUTO else math.ceil(settings.grace + settings.last_steps),
         silence=math.ceil(max(LEAST_SILENCE, 10 * settings.htchirp_ratelimit_interval)),
         silent=SILENT,
-        most_starts=MOST_STARTS,
+        max_starts=MAX_STARTS,
         release_after=RELEASE_AFTER,
     )
-    yield _again(request.cron)
+    yield _restarts(request.cron)
     yield f"queue {request.pilots}"
 
 
-def _what(request: Request) -> Iterator[str]:
+def _program(request: Request) -> Iterator[str]:
     executable = request.executable
     if request.container_image:
         yield f"universe = container\ncontainer_image = {request.container_image}"
         if "://" not in request.container_image and not request.container_image.endswith(".sif"):
-            yield "transfer_container = false"  # a directory: HTCondor could not transfer the links in it
+            yield "transfer_container = false"  # a directory: HTCondor cannot transfer the links in it
     elif not executable:
         if not zipfile.is_zipfile(sys.argv[0]):
             raise SettingsError("--executable must name trio-pilot as one file (`python -m onefile` makes it)")
         executable = Path(sys.argv[0])
     if executable:
-        yield f"executable = {_existing(executable)}"
+        yield f"executable = {_absolute(executable)}"
 
 
 def _bytes(flag: str, raw: str, unit: int) -> int:
@@ -155,8 +155,8 @@ def _bytes(flag: str, raw: str, unit: int) -> int:
         raise SettingsError(f"{flag} {error}, not {raw!r}") from None
 
 
-def _again(cron: str) -> str:
-    """Tell when a pilot that has ended is started again."""
+def _restarts(cron: str) -> str:
+    """Return the lines that say when a pilot that has ended is started again."""
     if not cron:
         return RETRIES
     fields = cron.split()
@@ -167,14 +167,14 @@ def _again(cron: str) -> str:
 
 
 def _config(settings: Settings) -> list[Path]:
-    """Find the file of settings, if there is one; it keeps its mode where it goes."""
+    """Return the file of settings, if there is one. HTCondor transfers its mode as well."""
     if settings.config:
         return [settings.config]
     return [Path(CONFIG_FILE)] if Path(CONFIG_FILE).exists() else []
 
 
-def _tokens(settings: Settings) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Name the settings whose tokens are in files."""
+def _tokens_in_files(settings: Settings) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield each setting whose tokens are in files, with the tokens."""
     for name in TOKENS:
         value = getattr(settings, name)
         tokens = (value,) if isinstance(value, str) else value
@@ -185,38 +185,39 @@ def _tokens(settings: Settings) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _token_files(settings: Settings) -> list[Path]:
-    return [Path(token[1:]) for _, tokens in _tokens(settings) for token in tokens if is_file(token)]
+    return [Path(token[1:]) for _, tokens in _tokens_in_files(settings) for token in tokens if is_file(token)]
 
 
 def _files(files: Iterable[Path]) -> Collection[str]:
-    """Give the paths of files whose names will tell them apart in the job."""
-    paths = dict.fromkeys(map(_existing, files))
+    """Return the absolute paths of files. Raises SettingsError if two of them would have the same name in the job."""
+    paths = dict.fromkeys(map(_absolute, files))
     if len({Path(path).name for path in paths}) < len(paths):
-        raise SettingsError(f"two files that are to go with the job have the same name: {', '.join(paths)}")
+        raise SettingsError(f"two files to transfer with the job have the same name: {', '.join(paths)}")
     return paths
 
 
 def _variables(settings: Settings, flags: Mapping[str, Any], environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Give what flags and variables say; what the file of settings says goes with it."""
+    """Yield the variables of settings given by flags and variables; those of the file of settings are transferred in it."""
     yield f"{PREFIX}HTCHIRP", "true"
     yield f"{PREFIX}MAX_CONCURRENT_TASKS", "auto"
     for name in [name for name in FIELDS if name != "config"]:
-        said = {flag_of(name): flags.get(name)} | {variable: environ.get(variable) for variable in variables_of(name)}
-        for label, raw in [(label, raw) for label, raw in said.items() if raw not in (None, "")][:1]:
+        given = {flag_of(name): flags.get(name)} | {variable: environ.get(variable) for variable in variables_of(name)}
+        for label, raw in [(label, raw) for label, raw in given.items() if raw not in (None, "")][:1]:
             _refuse_secret(name, label, str(raw))
             yield variables_of(name)[0], str(raw)
-    for name, tokens in _tokens(settings):
+    for name, tokens in _tokens_in_files(settings):
         yield variables_of(name)[0], ";".join(f"@./{Path(token).name}" if is_file(token) else "" for token in tokens)
     if settings.config:
         yield f"{PREFIX}CONFIG", settings.config.name
 
 
 def _refuse_secret(name: str, label: str, raw: str) -> None:
-    tells = {**dict.fromkeys(ADDRESSES, _has_password), **dict.fromkeys(TOKENS, _is_token)}.get(name, bool)
-    if not FIELDS[name].metadata["secret"] or not any(map(tells, raw.split(";"))):
+    is_secret = {**dict.fromkeys(ADDRESSES, _has_password), **dict.fromkeys(TOKENS, _is_token)}.get(name, bool)
+    if not FIELDS[name].metadata["secret"] or not any(map(is_secret, raw.split(";"))):
         return
     raise SettingsError(
-        f"{label} may be secret, and the environment of a job is not: say it in {CONFIG_FILE}, which goes with the job"
+        f"{label} may be secret, and the environment of a job is not:"
+        f" set it in {CONFIG_FILE}, which is transferred with the job"
     )
 
 
@@ -227,19 +228,19 @@ def _is_token(word: str) -> bool:
 def _has_password(address: str) -> bool:
     try:
         return bool(urlsplit(address if "://" in address else f"//{address}").password)
-    except ValueError:  # who knows
+    except ValueError:  # not a URL: it may have one
         return True
 
 
 def _assigned(name: str, value: str) -> str:
-    """Write a variable as condor_submit's manual says, and no macro in it."""
+    """Return a variable quoted as the manual of condor_submit says, with no macro in it."""
     if "\n" in value:
-        raise SettingsError(f"{name} has a line break, which no job takes: say it in {CONFIG_FILE}")
+        raise SettingsError(f"{name} has a line break, which the environment of a job cannot have: set it in {CONFIG_FILE}")
     quoted = value.replace("'", "''").replace('"', '""').replace("$", "$(DOLLAR)")
     return f"{name}='{quoted}'"
 
 
-def _existing(file: Path) -> str:
+def _absolute(file: Path) -> str:
     if not filesystem.is_file(file):
-        raise SettingsError(f"there is no file {file} to go with the job")
+        raise SettingsError(f"there is no file {file} to transfer with the job")
     return str(file.absolute())

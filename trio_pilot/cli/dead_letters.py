@@ -1,7 +1,7 @@
-"""`trio-pilot dead-letters`: what failed for the last time is listed, shown, replayed, or run here and now.
+"""`trio-pilot dead-letters`: list, show, replay or run dead letters, that is, events that have failed too often.
 
-Dead letters are looked at as any consumer would, and given back in the order in which they came; those that a pilot has
-left in the directory for them are read there.
+Dead letters of a queue are received as by any consumer, and released in the order in which they came. Those that a pilot has
+written to the directory for dead letters are read from there.
 """
 
 import json
@@ -21,7 +21,7 @@ from trio_pilot.allocation.resources import find_allocation, fitted
 from trio_pilot.brokers import Delivery, Settlement, dead_letter_queue, dead_letters, open_sink, open_source
 from trio_pilot.brokers.listening import next_delivery
 from trio_pilot.cleanup.client import open_guardian
-from trio_pilot.cli.signals import report, run_until_signalled
+from trio_pilot.cli.signals import print_summary, run_until_signalled
 from trio_pilot.errors import DecodeError, DeliveryLostError, NodeError, UsageError, map_exceptions
 from trio_pilot.files.blocking_calls import BlockingCalls
 from trio_pilot.files.data_directory import open_data_directory, root_in
@@ -33,50 +33,50 @@ from trio_pilot.runtimes.selection import open_runtime
 from trio_pilot.settings import Settings
 from trio_pilot.wire import WIRES, Message
 
-MOST = 1000  # letters that are looked at at once
-IDLE = 0.5  # seconds without another letter after which there is none
-RETURN_TIMEOUT = 30.0  # seconds to give back what was looked at; a broker that is gone has it back by itself
-MOST_SHOWN = 60  # characters of a reason in a list
-ABOUT_THE_MESSAGE = ("message_id", "message-id", "failures")  # what brokers need, and nobody else
-FACTS = ("time", "attempts", "error", "host", "reason")  # the columns of a list, after the id
+MAX_LISTED = 1000  # dead letters that are received at once
+IDLE_TIMEOUT = 0.5  # seconds without another dead letter, after which there are no more
+RELEASE_TIMEOUT = 30.0  # seconds to release what was received; a broker that cannot be reached takes it back by itself
+MAX_SHOWN = 60  # characters of a reason in a table
+BROKER_FACTS = ("message_id", "message-id", "failures")  # for brokers only: neither listed nor shown
+COLUMNS = ("time", "attempts", "error", "host", "reason")  # of the table, after the id
 
 
 @dataclass(frozen=True, slots=True)
-class ListedLetter:
-    """A dead letter, at a broker or in a directory."""
+class DeadLetter:
+    """A dead letter in a queue or in a directory."""
 
     message_id: str
     facts: Mapping[str, Any]
     body: bytes = field(repr=False)
-    place: Delivery | Path  # the path is that of its .json
+    place: Delivery | Path  # the path is that of its .json file
 
 
 def show_list(settings: Settings, queue: str, *, as_json: bool) -> int:
-    """List the dead letters of a queue."""
-    lines = run_until_signalled(_listed, settings, queue, as_json)
+    """Print the dead letters of a queue, one on each line."""
+    lines = run_until_signalled(_list, settings, queue, as_json)
     print("\n".join(lines)) if lines else print(f"no dead letters of {queue}", file=sys.stderr)
     return 0
 
 
 def show(settings: Settings, queue: str, message_id: str) -> int:
-    """Show what is known of a dead letter, and the event, as JSON."""
+    """Print the facts about a dead letter, and the event, as JSON."""
     letter = run_until_signalled(_find, settings, queue, message_id)
-    print(json.dumps({**_said(letter), **_event(settings, letter)}, indent=2, default=repr))
+    print(json.dumps({**_facts(letter), **_event(settings, letter)}, indent=2, default=repr))
     return 0
 
 
 def replay(settings: Settings, queue: str, message_ids: Sequence[str], *, every: bool) -> int:
-    """Send dead letters to the queue that they come from, and remove each once the broker has it there."""
+    """Send dead letters to the queue that they come from, and remove each once the broker has confirmed it."""
     if bool(message_ids) == every:
-        raise UsageError("say which dead letters to replay: their ids, or --all")
+        raise UsageError("name the dead letters to replay: their ids, or --all")
     replayed: list[str] = []
-    with report(lambda: f"{len(replayed)} dead letter(s) replayed to {queue}"):
+    with print_summary(lambda: f"{len(replayed)} dead letter(s) replayed to {queue}"):
         run_until_signalled(_replay, settings, queue, frozenset(message_ids), replayed)
     return 0
 
 
 def run(settings: Settings, queue: str, message_id: str) -> int:
-    """Run the task for a dead letter, here and now; gives the task's exit code. The letter stays where it is."""
+    """Run the task for a dead letter on this machine, and return its exit code. The dead letter stays where it is."""
     if not settings.task_args:
         settings.check_complete()
     letter = run_until_signalled(_find, settings, queue, message_id)
@@ -87,25 +87,25 @@ def run(settings: Settings, queue: str, message_id: str) -> int:
         end_strays()
 
 
-async def _listed(settings: Settings, queue: str, as_json: bool) -> list[str]:
-    async with _letters(settings, queue) as letters:
-        return [json.dumps(_said(letter)) for letter in letters] if as_json else list(_table(letters))
+async def _list(settings: Settings, queue: str, as_json: bool) -> list[str]:
+    async with _open_dead_letters(settings, queue) as letters:
+        return [json.dumps(_facts(letter)) for letter in letters] if as_json else list(_table(letters))
 
 
-async def _find(settings: Settings, queue: str, message_id: str) -> ListedLetter:
-    async with _letters(settings, queue) as letters:
-        return _chosen(letters, queue, frozenset([message_id]))[0]
+async def _find(settings: Settings, queue: str, message_id: str) -> DeadLetter:
+    async with _open_dead_letters(settings, queue) as letters:
+        return _select(letters, queue, frozenset([message_id]))[0]
 
 
 async def _replay(settings: Settings, queue: str, message_ids: frozenset[str], replayed: list[str]) -> None:
     patience = settings.broker_patience
     async with (
-        _letters(settings, queue) as letters,
+        _open_dead_letters(settings, queue) as letters,
         open_sink(settings.at_broker(queue), lambda seconds: seconds < patience) as sink,
     ):
-        for letter in _chosen(letters, queue, message_ids) if message_ids else list(letters):
+        for letter in _select(letters, queue, message_ids) if message_ids else list(letters):
             await sink.send(letter.body, letter.message_id)
-            with trio.CancelScope(shield=True):  # it is in the queue: it must not be a dead letter as well
+            with trio.CancelScope(shield=True):  # it is in the queue now, and must not be a dead letter as well
                 await _remove(letter)
             letters.remove(letter)
             replayed.append(letter.message_id)
@@ -126,34 +126,34 @@ async def _run(settings: Settings, event: Message) -> int:
 
 
 @asynccontextmanager
-async def _letters(settings: Settings, queue: str) -> AsyncIterator[list[ListedLetter]]:
-    """Give the dead letters of a queue; those that are in the list in the end are given back."""
+async def _open_dead_letters(settings: Settings, queue: str) -> AsyncIterator[list[DeadLetter]]:
+    """Yield a list of the dead letters of a queue; those that are in it at the end are released."""
     address = replace(settings.at_broker(queue), queue=dead_letter_queue(queue))
     patience = settings.broker_patience
     async with open_source(address, lambda seconds: seconds < patience) as source:
-        letters: list[ListedLetter] = []
+        letters: list[DeadLetter] = []
         try:
-            async with source.consume(MOST) as consumer:
+            async with source.consume(MAX_LISTED) as consumer:
                 consumers = deque([consumer])
-                while len(letters) < MOST and (delivery := await next_delivery(consumers, IDLE)):
-                    letters.append(_at_broker(delivery))
-            # By now nobody listens here: what is given back does not come again, out of order.
-            written = partial(_in_directory, settings.dead_letters, queue)
-            letters += await trio.to_thread.run_sync(written, abandon_on_cancel=True)
+                while len(letters) < MAX_LISTED and (delivery := await next_delivery(consumers, IDLE_TIMEOUT)):
+                    letters.append(_from_delivery(delivery))
+            # The consumer is closed by now: what is released is not delivered here again, out of order.
+            read = partial(_from_directory, settings.dead_letters, queue)
+            letters += await trio.to_thread.run_sync(read, abandon_on_cancel=True)
             yield letters
         finally:
-            with trio.move_on_after(RETURN_TIMEOUT, shield=True):
-                await _give_back(letters)
+            with trio.move_on_after(RELEASE_TIMEOUT, shield=True):
+                await _release(letters)
 
 
-async def _give_back(letters: Iterable[ListedLetter]) -> None:
+async def _release(letters: Iterable[DeadLetter]) -> None:
     for letter in letters:
         if isinstance(letter.place, Delivery):
-            with suppress(DeliveryLostError):  # then it is back already
+            with suppress(DeliveryLostError):  # then the broker has it back already
                 await letter.place.source.settle(letter.place, Settlement.RELEASE)
 
 
-async def _remove(letter: ListedLetter) -> None:
+async def _remove(letter: DeadLetter) -> None:
     if isinstance(letter.place, Delivery):
         await letter.place.source.settle(letter.place, Settlement.ACK)
     else:
@@ -166,32 +166,32 @@ def _unlink(path: Path) -> None:
         path.with_suffix(".body").unlink()
 
 
-def _at_broker(delivery: Delivery) -> ListedLetter:
-    said = delivery.headers.items()
-    facts = {name.removeprefix(dead_letters.PREFIX): value for name, value in said if name.startswith(dead_letters.PREFIX)}
-    return ListedLetter(delivery.message_id, facts, delivery.body, delivery)
+def _from_delivery(delivery: Delivery) -> DeadLetter:
+    prefix = dead_letters.PREFIX
+    facts = {name.removeprefix(prefix): value for name, value in delivery.headers.items() if name.startswith(prefix)}
+    return DeadLetter(delivery.message_id, facts, delivery.body, delivery)
 
 
-def _in_directory(directory: Path, queue: str) -> list[ListedLetter]:
+def _from_directory(directory: Path, queue: str) -> list[DeadLetter]:
     return [
-        ListedLetter(str(letter.facts.get("message_id", letter.path.stem)), letter.facts, letter.body, letter.path)
+        DeadLetter(str(letter.facts.get("message_id", letter.path.stem)), letter.facts, letter.body, letter.path)
         for letter in dead_letters.read(directory, queue)
     ]
 
 
-def _chosen(letters: Iterable[ListedLetter], queue: str, message_ids: frozenset[str]) -> list[ListedLetter]:
-    chosen = [letter for letter in letters if letter.message_id in message_ids]
-    if missing := sorted(message_ids - {letter.message_id for letter in chosen}):
+def _select(letters: Iterable[DeadLetter], queue: str, message_ids: frozenset[str]) -> list[DeadLetter]:
+    selected = [letter for letter in letters if letter.message_id in message_ids]
+    if missing := sorted(message_ids - {letter.message_id for letter in selected}):
         raise UsageError(f"{queue} has no dead letter {', '.join(missing)}: `trio-pilot dead-letters {queue}` lists them")
-    return chosen
+    return selected
 
 
-def _said(letter: ListedLetter) -> dict[str, Any]:
-    facts = {name: value for name, value in letter.facts.items() if name not in ABOUT_THE_MESSAGE}
+def _facts(letter: DeadLetter) -> dict[str, Any]:
+    facts = {name: value for name, value in letter.facts.items() if name not in BROKER_FACTS}
     return {"id": letter.message_id, **facts, **({"file": str(letter.place)} if isinstance(letter.place, Path) else {})}
 
 
-def _event(settings: Settings, letter: ListedLetter) -> dict[str, Any]:
+def _event(settings: Settings, letter: DeadLetter) -> dict[str, Any]:
     try:
         message = WIRES[settings.wire].decode(letter.body, settings.max_payload)
     except DecodeError as error:
@@ -199,12 +199,12 @@ def _event(settings: Settings, letter: ListedLetter) -> dict[str, Any]:
     return {"headers": message.headers, "data": message.data}
 
 
-def _table(letters: Iterable[ListedLetter]) -> Iterable[str]:
-    """Write a line a letter, in columns."""
-    rows = [[letter.message_id, *(_short(letter.facts.get(name, "")) for name in FACTS)] for letter in letters]
+def _table(letters: Iterable[DeadLetter]) -> Iterable[str]:
+    """Yield the lines of a table: a head, and a line for each dead letter."""
+    rows = [[letter.message_id, *(_short(letter.facts.get(name, "")) for name in COLUMNS)] for letter in letters]
     if not rows:
         return
-    rows.insert(0, ["ID", *map(str.upper, FACTS)])
+    rows.insert(0, ["ID", *map(str.upper, COLUMNS)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip()
@@ -212,4 +212,4 @@ def _table(letters: Iterable[ListedLetter]) -> Iterable[str]:
 
 def _short(value: object) -> str:
     text = " ".join(str(value).split())
-    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 1]}…"
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"

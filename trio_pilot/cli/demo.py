@@ -1,4 +1,4 @@
-"""`trio-pilot demo`: the main job on a small sky scan, with nothing but this machine."""
+"""`trio-pilot demo`: run a small sky scan on this machine alone, from sending its events to receiving their results."""
 
 import math
 import os
@@ -16,9 +16,9 @@ import trio
 from trio_pilot import log
 from trio_pilot.cli import demo_sky
 from trio_pilot.cli.exit_codes import SignalledError
-from trio_pilot.cli.receive import Receiving
-from trio_pilot.cli.run import serve_here
-from trio_pilot.cli.send import Sending
+from trio_pilot.cli.receive import Receiver
+from trio_pilot.cli.run import run_pilot
+from trio_pilot.cli.send import Sender
 from trio_pilot.cli.signals import run_until_signalled
 from trio_pilot.errors import PilotError
 from trio_pilot.files.data_directory import FORBIDDEN
@@ -28,11 +28,11 @@ from trio_pilot.runtimes.selection import choose
 from trio_pilot.settings import Settings, load
 
 EVENTS, RESULTS = "sky-scan-pixels", "sky-scan-results"
-BEST = 8  # pixels that are shown
+MAX_SHOWN = 8  # pixels, the best first
 
 
 class DemoError(PilotError):
-    """The demo has not come to its end."""
+    """The demo has ended without all results."""
 
 
 def demo(given: Mapping[str, Any]) -> int:
@@ -41,9 +41,9 @@ def demo(given: Mapping[str, Any]) -> int:
         with tempfile.TemporaryDirectory(prefix="trio-pilot-demo-", ignore_cleanup_errors=True) as directory:
             settings = _settings(given, Path(directory))
             log.set_up(settings.cl_log, settings.cl_log_third_party)
-            begun = time.perf_counter()
+            started = time.perf_counter()
             results = run_until_signalled(_scan, settings)
-            _show(results, time.perf_counter() - begun)
+            _show(results, time.perf_counter() - started)
     finally:
         end_strays()
     return 0
@@ -51,14 +51,14 @@ def demo(given: Mapping[str, Any]) -> int:
 
 def _settings(given: Mapping[str, Any], directory: Path) -> Settings:
     runtime = given.get("runtime", "auto")
-    task = _laid_out(directory)
-    hidden = list(_hidden([Path(sys.prefix), Path(sys.base_prefix), Path(sysconfig.get_path("stdlib")), task.parent]))
+    task = _write_task(directory)
+    hidden = list(_hidden_paths([Path(sys.prefix), Path(sys.base_prefix), Path(sysconfig.get_path("stdlib")), task.parent]))
     return load(
         {
             "max_concurrent_tasks": os.cpu_count(),
             "cl_log": "ERROR",
             **given,
-            "runtime": _chosen(hidden) if runtime == "auto" else runtime,
+            "runtime": _choose_runtime(hidden) if runtime == "auto" else runtime,
             "task_image": "/",
             "task_args": [sys.executable, "-I", "-S", str(task)],
             "external_directories": hidden,
@@ -76,16 +76,16 @@ def _settings(given: Mapping[str, Any], directory: Path) -> Settings:
     )
 
 
-def _laid_out(directory: Path) -> Path:
-    """Give the task's program a file of its own: ours may be in an archive."""
+def _write_task(directory: Path) -> Path:
+    """Write the program of the task to a file, and return its path: the installed one may be in an archive."""
     task = directory / "task" / "demo_task.py"
     task.parent.mkdir()
     task.write_bytes(resources.files(demo_sky.__package__).joinpath(task.name).read_bytes())
     return task
 
 
-def _hidden(paths: Iterable[Path]) -> Iterable[Path]:
-    """Find what a container of this machine's own root does not see, having a directory of its own there."""
+def _hidden_paths(paths: Iterable[Path]) -> Iterable[Path]:
+    """Return the paths that a container with this machine's root does not see: it has a directory of its own there."""
     found: list[Path] = []
     for path in [name for one in paths for name in (one.absolute(), one.resolve())]:
         is_hidden = path.parts[1:2] and path.parts[1] in bubblewrap.ITS_OWN
@@ -94,31 +94,31 @@ def _hidden(paths: Iterable[Path]) -> Iterable[Path]:
     return found
 
 
-def _chosen(hidden: Iterable[Path]) -> str:
-    """Take bubblewrap where it works, and may see our Python."""
+def _choose_runtime(hidden: Iterable[Path]) -> str:
+    """Return bubblewrap if it works, and can be given the paths of this Python; else process."""
     if any(path.resolve().is_relative_to(one) for path in hidden for one in FORBIDDEN):
         return "process"
     return trio.run(choose, "auto", "/", Options()).name
 
 
 async def _scan(settings: Settings) -> list[dict[str, Any]]:
-    """Send the events, serve them, receive the results."""
+    """Send the events, run a pilot for them, and return the results."""
     contained = "not contained at all" if settings.runtime == "process" else f"each in a container ({settings.runtime})"
     print(
         f"A simulated event, and {demo_sky.PIXELS} pixels of the sky that it may have come from: a task for each, "
         f"{settings.max_concurrent_tasks} at once, {contained}.",
         flush=True,
     )
-    await Sending(settings, EVENTS).send(demo_sky.events())
-    signalled = await serve_here(settings)
+    await Sender(settings, EVENTS).send(demo_sky.events())
+    signalled = await run_pilot(settings)
     if signalled:
         raise SignalledError(signalled)
     results: list[dict[str, Any]] = []
-    receiving = Receiving(settings, RESULTS, lambda _id, result: results.append(result))
+    receiver = Receiver(settings, RESULTS, lambda _id, result: results.append(result))
     with trio.move_on_after(settings.broker_patience):
-        await receiving.receive(demo_sky.PIXELS, idle=1)
+        await receiver.receive(demo_sky.PIXELS, idle=1)
     if sorted(result["pixel"] for result in results) != list(range(demo_sky.PIXELS)):
-        raise DemoError(f"{len(results)} results came for {demo_sky.PIXELS} pixels: please report this")
+        raise DemoError(f"{len(results)} results for {demo_sky.PIXELS} pixels: please report this")
     return results
 
 
@@ -126,7 +126,7 @@ def _show(results: list[dict[str, Any]], seconds: float) -> None:
     results.sort(key=lambda result: float(result["chi2"]))
     best = results[0]
     print(f"\n{'pixel':>5}  {'zenith':>7}  {'azimuth':>7}  {'chi²':>9}  {'above the best':>14}")
-    for result in results[:BEST]:
+    for result in results[:MAX_SHOWN]:
         zenith, azimuth = map(_degrees, demo_sky.pix2ang(demo_sky.NSIDE, result["pixel"]))
         print(f"{result['pixel']:>5}  {zenith}  {azimuth}  {result['chi2']:>9.1f}  {result['chi2'] - best['chi2']:>14.1f}")
     off = demo_sky.distance(demo_sky.pix2ang(demo_sky.NSIDE, best["pixel"]), demo_sky.TRUTH)

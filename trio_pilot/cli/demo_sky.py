@@ -1,7 +1,7 @@
-"""A simulated event in a detector, and the pixels of the sky that it may have come from.
+"""The events of the demo: one for each pixel of the sky from which a simulated wave in a detector may have come.
 
-A plane wave crosses the detector at the speed of light and is timed by each sensor. Which direction did it come from? Each
-pixel of a HEALPix map of the sky is a guess, and an event of its own in the queue; its task says how well the guess fits.
+A plane wave crosses the detector at the speed of light, and each sensor records its time. Each pixel of a HEALPix map of the
+sky is a possible direction of the wave; the task of its event computes how well that direction fits the recorded times.
 """
 
 import math
@@ -11,9 +11,9 @@ from typing import Any
 
 NSIDE = 4  # HEALPix resolution: 12 NSIDE² pixels
 PIXELS = 12 * NSIDE**2
-WIDTH = math.degrees(math.sqrt(4 * math.pi / PIXELS))  # degrees, if they were squares
+WIDTH = math.degrees(math.sqrt(4 * math.pi / PIXELS))  # degrees; the width of a square with the area of a pixel
 
-TRUTH = (1.13, 3.70)  # zenith and azimuth that the wave comes from: hidden from the tasks
+TRUTH = (1.13, 3.70)  # zenith and azimuth of the direction that the wave comes from; tasks do not know it
 SENSORS = 60
 SIZE = 500.0  # metres from the middle of the detector to its edge
 TIME_ERROR = 40.0  # nanoseconds
@@ -21,7 +21,7 @@ LIGHT = 0.299792458  # metres per nanosecond
 
 
 def pix2ang(nside: int, pixel: int) -> tuple[float, float]:
-    """Give zenith and azimuth of the middle of a pixel, in HEALPix's ring scheme (Górski et al. 2005, section 4.1)."""
+    """Return zenith and azimuth of the centre of a pixel, in HEALPix's ring scheme (Górski et al. 2005, section 4.1)."""
     polar, pixels = 2 * nside * (nside - 1), 12 * nside**2
     if polar <= pixel < pixels - polar:  # the belt: rings of 4 nside pixels, every other one shifted by half a pixel
         ring, place = divmod(pixel - polar, 4 * nside)
@@ -35,7 +35,7 @@ def pix2ang(nside: int, pixel: int) -> tuple[float, float]:
 
 
 def events() -> Iterator[dict[str, Any]]:
-    """Make an event for each pixel: its direction, and what the sensors have seen."""
+    """Yield an event for each pixel: its direction, and the times that the sensors recorded."""
     hits = _hits()
     for pixel in range(PIXELS):
         zenith, azimuth = pix2ang(NSIDE, pixel)
@@ -43,13 +43,13 @@ def events() -> Iterator[dict[str, Any]]:
 
 
 def distance(one: Sequence[float], other: Sequence[float]) -> float:
-    """Give the angle between two directions, in degrees."""
+    """Return the angle between two directions, in degrees."""
     cosine = sum(a * b for a, b in zip(_vector(*one), _vector(*other), strict=True))
     return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
 
 
 def _hits() -> list[list[float]]:
-    """Simulate: x, y and z (metres) of each sensor, and when (nanoseconds) the wave was there."""
+    """Return x, y and z (metres) of each sensor, and the simulated time (nanoseconds) of the wave there."""
     chance, source = random.Random(4), _vector(*TRUTH)  # noqa: S311 -- the same event each time
     hits = []
     for _ in range(SENSORS):

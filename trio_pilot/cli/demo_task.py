@@ -1,6 +1,6 @@
-"""The task of the demo: tell how well a wave from the middle of this pixel fits the times that the sensors saw.
+"""The task of the demo: compute how well a wave from the centre of a pixel fits the times that the sensors recorded.
 
-It knows nothing of trio-pilot: it reads EWMS_TASK_INFILE, and writes EWMS_TASK_OUTFILE.
+It does not import trio-pilot: it reads the file EWMS_TASK_INFILE, and writes the file EWMS_TASK_OUTFILE.
 """
 
 import json
@@ -12,7 +12,7 @@ LIGHT = 0.299792458  # metres per nanosecond
 
 
 def main() -> None:
-    """Compute chi-square, with the time at which the wave crosses the middle of the detector fitted."""
+    """Compute chi-square for the best time at which the wave may cross the middle of the detector."""
     event = json.loads(Path(os.environ["EWMS_TASK_INFILE"]).read_text())
     across = math.sin(event["zenith"])
     nx, ny, nz = across * math.cos(event["azimuth"]), across * math.sin(event["azimuth"]), math.cos(event["zenith"])

@@ -1,15 +1,15 @@
-"""Exit codes beside those of the errors themselves."""
+"""Exit codes other than those of PilotError and its subclasses."""
 
 import signal
 
-SOFTWARE_ERROR = 70  # sysexits.h, EX_SOFTWARE: a defect of ours
-SIGNALLED = 128  # the exit code of a command ended by a signal is this and its number, as shells say it
+SOFTWARE_ERROR = 70  # sysexits.h, EX_SOFTWARE: a defect of trio-pilot
+SIGNALLED = 128  # a command ended by signal N has the exit code 128 + N, as in shells
 
 
 class SignalledError(Exception):
-    """A signal has ended a command before its end."""
+    """A signal has ended a command early."""
 
-    def __init__(self, number: int, done: str = "") -> None:
-        how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
-        super().__init__(f"{how}: {done}" if done else how)
+    def __init__(self, number: int, summary: str = "") -> None:
+        reason = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+        super().__init__(f"{reason}: {summary}" if summary else reason)
         self.number = number

@@ -1,4 +1,4 @@
-"""The settings of a command that is started here and now."""
+"""Load the settings of a command from its flags, the environment and the working directory."""
 
 import os
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from trio_pilot.settings import Settings, environment, load, unknown_variables
 
 
 def load_settings(flags: Mapping[str, Any]) -> Settings:
-    """Put the settings together of flags, the environment and the files here, and begin to log. Raises SettingsError."""
+    """Return the settings, and set up logging by them. Raises SettingsError."""
     directory = Path.cwd()
     environ = environment(os.environ, directory)
     settings = load(flags, environ, directory)

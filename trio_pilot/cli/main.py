@@ -1,6 +1,6 @@
-"""The `trio-pilot` program: what it starts, and what becomes of errors.
+"""The `trio-pilot` program: run a command, print its errors, and exit with the code that the README lists.
 
-A pilot that finds all its settings in the environment, as EWMS starts it, has nothing to parse: it starts without cyclopts,
+A pilot whose settings are all in the environment, as EWMS starts it, has no arguments to parse: it starts without cyclopts,
 which takes half as long to import as Trio.
 """
 
@@ -25,32 +25,32 @@ from trio_pilot.errors import (
     reported_name,
 )
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what a disk says that takes no more
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a disk that is full or broken
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the command and exit: with the codes that the README lists, and with a line of text rather than a traceback."""
+    """Run the command and exit; an expected error is printed as a line of text, without a traceback."""
     code = SOFTWARE_ERROR
     try:
-        code = _called(sys.argv[1:] if argv is None else argv)
+        code = _run_command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except* PilotError as errors:
         found = list(leaves(errors))
-        code = _tell([_line(error) for error in found], found[0].exit_code)
+        code = _print_lines([_line(error) for error in found], found[0].exit_code)
     except* SignalledError as signals:
         number = next(leaves(signals)).number
-        code = _tell([f"trio-pilot: {error}" for error in leaves(signals)], SIGNALLED + number)
+        code = _print_lines([f"trio-pilot: {error}" for error in leaves(signals)], SIGNALLED + number)
     except* KeyboardInterrupt:
-        code = _tell(["trio-pilot: interrupted"], SIGNALLED + signal.SIGINT)
-    except* BrokenPipeError:  # `| head` has seen enough
-        _leave_stdout()
+        code = _print_lines(["trio-pilot: interrupted"], SIGNALLED + signal.SIGINT)
+    except* BrokenPipeError:  # the reader has gone, as in `| head`
+        _discard_stdout()
         code = SIGNALLED + signal.SIGPIPE
     except* Exception as errors:
-        code = _tell_of_others(next(leaves(errors)))
+        code = _print_unexpected(next(leaves(errors)))
     sys.exit(code)
 
 
-def _called(argv: Sequence[str]) -> int:
+def _run_command(argv: Sequence[str]) -> int:
     with map_exceptions({FileNotFoundError: NodeError}, "the working directory is gone; go to another"):
         Path.cwd()
     if list(argv) in ([], ["run"]):
@@ -63,27 +63,27 @@ def _called(argv: Sequence[str]) -> int:
     return call(argv)
 
 
-def _tell_of_others(error: Exception) -> int:
-    """Tell of an error that nobody has translated: one of stdout, which any command writes to, or a defect."""
-    if isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:
-        _leave_stdout()
-        return _tell([f"trio-pilot: cannot write to stdout: {error.strerror}"], NodeError.exit_code)
+def _print_unexpected(error: Exception) -> int:
+    """Print an error that is not a PilotError: stdout cannot be written to, which may happen to any command, or a defect."""
+    if isinstance(error, OSError) and error.errno in WRITE_ERRORS and error.filename is None:
+        _discard_stdout()
+        return _print_lines([f"trio-pilot: cannot write to stdout: {error.strerror}"], NodeError.exit_code)
     defect = "trio-pilot: this is a defect of trio-pilot; please report it with the lines above"
-    return _tell([traceback.format_exc(), defect], SOFTWARE_ERROR)
+    return _print_lines([traceback.format_exc(), defect], SOFTWARE_ERROR)
 
 
-def _leave_stdout() -> None:
-    """Have what is still to be written to stdout go nowhere: Python would try it once more at the exit, and complain."""
+def _discard_stdout() -> None:
+    """Discard what stdout still buffers: at exit Python would try to write it once more, and print a traceback."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _line(error: PilotError) -> str:
-    """Word an error as EWMS does where EWMS reads it, and for people elsewhere."""
+    """Return the line for an error: in the words of ewms-pilot for errors that EWMS reads."""
     if isinstance(error, TasksFailedError):
         return str(error)
     return f"{reported_name(error)}: {error}" if isinstance(error, ContainerRunError) else f"trio-pilot: {error}"
 
 
-def _tell(lines: Iterable[str], code: int) -> int:
+def _print_lines(lines: Iterable[str], code: int) -> int:
     log.finish(lines)
     return code

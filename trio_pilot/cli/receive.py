@@ -1,4 +1,4 @@
-"""`trio-pilot receive`: messages of a queue, to stdout or to a directory; acknowledged once they are written."""
+"""`trio-pilot receive`: write messages of a queue to stdout or to a directory; each is acknowledged once it is written."""
 
 import base64
 import json
@@ -7,6 +7,7 @@ import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import trio
 
 from trio_pilot.brokers import Consumer, Delivery, Settlement, open_source
 from trio_pilot.brokers.listening import next_delivery
-from trio_pilot.cli.signals import report, run_until_signalled
+from trio_pilot.cli.signals import print_summary, run_until_signalled
 from trio_pilot.errors import BrokerError, DecodeError, DeliveryLostError, NodeError, SettingsError, map_exceptions
 from trio_pilot.files.filesystem import exists, is_directory, write_all, write_durably
 from trio_pilot.files.task_directory import STDOUT
@@ -23,88 +24,103 @@ from trio_pilot.log import LOGGER
 from trio_pilot.settings import Settings
 from trio_pilot.wire import WIRES
 
-AHEAD = 64  # messages to have at hand while one is written
-GIVE_BACK_TIMEOUT = 1.0
-MOST_KNOWN = 100_000  # ids to remember; some 15 MB
+PREFETCH = 64  # messages that the broker sends ahead while one is written
+RELEASE_TIMEOUT = 1.0  # seconds
+MAX_SEEN = 100_000  # ids to remember; they take about 15 MB
 SUFFIXES = ".bin", ".txt", ".json"
 
-Write = Callable[[str, Any], None]  # takes the id of a message, and its data; may block
+Write = Callable[[str, Any], None]  # writes a message, given its id and its data; may block
 
 
-def receive(settings: Settings, queue: str, to: Path | None, count: int | None, idle: float, *, unique: bool = False) -> int:
-    """Receive until `count` messages are here, or none has come for `idle` seconds; `unique`: those of one id once."""
-    if not idle > 0:
-        raise SettingsError(f"--idle must be a number of seconds > 0, not {idle}")
-    if count is not None and count < 1:
-        raise SettingsError(f"--count must be an integer ≥ 1, not {count}")
-    if to:
-        if exists(to) and not is_directory(to):
-            raise SettingsError(f"--to must be a directory, and {to} is none")
-        with map_exceptions({OSError: NodeError}, f"cannot make the directory {to}"):
-            to.mkdir(parents=True, exist_ok=True)
-    known = Known(to) if unique else None
-    receiving = Receiving(settings, queue, partial(_to_directory, to) if to else _to_stdout, known)
-    with report(receiving.summary):
-        run_until_signalled(receiving.receive, count, idle)
+@dataclass(frozen=True)
+class ReceiveOptions:
+    """Which messages to receive, and where to write them."""
+
+    directory: Path | None = None  # none: stdout
+    count: int | None = None  # messages after which to end
+    idle: float = 1.0  # seconds without a message after which to end
+    unique: bool = False  # whether to drop messages whose id has been seen
+
+
+def receive(settings: Settings, queue: str, options: ReceiveOptions) -> int:
+    """Receive messages until there are `count` of them, or none has come for `idle` seconds."""
+    if not options.idle > 0:
+        raise SettingsError(f"--idle must be a number of seconds > 0, not {options.idle}")
+    if options.count is not None and options.count < 1:
+        raise SettingsError(f"--count must be an integer ≥ 1, not {options.count}")
+    directory = options.directory
+    if directory:
+        _make_directory(directory)
+    write = partial(_write_file, directory) if directory else _write_line
+    receiver = Receiver(settings, queue, write, SeenIds(directory) if options.unique else None)
+    with print_summary(receiver.summary):
+        run_until_signalled(receiver.receive, options.count, options.idle)
     return 0
 
 
-class Receiving:
-    """Receives the messages of a queue, has them written, and acknowledges each after that."""
+def _make_directory(directory: Path) -> None:
+    if exists(directory) and not is_directory(directory):
+        raise SettingsError(f"--to must be a directory, and {directory} is not one")
+    with map_exceptions({OSError: NodeError}, f"cannot make the directory {directory}"):
+        directory.mkdir(parents=True, exist_ok=True)
 
-    def __init__(self, settings: Settings, queue: str, write: Write, known: "Known | None" = None) -> None:
+
+class Receiver:
+    """Receives the messages of a queue, writes each, and then acknowledges it."""
+
+    def __init__(self, settings: Settings, queue: str, write: Write, seen: "SeenIds | None" = None) -> None:
         self.received = 0
         self._dropped = 0
-        self._known = known
+        self._seen = seen
         self._address = settings.at_broker(queue)
         self._patience = settings.broker_patience
-        self._most = settings.max_payload
+        self._max_size = settings.max_payload
         self._wire = WIRES[settings.wire]
         self._write = write
 
     def summary(self) -> str:
-        """Say what was done."""
-        dropped = f", {self._dropped} duplicate(s) dropped" if self._known else ""
+        """Return a line with the numbers of messages."""
+        dropped = f", {self._dropped} duplicate(s) dropped" if self._seen else ""
         return f"{self.received} message(s) received from {self._address.queue}{dropped}"
 
     async def receive(self, count: int | None, idle: float) -> None:
-        """Receive `count` messages, or until none has come for `idle` seconds."""
+        """Receive messages until there are `count` of them, or none has come for `idle` seconds."""
         async with (
             open_source(self._address, lambda seconds: seconds < self._patience) as source,
-            source.consume(min(AHEAD, count or AHEAD)) as consumer,
+            source.consume(min(PREFETCH, count or PREFETCH)) as consumer,
         ):
             consumers: deque[Consumer] = deque([consumer])
             while self.received != count and (delivery := await next_delivery(consumers, idle)):
                 try:
                     await self._take(delivery)
                 except DeliveryLostError as error:
-                    LOGGER.warning("message %s was received, and may come again: %s", delivery.message_id, error)
+                    LOGGER.warning("message %s was received, but may come again: %s", delivery.message_id, error)
                 except BaseException:
-                    await _give_back(delivery)
+                    await _release(delivery)
                     raise
 
     async def _take(self, delivery: Delivery) -> None:
-        if self._known and delivery.named and delivery.message_id in self._known:
+        if self._seen and delivery.named and delivery.message_id in self._seen:
             await delivery.source.settle(delivery, Settlement.ACK)
             self._dropped += 1
             return
         try:
-            message = self._wire.decode(delivery.body, self._most)
+            message = self._wire.decode(delivery.body, self._max_size)
         except DecodeError as error:
-            LOGGER.warning("message %s is set aside: %s", delivery.message_id, error)
+            LOGGER.warning("message %s is set aside as a dead letter: %s", delivery.message_id, error)
             await delivery.source.settle(delivery, Settlement.DEAD_LETTER, str(error), type(error).__name__)
             return
-        # Who reads from us may have stopped: then the thread is left behind.
+        # The reader of stdout may have stopped reading: when cancelled, the thread that waits for it is abandoned.
         write = partial(self._write, delivery.message_id, message.data)
         await trio.to_thread.run_sync(write, abandon_on_cancel=True)
-        if self._known:
-            self._known.add(delivery.message_id)
+        if self._seen:
+            self._seen.add(delivery.message_id)
         await delivery.source.settle(delivery, Settlement.ACK)
         self.received += 1
 
 
-class Known:
-    """The ids of messages that were received: the last of them, and those that have a file in a directory."""
+class SeenIds:
+    """The ids of messages received before: the latest of them, and those that have a file in a directory."""
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
@@ -116,23 +132,23 @@ class Known:
         )
 
     def add(self, message_id: str) -> None:
-        """Know one more."""
+        """Add the id of a message."""
         self._ids[message_id] = None
-        if len(self._ids) > MOST_KNOWN:
+        if len(self._ids) > MAX_SEEN:
             self._ids.popitem(last=False)
 
     def _files(self, name: str) -> Iterator[Path]:
         return (self._directory / f"{name}{suffix}" for suffix in SUFFIXES) if self._directory else iter(())
 
 
-async def _give_back(delivery: Delivery) -> None:
-    """Give a message back at once; the broker would take it back in any case when we are gone."""
-    with trio.move_on_after(GIVE_BACK_TIMEOUT, shield=True), suppress(BrokerError):
+async def _release(delivery: Delivery) -> None:
+    """Release a message now; when the connection is closed the broker takes it back in any case."""
+    with trio.move_on_after(RELEASE_TIMEOUT, shield=True), suppress(BrokerError):
         await delivery.source.settle(delivery, Settlement.RELEASE)
 
 
-def _to_stdout(_message_id: str, data: Any) -> None:
-    """Write a line. Past sys.stdout, whose lock would be held at exit by a thread that waits in it."""
+def _write_line(_message_id: str, data: Any) -> None:
+    """Write a line to stdout. Not by sys.stdout: a thread that waits in it would hold its lock at exit."""
     line = json.dumps(_base64(data) if isinstance(data, bytes) else data).encode() + b"\n"
     try:
         write_all(STDOUT, line)
@@ -142,22 +158,22 @@ def _to_stdout(_message_id: str, data: Any) -> None:
         raise NodeError(f"cannot write to stdout: {error.strerror}") from error
 
 
-def _to_directory(to: Path, message_id: str, data: Any) -> None:
-    with map_exceptions({OSError: NodeError}, f"cannot write to {to}"):
-        suffix, content = _file(data)
+def _write_file(directory: Path, message_id: str, data: Any) -> None:
+    with map_exceptions({OSError: NodeError}, f"cannot write to {directory}"):
+        suffix, content = _file_content(data)
         stem = _stem(message_id) or uuid.uuid4().hex
-        path = to / f"{stem}{suffix}"
+        path = directory / f"{stem}{suffix}"
         if not path.exists():
             write_durably(path, content)
-        elif path.read_bytes() != content:  # another message of the same name; no file is ever written over
-            write_durably(to / f"{stem}-{uuid.uuid4().hex}{suffix}", content)
+        elif path.read_bytes() != content:  # another message with the same id; no file is ever overwritten
+            write_durably(directory / f"{stem}-{uuid.uuid4().hex}{suffix}", content)
 
 
 def _stem(message_id: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", message_id)[:100].lstrip(".")
 
 
-def _file(data: Any) -> tuple[str, bytes]:
+def _file_content(data: Any) -> tuple[str, bytes]:
     if isinstance(data, bytes):
         return ".bin", data
     if isinstance(data, str):

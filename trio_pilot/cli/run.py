@@ -1,4 +1,4 @@
-"""`trio-pilot run`: the pilot."""
+"""`trio-pilot run`: run the pilot."""
 
 import gc
 import os
@@ -23,19 +23,19 @@ from trio_pilot.status import Status
 
 
 def run(settings: Settings) -> int:
-    """Run the pilot to its end, and give the exit code; see `trio_pilot.pilot.serve.serve` for what it raises."""
+    """Run the pilot to its end, and return the exit code. Raises what `trio_pilot.pilot.serve.serve` raises."""
     settings.check_complete()
-    gc.freeze()  # what is imported by now is here to stay: not to be looked at again and again
+    gc.freeze()  # modules imported by now stay until the end: the collector need not visit them again and again
     try:
-        ended_by = trio.run(serve_here, settings)
+        ended_by = trio.run(run_pilot, settings)
     finally:
         end_strays()
     return SIGNALLED + ended_by if ended_by else 0
 
 
-async def serve_here(settings: Settings) -> int | None:
-    """Serve with the brokers, the runtime and the signals of this process; give the signal that ended it, if one did."""
-    settings, status = _in_this_slot(settings), Status()
+async def run_pilot(settings: Settings) -> int | None:
+    """Run a pilot with the brokers and the runtime of the settings; return the signal that ended it, or None."""
+    settings, status = _fit_to_allocation(settings), Status()
     patience = patience_of(settings, status)
     parts = Parts(
         open_guardian(),
@@ -52,8 +52,8 @@ async def serve_here(settings: Settings) -> int | None:
                 LOGGER.info(line)
 
 
-def _in_this_slot(settings: Settings) -> Settings:
-    """Give tasks their shares of the slot, and of its time."""
+def _fit_to_allocation(settings: Settings) -> Settings:
+    """Return settings in which tasks have their shares of the job's resources and time."""
     end = find_end(settings, os.environ, time.time())
     if end:
         LOGGER.info("this slot ends at %s", end)
@@ -63,5 +63,5 @@ def _in_this_slot(settings: Settings) -> Settings:
 
 
 def patience_of(settings: Settings, status: Status) -> Patience:
-    """Wait for a broker without end while tasks run, or are sent: their outputs are worth more than the slot."""
+    """Return a Patience without limit while tasks run or outputs are sent: they are worth more than the slot."""
     return lambda seconds: seconds < settings.broker_patience or status.slots.at_hand.value > 0

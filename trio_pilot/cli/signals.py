@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, for the commands that are not the pilot itself: what they do is cancelled, and tidied up."""
+"""Cancel a command on Ctrl-C or SIGTERM, so that it cleans up. The pilot itself handles signals in its own way."""
 
 import signal
 import sys
@@ -15,38 +15,38 @@ Ts = TypeVarTuple("Ts")
 
 
 def run_until_signalled(function: Callable[[*Ts], Awaitable[T]], *arguments: *Ts) -> T:
-    """Run an async function under Trio; SIGINT and SIGTERM cancel it, and are raised as SignalledError."""
+    """Run an async function under Trio. SIGINT and SIGTERM cancel it, and SignalledError is raised."""
     return trio.run(_until_signalled, function, arguments)
 
 
 @contextmanager
-def report(done: Callable[[], str]) -> Iterator[None]:
-    """Say in the end what was done, in the line of the signal if it was one that ended it."""
+def print_summary(summary: Callable[[], str]) -> Iterator[None]:
+    """Print a summary to stderr at the end; after a signal it is part of the SignalledError instead."""
     try:
         yield
     except SignalledError as error:
-        raise SignalledError(error.number, done()) from None
+        raise SignalledError(error.number, summary()) from None
     except BaseException:
-        print(done(), file=sys.stderr)
+        print(summary(), file=sys.stderr)
         raise
-    print(done(), file=sys.stderr)
+    print(summary(), file=sys.stderr)
 
 
 async def _until_signalled(function: Callable[[*Ts], Awaitable[T]], arguments: tuple[*Ts]) -> T:
-    work, heard = trio.CancelScope(), list[int]()
+    work, received = trio.CancelScope(), list[int]()
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_heed, signals, heard, work)
+            nursery.start_soon(_cancel_on_signal, signals, received, work)
             with work:
                 result = await function(*arguments)
             nursery.cancel_scope.cancel()
     if work.cancelled_caught:
-        raise SignalledError(heard[0])
+        raise SignalledError(received[0])
     return result
 
 
-async def _heed(signals: AsyncIterable[int], heard: list[int], work: trio.CancelScope) -> None:
-    # All of them are read: those that are not would be delivered again at the end.
+async def _cancel_on_signal(signals: AsyncIterable[int], received: list[int], work: trio.CancelScope) -> None:
+    # Every signal is read: those that are not would be delivered again when the receiver is closed.
     async for number in signals:
-        heard.append(number)
+        received.append(number)
         work.cancel()

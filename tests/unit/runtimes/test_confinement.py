@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.control_groups import NoGroups
-from trio_pilot.cli import check
+from trio_pilot.cli.check_containers import check_limits
+from trio_pilot.cli.check_finding import SkippedError
 from trio_pilot.errors import NodeError
 from trio_pilot.processes import cgroups
 from trio_pilot.processes.cgroup_hierarchies import Hierarchy, hierarchies
@@ -156,14 +157,14 @@ async def test_check_tells_of_a_limit_that_nobody_enforces(monkeypatch: pytest.M
     settings = Settings(runtime="process", task_pids=5, task_memory=2**30)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     with pytest.raises(NodeError, match=r"^--task-pids: not enforced: there is no control group"):
-        await check._limits(settings)
+        await check_limits(settings)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert (await check._limits(settings)).startswith("memory: rlimit, the address space of each process for itself (")
+    assert (await check_limits(settings)).startswith("memory: rlimit, the address space of each process for itself (")
 
 
 async def test_check_has_nothing_to_tell_without_limits() -> None:
-    with pytest.raises(check.UntoldError):
-        await check._limits(Settings(runtime="process"))
+    with pytest.raises(SkippedError):
+        await check_limits(Settings(runtime="process"))
 
 
 def test_who_runs_in_the_same_group_is_told_by_descent() -> None:

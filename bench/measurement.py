@@ -1,4 +1,4 @@
-"""What all measurements share: the server that they use, and the report that they end with."""
+"""What all measurements share: making a report, opening the runtimes to measure, and printing progress."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -14,15 +14,17 @@ from tests.support.servers import ERLANG_FLAGS
 
 
 def report(name: str, figures: list[Figure], plan: Any, server: RabbitServer, **programs: str) -> Report:
-    """Make the report of a measurement: with its plan, and how the server was run."""
+    """Return the report of a measurement, with its plan, the versions of programs, and how the server was run."""
     broker = {"erlang": ERLANG_FLAGS, "queues": "quorum, one node", "cores": "those of the pilot and its tasks"}
     settings = {"plan": asdict(plan), "rabbitmq": broker}
     known = {name: version for name, version in programs.items() if version}
     return Report(name, figures, settings, versions(rabbitmq=server.version, **known))
 
 
-def of_runtimes(names: Iterable[str], measure: Callable[[Runtime], Iterable[Figure]]) -> tuple[list[Figure], dict[str, str]]:
-    """Measure with each of these runtimes that can be had; give the figures, and the runtimes' versions."""
+def measure_runtimes(
+    names: Iterable[str], measure: Callable[[Runtime], Iterable[Figure]]
+) -> tuple[list[Figure], dict[str, str]]:
+    """Measure with each of these runtimes that is available; return the figures, and the versions of the runtimes."""
     figures: list[Figure] = []
     versions = {}
     for name in names:
@@ -35,12 +37,12 @@ def of_runtimes(names: Iterable[str], measure: Callable[[Runtime], Iterable[Figu
 
 @contextmanager
 def runtime_or_none(name: str) -> Iterator[Runtime | None]:
-    """Have a runtime, or say why it is left out."""
+    """Open a runtime; if it is not available, yield None and print the reason."""
     try:
         opened = open_runtime(name)
         runtime = opened.__enter__()
     except UnavailableError as error:
-        say(f"left out: {name}: {error}")
+        print_progress(f"left out: {name}: {error}")
         yield None
         return
     try:
@@ -49,6 +51,6 @@ def runtime_or_none(name: str) -> Iterator[Runtime | None]:
         opened.__exit__(None, None, None)
 
 
-def say(words: str) -> None:
-    """Say how far it is."""
-    print(words, file=sys.stderr, flush=True)
+def print_progress(line: str) -> None:
+    """Print a line about the progress of a measurement to stderr."""
+    print(line, file=sys.stderr, flush=True)

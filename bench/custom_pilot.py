@@ -1,4 +1,4 @@
-"""A pilot with some of its parts exchanged, in a process of its own; the rest is as `trio-pilot run` puts it together."""
+"""A pilot with some of its parts replaced, in a process of its own; the rest is put together as by `trio-pilot run`."""
 
 import json
 import os
@@ -24,32 +24,32 @@ Sources = AbstractAsyncContextManager[list[Source]]
 Sinks = AbstractAsyncContextManager[list[Sink]]
 
 
-def settings(file: str) -> Settings:
-    """Read the settings that are given in a file; each task has its share of this machine."""
+def read_settings(file: str) -> Settings:
+    """Return the settings in a file; each task has its share of this machine."""
     return fitted(load(json.loads(Path(file).read_text()), {}, Path.cwd()), find_allocation(os.environ))
 
 
-def as_it_is(part: T) -> T:
-    """Exchange nothing."""
+def unchanged(part: T) -> T:
+    """Return a part of the pilot as it is."""
     return part
 
 
-def run(
+def run_pilot(
     settings: Settings,
-    guard: AbstractAsyncContextManager[Guardian],
+    guardian: AbstractAsyncContextManager[Guardian],
     runtime: AbstractAsyncContextManager[Runtime],
-    sources: Callable[[Sources], Sources] = as_it_is,
-    sinks: Callable[[Sinks], Sinks] = as_it_is,
+    replace_sources: Callable[[Sources], Sources] = unchanged,
+    replace_sinks: Callable[[Sinks], Sinks] = unchanged,
 ) -> None:
-    """Serve until SIGTERM with this guard and runtime, and what is made of the sources and sinks that the settings name."""
+    """Run a pilot until SIGTERM, with this guardian and runtime, and with the sources and sinks replaced."""
 
-    async def serve_here() -> None:
-        incoming = sources(open_sources(settings.incoming(), lambda _: False))
-        outgoing = sinks(open_sinks(settings.outgoing(), lambda _: False))
+    async def run() -> None:
+        sources = replace_sources(open_sources(settings.incoming(), lambda _: False))
+        sinks = replace_sinks(open_sinks(settings.outgoing(), lambda _: False))
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
-            await serve(settings, Parts(guard, nullcontext(), runtime, incoming, outgoing), signals, Status())
+            await serve(settings, Parts(guardian, nullcontext(), runtime, sources, sinks), signals, Status())
 
     try:
-        trio.run(serve_here)
+        trio.run(run)
     finally:
         end_strays()
