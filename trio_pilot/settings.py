@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trio_pilot.brokers import DEAD_LETTERS, KINDS, LONGEST_LEASE, QueueAddress
+from trio_pilot.brokers import DEAD_LETTERS, LONGEST_LEASE, QueueAddress
+from trio_pilot.brokers.kinds import EXAMPLES, KINDS, kind_of
 from trio_pilot.errors import SettingsError, map_exceptions
 from trio_pilot.parsing import (
     Parse,
@@ -107,7 +108,7 @@ class Settings:
     broker: str = setting(
         "",
         text,
-        "address of the broker of queues that name none: amqp://HOST, nats://HOST, pulsar://HOST, or a queue file",
+        f"address of the broker of queues that name none: {EXAMPLES}, or a queue file",
         secret=True,
     )
     broker_token: str = setting(
@@ -300,33 +301,10 @@ class Settings:
         return values * count if len(values) == 1 else values
 
     def _queue_address(self, queue: str, kind: str, address: str, token: str) -> QueueAddress:
-        kind = kind or _kind_of_broker(address)
+        broker = KINDS[kind] if kind else kind_of(address)
         with map_exceptions({UnicodeEncodeError: SettingsError}, f"a queue's name must be UTF-8, not {queue!r}"):
             queue.encode()
-        return QueueAddress(queue, kind, address or ("" if kind == "local" else "localhost"), token, self.dead_letters)
-
-
-SCHEMES = {
-    "amqp": "rabbitmq",
-    "amqps": "rabbitmq",
-    "nats": "nats",
-    "tls": "nats",
-    "pulsar": "pulsar",
-    "pulsar+ssl": "pulsar",
-}
-
-
-def _kind_of_broker(address: str) -> str:
-    """Tell the kind of a broker by its address, where nothing else does: a queue file is local."""
-    if "://" in address:
-        scheme = address.partition("://")[0].lower()
-        if scheme not in SCHEMES:
-            raise SettingsError(
-                f"a broker's address must begin with amqp://, nats:// or pulsar://, or be a queue file, not begin with {scheme}://"
-            )
-        return SCHEMES[scheme]
-    is_file = not address or address.startswith(("/", ".", "~")) or address.endswith((".sqlite", ".db"))
-    return "local" if is_file else "rabbitmq"
+        return QueueAddress(queue, broker.name, address or broker.default_address, token, self.dead_letters)
 
 
 FIELDS: Mapping[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(Settings)}
