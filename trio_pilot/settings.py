@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trio_pilot.brokers import DEAD_LETTERS, KINDS, LONGEST_LEASE, QueueAddress
+from trio_pilot.brokers import DEAD_LETTERS, LONGEST_LEASE, QueueAddress
+from trio_pilot.brokers.kinds import EXAMPLES, KINDS, kind_of
 from trio_pilot.errors import SettingsError, map_exceptions
 from trio_pilot.parsing import (
     Parse,
@@ -110,7 +111,9 @@ class Settings:
 
     queue_incoming: tuple[str, ...] = setting("", queues, "name of the incoming queue (events); several are joined by `;`")
     queue_incoming_auth_token: tuple[str, ...] = setting("", queues, "token of the incoming queue", secret=True)
-    queue_incoming_broker_type: tuple[str, ...] = setting("", each(one_of(*KINDS)), f"its broker: {', '.join(KINDS)}")
+    queue_incoming_broker_type: tuple[str, ...] = setting(
+        "", each(one_of(*KINDS)), f"broker type of the incoming queue: {', '.join(KINDS)}"
+    )
     queue_incoming_broker_address: tuple[str, ...] = setting(
         "", queues, "address of the broker of the incoming queue", secret=True
     )
@@ -118,14 +121,16 @@ class Settings:
         "", queues, "name of the outgoing queue (outputs); of several, joined by `;`, each gets every output"
     )
     queue_outgoing_auth_token: tuple[str, ...] = setting("", queues, "token of the outgoing queue", secret=True)
-    queue_outgoing_broker_type: tuple[str, ...] = setting("", each(one_of(*KINDS)), f"its broker: {', '.join(KINDS)}")
+    queue_outgoing_broker_type: tuple[str, ...] = setting(
+        "", each(one_of(*KINDS)), f"broker type of the outgoing queue: {', '.join(KINDS)}"
+    )
     queue_outgoing_broker_address: tuple[str, ...] = setting(
         "", queues, "address of the broker of the outgoing queue", secret=True
     )
     broker: str = setting(
         "",
         text,
-        "broker of queues without an address of their own: amqp://HOST, nats://HOST, pulsar://HOST, or a queue file",
+        f"broker of queues without an address of their own: {EXAMPLES}, or a queue file",
         secret=True,
     )
     broker_token: str = setting(
@@ -355,33 +360,10 @@ class Settings:
         return values * count if len(values) == 1 else values
 
     def _queue_address(self, queue: str, kind: str, address: str, token: str) -> QueueAddress:
-        kind = kind or _kind_of_broker(address)
+        broker = KINDS[kind] if kind else kind_of(address)
         with map_exceptions({UnicodeEncodeError: SettingsError}, f"a queue's name must be UTF-8, not {queue!r}"):
             queue.encode()
-        return QueueAddress(queue, kind, address or ("" if kind == "local" else "localhost"), token, self.dead_letters)
-
-
-SCHEMES = {
-    "amqp": "rabbitmq",
-    "amqps": "rabbitmq",
-    "nats": "nats",
-    "tls": "nats",
-    "pulsar": "pulsar",
-    "pulsar+ssl": "pulsar",
-}
-
-
-def _kind_of_broker(address: str) -> str:
-    """Tell the kind of a broker by its address, where nothing else does: a queue file is local."""
-    if "://" in address:
-        scheme = address.partition("://")[0].lower()
-        if scheme not in SCHEMES:
-            raise SettingsError(
-                f"a broker's address must begin with amqp://, nats:// or pulsar://, or be a queue file, not begin with {scheme}://"
-            )
-        return SCHEMES[scheme]
-    is_file = not address or address.startswith(("/", ".", "~")) or address.endswith((".sqlite", ".db"))
-    return "local" if is_file else "rabbitmq"
+        return QueueAddress(queue, broker.name, address or broker.default_address, token, self.dead_letters)
 
 
 FIELDS: Mapping[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(Settings)}

@@ -16,7 +16,8 @@ from tests.support.gate import Gate
 from tests.support.pilot_process import assert_nothing_left, pilot
 from tests.support.servers import RabbitServer
 from tests.support.services import open_rabbitmq
-from trio_pilot.brokers import Settlement, rabbitmq_connection
+from trio_pilot.brokers import Settlement
+from trio_pilot.brokers.rabbitmq_connection import RabbitTimeouts
 from trio_pilot.wire import EwmsWire, Message
 
 
@@ -116,9 +117,9 @@ async def test_a_pilot_told_to_end_while_its_outputs_wait_gives_their_events_bac
 
 
 async def test_a_broker_in_need_is_not_hung_up_on_for_giving_no_answers(
-    broker: Rabbit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, alarm: Alarm
+    broker: Rabbit, caplog: pytest.LogCaptureFixture, alarm: Alarm
 ) -> None:
-    monkeypatch.setattr(rabbitmq_connection, "ANSWER_TIMEOUT", 0.5)
+    broker.timeouts = RabbitTimeouts(answer=0.5)
     queue = new_name()
     await send_all(broker, queue, b"a", b"b")
     async with broker.source(queue) as source, source.consume(2) as consumer, trio.open_nursery() as nursery:

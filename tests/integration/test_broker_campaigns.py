@@ -19,7 +19,7 @@ from tests.support.brokers import Nats, Rabbit, new_name
 from tests.support.pilot_process import COMMAND, assert_nothing_left, environment, pilot
 from tests.support.services import open_rabbitmq
 from trio_pilot.brokers.nats import place_of
-from trio_pilot.brokers.reconnecting import RETRY_DELAY_MOST
+from trio_pilot.brokers.reconnecting import Timeouts
 from trio_pilot.wire import EwmsWire, Message
 
 RESUME = 15.0  # seconds from a broker that is there again to events that flow again
@@ -226,11 +226,10 @@ async def test_a_task_that_takes_longer_than_the_server_likes_is_run_once_and_it
 
 
 def test_a_restarting_broker_is_given_time_by_a_thousand_pilots() -> None:
-    from trio_pilot.brokers.reconnecting import _retry_delay
-
+    timeouts = Timeouts()
     for failures in range(1, 12):
-        delays = sorted(_retry_delay(failures) for _ in range(1000))
-        most = min(0.5 * 2 ** (failures - 1), RETRY_DELAY_MOST)
+        delays = sorted(timeouts.retry_delay(failures) for _ in range(1000))
+        most = min(0.5 * 2 ** (failures - 1), timeouts.most_retry)
         assert most / 2 <= delays[0] <= delays[-1] <= most
         # No tenth of the time sees more than a third of them.
         tenths = Counter(int(delay / (most / 20)) for delay in delays)

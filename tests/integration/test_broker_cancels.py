@@ -52,7 +52,7 @@ async def check_that_it_consumes_anew(broker: Rabbit, directory: Path, kind: str
         await eventually(lambda: gate.begun() == 1)
         fault(queue)
         await send_all(broker, queue, EwmsWire().encode(Message({"event": "new"})))
-        await eventually(lambda: "the server has cancelled our consumer" in said.read_text())
+        await eventually(lambda: "the server has cancelled the consumer" in said.read_text())
         gate.open()
         await eventually(lambda: child.poll() is not None)
     assert child.returncode == 0, said.read_text()

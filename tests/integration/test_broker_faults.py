@@ -30,8 +30,9 @@ from tests.support.gate import Gate
 from tests.support.paths import WIRE_SAMPLES
 from tests.support.pilot_process import Ended, assert_nothing_left, pilot, run_pilot
 from tests.support.servers import RabbitServer, free_port
-from trio_pilot.brokers import Delivery, Settlement, rabbitmq_connection
-from trio_pilot.brokers.rabbitmq_connection import ClosedError
+from trio_pilot.brokers import Delivery, Settlement
+from trio_pilot.brokers.rabbitmq_connection import RabbitTimeouts
+from trio_pilot.brokers.rabbitmq_errors import ClosedError
 from trio_pilot.errors import BrokerError, DeliveryLostError
 from trio_pilot.wire import EwmsWire, Message
 
@@ -79,10 +80,8 @@ async def test_a_host_that_has_no_address_is_one_clear_line(broker: Rabbit) -> N
     assert "no-such-host.invalid cannot be reached" in str(error)
 
 
-async def test_a_server_that_never_answers_has_until_the_connect_timeout(
-    broker: Rabbit, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rabbitmq_connection, "CONNECT_TIMEOUT", 1)
+async def test_a_server_that_never_answers_has_until_the_connect_timeout(broker: Rabbit) -> None:
+    broker.timeouts = RabbitTimeouts(connect=1)
     async with proxies.server(proxies.silence) as address:
         begun = trio.current_time()
         error = await failure_of(broker.source("q", little_patience, server=address))
@@ -102,9 +101,9 @@ async def test_a_server_that_never_answers_does_not_hold_up_who_stops_waiting(br
 
 @pytest.mark.parametrize("language", [proxies.speak_http, proxies.speak_amqp_1, proxies.speak_ssh])
 async def test_a_server_that_speaks_something_else_is_one_clear_line(
-    broker: Rabbit, language: Callable[[trio.SocketStream], AsyncIterator[None]], monkeypatch: pytest.MonkeyPatch
+    broker: Rabbit, language: Callable[[trio.SocketStream], AsyncIterator[None]]
 ) -> None:
-    monkeypatch.setattr(rabbitmq_connection, "CONNECT_TIMEOUT", 1)
+    broker.timeouts = RabbitTimeouts(connect=1)
     async with proxies.server(language) as address:  # type: ignore[arg-type]
         with trio.fail_after(6):
             error = await failure_of(broker.source("q", little_patience, server=address))
@@ -214,12 +213,8 @@ async def test_a_cut_connection_is_made_again_and_what_waits_is_sent_and_what_wa
         await nothing_comes(consumer)
 
 
-async def test_no_moment_to_cut_the_connection_loses_a_message(
-    broker: Rabbit, queue: str, proxy: proxies.Proxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from trio_pilot.brokers import reconnecting as module
-
-    monkeypatch.setattr(module, "RETRY_DELAY", 0.01)
+async def test_no_moment_to_cut_the_connection_loses_a_message(broker: Rabbit, queue: str, proxy: proxies.Proxy) -> None:
+    broker.timeouts = RabbitTimeouts(retry=0.01)
     sent: list[int] = []
     received: set[int] = set()
 
@@ -389,7 +384,7 @@ async def test_a_body_that_is_no_event_stops_the_pilot_that_was_told_so_and_stay
 @pytest.mark.parametrize(
     ("address", "token", "says"),
     [
-        ("nobody@{server}", "wrong", "refuses our user and password"),
+        ("nobody@{server}", "wrong", "refuses the user and password"),
         ("{server}/nowhere", "", "nowhere"),
         ("127.0.0.1:{closed}", "", "cannot be reached"),
         ("{silent}", "", "cannot be reached"),
@@ -409,7 +404,7 @@ async def test_a_broker_that_cannot_be_used_is_a_clear_last_line_and_exit_code_3
     assert says in ended.last_line
     assert "Traceback" not in ended.stderr
     assert not token or token not in ended.stderr
-    assert trio.current_time() - begun < rabbitmq_connection.CONNECT_TIMEOUT + 10
+    assert trio.current_time() - begun < RabbitTimeouts().connect + 10
     assert_nothing_left(directory)
 
 

@@ -79,7 +79,7 @@ def test_queues_at_rabbitmq_are_found_without_taking_messages(check: Check, rabb
 def test_a_wrong_password_is_reported_and_not_shown(check: Check, rabbitmq: RabbitServer) -> None:
     found = check(QUEUE_INCOMING_BROKER_ADDRESS=f"amqp://guest:hunter2@{rabbitmq.address}")
     assert found[0] == 3
-    assert "refuses our user and password, or token" in facts(found, "incoming")[0]
+    assert "refuses the user and password, or token" in facts(found, "incoming")[0]
     assert "hunter2" not in str(found)
 
 

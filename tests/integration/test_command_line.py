@@ -17,6 +17,7 @@ import trio
 from tests.support.servers import RabbitServer
 from tests.unit.test_readme import shell_blocks
 from trio_pilot.brokers import QueueAddress, local
+from trio_pilot.brokers.addresses import DEFAULT_FILE
 from trio_pilot.wire import EwmsWire, Message
 
 TRIO_PILOT = (sys.executable, "-m", "trio_pilot")
@@ -207,7 +208,7 @@ def test_events_before_a_bad_line_are_sent_and_counted(command: Run) -> None:
 def test_receive_unique_drops_messages_with_an_earlier_id(command: Run, tmp_path: Path) -> None:
     def put(*names: str) -> None:
         async def send() -> None:
-            async with local.open_sink(QueueAddress("q", "local", str(tmp_path / local.DEFAULT_FILE))) as sink:
+            async with local.open_sink(QueueAddress("q", "local", str(tmp_path / DEFAULT_FILE))) as sink:
                 for name in names:
                     await sink.send(EwmsWire().encode(Message(name)), name)
 

@@ -26,11 +26,15 @@ from trio_pilot.brokers import (
     Sink,
     Source,
     dead_letter_queue,
-    open_sink,
-    open_source,
+    local,
+    rabbitmq,
 )
+from trio_pilot.brokers import nats as nats_broker
+from trio_pilot.brokers import pulsar as pulsar_broker
 from trio_pilot.brokers.nats import place_of
-from trio_pilot.brokers.pulsar_connection import SUBSCRIPTION
+from trio_pilot.brokers.nats_connection import NatsTimeouts
+from trio_pilot.brokers.pulsar_connection import SUBSCRIPTION, PulsarTimeouts
+from trio_pilot.brokers.rabbitmq_connection import RabbitTimeouts
 from trio_pilot.errors import PilotError
 from trio_pilot.testing import FakeBroker
 
@@ -48,7 +52,8 @@ def patient(seconds: float) -> bool:
 
 
 class Broker(Protocol):
-    counts_losses: bool  # what was delivered, and came back because its consumer was gone, counts as an attempt
+    counts_losses: bool  # a delivery that came back because its consumer was gone counts as an attempt
+    keeps_unsent: bool  # it may keep a message that it was about to send, until the connection of the consumer is closed
 
     def source(self, queue: str) -> AbstractAsyncContextManager[Source]: ...
 
@@ -60,6 +65,7 @@ class Broker(Protocol):
 
 class Fake:
     counts_losses = True
+    keeps_unsent = False
 
     def __init__(self) -> None:
         self._broker = FakeBroker()
@@ -77,6 +83,7 @@ class Fake:
 
 class Local:
     counts_losses = True
+    keeps_unsent = False
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -85,10 +92,10 @@ class Local:
         return QueueAddress(queue, "local", str(self.file))
 
     def source(self, queue: str) -> AbstractAsyncContextManager[Source]:
-        return open_source(self.address(queue), patient)
+        return local.open_source(self.address(queue), patient)
 
     def sink(self, queue: str) -> AbstractAsyncContextManager[Sink]:
-        return open_sink(self.address(queue), patient)
+        return local.open_sink(self.address(queue), patient)
 
     def dead_letters(self, queue: str) -> list[tuple[bytes, str, str]]:
         return self.rows("SELECT body, message_id, reason FROM message WHERE queue = ?", dead_letter_queue(queue))
@@ -100,22 +107,24 @@ class Local:
 
 class Rabbit:
     counts_losses = False
+    keeps_unsent = True
     scheme = "amqp"
 
     def __init__(self, server: RabbitServer, directory: Path | None = None, spare: int = 0) -> None:
         self.server = server
         self.spare = spare
         self.directory = directory or server.directory / "dead-letters"
+        self.timeouts = RabbitTimeouts()
 
     def address(self, queue: str, server: str = "", user: str = "", token: str = "") -> QueueAddress:
         where = f"{user and user + '@'}{server or self.server.address}"
         return QueueAddress(queue, "rabbitmq", where, token, self.directory, self.spare)
 
     def source(self, queue: str, patience: Patience = patient, **address: str) -> AbstractAsyncContextManager[Source]:
-        return open_source(self.address(queue, **address), patience)
+        return rabbitmq.open_source(self.address(queue, **address), patience, self.timeouts)
 
     def sink(self, queue: str, patience: Patience = patient, **address: str) -> AbstractAsyncContextManager[Sink]:
-        return open_sink(self.address(queue, **address), patience)
+        return rabbitmq.open_sink(self.address(queue, **address), patience, self.timeouts)
 
     def dead_letters(self, queue: str) -> list[tuple[bytes, str, str]]:
         self.declare(dead_letter_queue(queue))
@@ -157,21 +166,23 @@ class Rabbit:
 
 class Nats:
     counts_losses = False
+    keeps_unsent = False
     scheme = "nats"
 
     def __init__(self, server: NatsServer) -> None:
         self.server = server
         self.directory = server.directory / "dead-letters"
+        self.timeouts = NatsTimeouts()
 
     def address(self, queue: str, server: str = "", user: str = "", token: str = "") -> QueueAddress:
         where = f"{user and user + '@'}{server or self.server.address}"
         return QueueAddress(queue, "nats", where, token, self.directory)
 
     def source(self, queue: str, patience: Patience = patient, **address: str) -> AbstractAsyncContextManager[Source]:
-        return open_source(self.address(queue, **address), patience)
+        return nats_broker.open_source(self.address(queue, **address), patience, self.timeouts)
 
     def sink(self, queue: str, patience: Patience = patient, **address: str) -> AbstractAsyncContextManager[Sink]:
-        return open_sink(self.address(queue, **address), patience)
+        return nats_broker.open_sink(self.address(queue, **address), patience, self.timeouts)
 
     def dead_letters(self, queue: str) -> list[tuple[bytes, str, str]]:
         found = self.messages(dead_letter_queue(queue))
@@ -238,19 +249,21 @@ class Nats:
 
 class Pulsar:
     counts_losses = False
+    keeps_unsent = False
 
     def __init__(self, server: str, directory: Path) -> None:
         self.server = server
         self.directory = directory
+        self.timeouts = PulsarTimeouts()
 
     def address(self, queue: str, server: str = "", token: str = "") -> QueueAddress:
         return QueueAddress(queue, "pulsar", server or self.server, token, self.directory)
 
     def source(self, queue: str, patience: Patience = patient, **address: str) -> AbstractAsyncContextManager[Source]:
-        return open_source(self.address(queue, **address), patience)
+        return pulsar_broker.open_source(self.address(queue, **address), patience, self.timeouts)
 
     def sink(self, queue: str, patience: Patience = patient, **address: str) -> AbstractAsyncContextManager[Sink]:
-        return open_sink(self.address(queue, **address), patience)
+        return pulsar_broker.open_sink(self.address(queue, **address), patience, self.timeouts)
 
     def dead_letters(self, queue: str) -> list[tuple[bytes, str, str]]:
         return [

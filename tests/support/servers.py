@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from trio_pilot.brokers.nats_connection import StreamPosition
+from trio_pilot.brokers.nats_messages import StreamPosition
 
 START_TIMEOUT = 90.0  # seconds; it takes 3 to 10 on an idle machine
 STOP_TIMEOUT = 15.0

@@ -1,6 +1,7 @@
 """What holds of the code itself."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ def modules_that_import(library: str) -> set[str]:
 
 
 def test_each_foreign_library_is_imported_in_one_place() -> None:
-    assert modules_that_import("pika") == {"brokers/rabbitmq_connection.py"}
+    assert modules_that_import("pika") == {"brokers/rabbitmq_connection.py", "brokers/rabbitmq_channel.py"}
     assert modules_that_import("sqlite3") == modules_that_import("inotify_simple") == {"brokers/local.py"}
     assert modules_that_import("pulsar") == {"brokers/pulsar_connection.py"}
     assert modules_that_import("zstandard") == {"wire.py"}
@@ -44,6 +45,34 @@ def test_each_foreign_library_is_imported_in_one_place() -> None:
     assert modules_that_import("h11") == {"runtimes/engine_http.py"}
     assert modules_that_import("htchirp") == {"condor/chirp.py"}
     assert modules_that_import("cyclopts") == {"cli/app.py"}
+
+
+NAMES_OF_BROKERS = re.compile(r"(?<![a-z])(rabbit|nats|pulsar|amqp|jetstream)", re.IGNORECASE)
+
+
+def words_of(tree: ast.AST) -> Iterator[str]:
+    """Return all names and texts in code, but not docstrings and comments."""
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if id(node) not in docstrings:
+            yield from (value for _, value in ast.iter_fields(node) if isinstance(value, str))
+
+
+def test_no_broker_is_named_outside_its_package() -> None:
+    named = [
+        (str(path.relative_to(PACKAGE)), word)
+        for path in PACKAGE.rglob("*.py")
+        if path.parent != PACKAGE / "brokers"
+        for word in words_of(ast.parse(path.read_text()))
+        if NAMES_OF_BROKERS.search(word)
+    ]
+    assert named == []
 
 
 def test_the_pilot_knows_neither_brokers_nor_commands() -> None:

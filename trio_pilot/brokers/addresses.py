@@ -1,30 +1,47 @@
-"""Addresses of brokers, as far as they are all alike."""
+"""Addresses of brokers: the form that all have in common, and paths of queue files."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
+from trio_pilot.brokers.kinds import BrokerKind
 from trio_pilot.errors import SettingsError
 
-UNREADABLE = "no port that is a number (a / or # or ? in a user's name or password is written %2F, %23, %3F)"
+DEFAULT_FILE = "trio-pilot-queues.sqlite"
 
-Wrong = Callable[[str], SettingsError]
+NO_PORT = "no port that is a number (a / or # or ? in a user's name or password is written %2F, %23, %3F)"
+
+MakeError = Callable[[str], SettingsError]
 
 
-def split(address: str, schemes: Sequence[str], wrong: Wrong) -> tuple[SplitResult, str, int | None]:
-    """Split `[SCHEME://][USER[:PASS]@]HOST[:PORT][/PATH]` into its parts; give the host and the port besides.
+def split(address: str, kind: BrokerKind, wrong: MakeError) -> tuple[SplitResult, str, int]:
+    """Split `[SCHEME://][USER[:PASS]@]HOST[:PORT][/PATH]` into its parts; also return the host and the port.
 
-    Without a scheme the first of them is meant. `wrong` makes the error of what was found.
+    An address without a scheme has the usual one of its kind, an address without a port the default port of its scheme.
+    `wrong` makes the error from a text that says what was found.
 
     Raises:
-        SettingsError: it is not of that form.
+        SettingsError: the address is not of that form.
     """
     try:
-        parts = urlsplit(address if "://" in address else f"{schemes[0]}://{address}")
+        parts = urlsplit(address if "://" in address else f"{kind.schemes[0]}://{address}")
         port = parts.port
     except ValueError:  # its text, and what looks like a path, may be a piece of the password
-        raise wrong(UNREADABLE) from None
+        raise wrong(NO_PORT) from None
     if "@" in f"{parts.path}{parts.query}{parts.fragment}":
-        raise wrong(UNREADABLE)
-    if parts.scheme not in schemes or not parts.hostname:
+        raise wrong(NO_PORT)
+    if parts.scheme not in kind.ports or not parts.hostname:
         raise wrong(f"scheme {parts.scheme!r}, host {parts.hostname!r}")
-    return parts, parts.hostname, port
+    return parts, parts.hostname, port or kind.ports[parts.scheme]
+
+
+def file_of(address: str) -> Path:
+    """Return the absolute path of a queue file.
+
+    Raises:
+        SettingsError: the path begins with the home directory of a user who is not known.
+    """
+    try:
+        return Path(address or DEFAULT_FILE).expanduser().absolute()
+    except RuntimeError:
+        raise SettingsError(f"a queue file must not be below a home directory that is not known: {address}") from None

@@ -26,9 +26,8 @@ import inotify_simple
 import trio
 
 from trio_pilot.brokers import LONGEST_LEASE, Delivery, Patience, QueueAddress, Settlement, dead_letter_queue, dead_letters
-from trio_pilot.errors import BrokerError, DeliveryLostError, SettingsError, map_exceptions
-
-DEFAULT_FILE = "trio-pilot-queues.sqlite"
+from trio_pilot.brokers.addresses import file_of
+from trio_pilot.errors import BrokerError, DeliveryLostError, map_exceptions
 
 LOOK_INTERVAL = 5.0  # seconds between looks for what no bell announced: claims of the dead, above all
 LOOK_INTERVAL_WITHOUT_INOTIFY = 0.2  # fs.inotify.max_user_instances is 128 on most machines
@@ -172,21 +171,9 @@ def _bell_path(path: Path) -> Path:
     return path.with_name(path.name + "-bell")
 
 
-def file_of(queue: QueueAddress) -> Path:
-    """Tell where the file of a queue is.
-
-    Raises:
-        SettingsError: nobody knows.
-    """
-    try:
-        return Path(queue.address or DEFAULT_FILE).expanduser().absolute()
-    except RuntimeError:
-        raise SettingsError(f"a queue file must not be below a home directory that is not known: {queue.address}") from None
-
-
 @asynccontextmanager
 async def _open_file(address: QueueAddress) -> AsyncIterator[_QueueFile]:
-    path = file_of(address)
+    path = file_of(address.address)
     with map_exceptions({OSError: BrokerError}, f"cannot open the queue file {path}, or what is beside it"):
         bell = os.open(_bell_path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
@@ -283,7 +270,7 @@ class LocalSource:
         rows = connection.execute(_CLAIM, {"queue": self.queue, "consumer": self.number}).fetchall()
         return rows[0] if rows else None
 
-    def bury_the_dead(self, connection: sqlite3.Connection) -> int:
+    def release_orphaned_claims(self, connection: sqlite3.Connection) -> int:
         """Give back what consumers have claimed that are no more, counted, in a transaction; tell how many there were."""
         claims = connection.execute(
             "SELECT DISTINCT consumer FROM message WHERE queue = ? AND consumer > 0 AND consumer <> ?",
@@ -335,7 +322,7 @@ class LocalConsumer:
         row = await source.file.run(source.claim)
         if row is None and trio.current_time() >= self._look_at:
             self._look_at = trio.current_time() + LOOK_INTERVAL
-            if await source.file.run(source.bury_the_dead):
+            if await source.file.run(source.release_orphaned_claims):
                 row = await source.file.run(source.claim)
         if row is None:
             return None

@@ -1,4 +1,4 @@
-"""What brokers have in common that send messages ahead of their being asked for."""
+"""Consumers of brokers that send messages ahead."""
 
 import math
 from collections import deque
@@ -10,7 +10,7 @@ from trio_pilot.brokers import Delivery
 
 
 class PrefetchConsumer:
-    """Holds what was sent ahead until it is taken."""
+    """Holds deliveries that were sent ahead until they are taken. A subclass receives them."""
 
     def __init__(self, has_lost: Callable[[Delivery], bool]) -> None:
         self.listening_since = math.inf
@@ -19,7 +19,7 @@ class PrefetchConsumer:
         self._changed = trio.Event()  # since the last `take`, so that no change falls between that and `wait`
 
     async def take(self) -> Delivery | None:
-        """Take the first of what has arrived, and was not lost meanwhile."""
+        """Take the first delivery that has arrived and was not lost since."""
         await trio.lowlevel.checkpoint_if_cancelled()
         if self._changed.is_set():
             self._changed = trio.Event()
@@ -30,7 +30,7 @@ class PrefetchConsumer:
         return None
 
     async def wait(self) -> None:
-        """Wait for an arrival, or for a connection made or lost."""
+        """Wait for a delivery, or for a connection that is made or lost."""
         if self._arrived:
             await trio.lowlevel.checkpoint()
         else:

@@ -1,71 +1,59 @@
-"""Apache Pulsar: a queue is a topic, and a shared subscription that all who take from it have.
+"""Apache Pulsar: a queue is a topic, and a shared subscription of all clients that take from it.
 
-They are named as oms-mqclient names them, so that each takes what the other has sent. As Pulsar's own count is one of
-deliveries, whatever came of them, an event that failed is sent anew, with the number of its failures as a property, before
-the one that was delivered is acknowledged.
+Topics and subscriptions have the names that oms-mqclient gives them, so that either takes what the other has sent. Pulsar's
+own count is one of deliveries, so failures are counted by copies (`requeue`), with the number as a property.
 """
 
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import trio
 
-from trio_pilot.brokers import (
-    LONGEST_LEASE,
-    Delivery,
-    Patience,
-    QueueAddress,
-    Settlement,
-    addresses,
-    dead_letter_queue,
-    dead_letters,
-    tokens,
-)
-from trio_pilot.brokers.headers import FAILURES, MESSAGE_ID, attempt, read, said
+from trio_pilot.brokers import Delivery, Patience, QueueAddress, addresses, tokens
+from trio_pilot.brokers.headers import MESSAGE_ID, attempt, read, said
+from trio_pilot.brokers.kinds import PULSAR
 from trio_pilot.brokers.prefetch import PrefetchConsumer
-from trio_pilot.brokers.pulsar_connection import CONNECT_TIMEOUT, PulsarConnection, TooLargeError
-from trio_pilot.brokers.reconnecting import ConnectError, LostError, ReconnectingQueue, opened
-from trio_pilot.errors import (
-    BrokerError,
-    DeliveryLostError,
-    DeliveryReplacedError,
-    PublishRefusedError,
-    SettingsError,
-    first,
-)
-from trio_pilot.log import LOGGER
+from trio_pilot.brokers.pulsar_connection import PulsarConnection, PulsarTimeouts
+from trio_pilot.brokers.reconnecting import ConnectError, LostError, ReconnectingQueue, TooLargeError, opened
+from trio_pilot.brokers.requeue import RequeueingSource
+from trio_pilot.errors import BrokerError, DeliveryLostError, PublishRefusedError, SettingsError, first
 
-PORTS = {"pulsar": 6650, "pulsar+ssl": 6651}
+TIMEOUTS = PulsarTimeouts()
 
 
-def open_source(address: QueueAddress, patience: Patience) -> AbstractAsyncContextManager["PulsarSource"]:
+def open_source(
+    address: QueueAddress, patience: Patience, timeouts: PulsarTimeouts = TIMEOUTS
+) -> AbstractAsyncContextManager["PulsarSource"]:
     """Open an incoming queue; it connects in the background."""
-    return opened(PulsarSource, address, patience)
+    return opened(partial(PulsarSource, address, patience, timeouts))
 
 
-def open_sink(address: QueueAddress, patience: Patience) -> AbstractAsyncContextManager["PulsarSink"]:
+def open_sink(
+    address: QueueAddress, patience: Patience, timeouts: PulsarTimeouts = TIMEOUTS
+) -> AbstractAsyncContextManager["PulsarSink"]:
     """Open an outgoing queue; it connects in the background."""
-    return opened(PulsarSink, address, patience)
+    return opened(partial(PulsarSink, address, patience, timeouts))
 
 
 class PulsarQueue(ReconnectingQueue[PulsarConnection]):
     """A queue, and the session with its broker while there is one."""
 
-    def __init__(self, address: QueueAddress, patience: Patience) -> None:
+    def __init__(self, address: QueueAddress, patience: Patience, timeouts: PulsarTimeouts) -> None:
         self._scheme, self._host, self._port = parse_address(address.address)
         self._token = address.token
-        super().__init__(address.queue, f"Pulsar at {self._host}", patience)
+        self._timeouts = timeouts
+        super().__init__(address, f"Pulsar at {self._host}", patience, timeouts)
 
     @asynccontextmanager
     async def connect(self, threads: trio.Nursery) -> AsyncIterator[PulsarConnection]:
-        """Connect, to a topic that is there by then."""
+        """Connect, and make the topic where it does not exist."""
         token = await tokens.current(self._token)
-        await self._reach()
-        session = PulsarConnection(f"{self._scheme}://{_bracketed(self._host)}:{self._port}", token)
+        await self._check_that_it_listens()
+        session = PulsarConnection(f"{self._scheme}://{_bracketed(self._host)}:{self._port}", token, self._timeouts)
         try:
             await self._open(session)
             threads.start_soon(session.watch)
@@ -76,19 +64,20 @@ class PulsarQueue(ReconnectingQueue[PulsarConnection]):
     async def _open(self, session: PulsarConnection) -> None:
         raise NotImplementedError
 
-    async def _reach(self) -> None:
-        """See whether anybody listens: the library would try again and again, and then say that its time is over."""
+    async def _check_that_it_listens(self) -> None:
+        """Connect and hang up: the library would try again and again, and then report that its time is over."""
+        seconds = self._timeouts.connect
         try:
-            with trio.fail_after(CONNECT_TIMEOUT):
+            with trio.fail_after(seconds):
                 await (await trio.open_tcp_stream(self._host, self._port)).aclose()
         except trio.TooSlowError:
-            raise ConnectError(f"there was no connection after {CONNECT_TIMEOUT:g} s") from None
+            raise ConnectError(f"there was no connection after {seconds:g} s") from None
         except OSError as error:
             raise ConnectError(_text(error)) from error
 
 
 def _text(error: OSError) -> str:
-    """Word why trio could connect to none of a host's addresses; what it says itself is long."""
+    """Return the reason why trio could connect to none of a host's addresses; its own text is long."""
     cause = first(error.__cause__ or error)
     if not isinstance(cause, OSError) or not cause.errno:
         return str(cause)
@@ -102,126 +91,72 @@ class PulsarMessage:
     session: PulsarConnection
     id: Any  # the library's
     headers: Mapping[str, str]
+    body: bytes = field(repr=False)
+    redelivered: bool
     settled: bool = False
     is_replaced: bool = False  # it has come again
 
     @property
     def is_lost(self) -> bool:
-        """Whether the broker has it again."""
+        """Whether the broker is known to have it again."""
         return self.is_replaced or self.session.closed.is_told
 
 
-class PulsarSource(PulsarQueue):
-    """An incoming queue."""
+class PulsarSource(PulsarQueue, RequeueingSource[PulsarConnection, PulsarMessage]):
+    """An incoming queue. A delivery is settled on the connection by which it came; only a copy is confirmed."""
 
-    def __init__(self, address: QueueAddress, patience: Patience) -> None:
-        super().__init__(address, patience)
-        self.holding: dict[str, PulsarMessage] = {}  # what was delivered and is not settled, by its place in the topic
-        self.aside = 0  # how many of them do not count towards the prefetch
-        self._directory = address.dead_letters
-        self._consumer: PulsarConsumer | None = None
+    refusals = (BrokerError, TooLargeError)
+
+    def __init__(self, address: QueueAddress, patience: Patience, timeouts: PulsarTimeouts) -> None:
+        super().__init__(address, patience, timeouts)
+        self.holding: dict[str, PulsarMessage] = {}  # messages delivered and not settled, by their place in the topic
 
     async def _open(self, session: PulsarConnection) -> None:
         session.consumer = await session.subscribe(self.name)
 
-    @asynccontextmanager
-    async def consume(self, prefetch: int, lease: float = LONGEST_LEASE) -> AsyncIterator["PulsarConsumer"]:  # noqa: ARG002
-        """Listen to the queue, on each new connection anew. Pulsar takes nothing back while there is a connection."""
-        consumer = self._consumer = PulsarConsumer(self, prefetch)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._keep_listening, consumer)
-            try:
-                yield consumer
-            finally:
-                nursery.cancel_scope.cancel()
-                self._consumer = None
-                consumer.stop()
+    def new_consumer(self, prefetch: int, lease: float) -> "PulsarConsumer":  # noqa: ARG002
+        """Make a consumer. Pulsar takes nothing back while there is a connection, so no lease is asked for."""
+        return PulsarConsumer(self, prefetch)
 
-    async def _keep_listening(self, consumer: "PulsarConsumer") -> None:
-        while True:
-            session = await self.connected()
-            consumer.listen(session)
-            await self.gone(session)
-            consumer.lost()
+    def delivery(self, message: PulsarMessage) -> Delivery:
+        """Make the delivery of a message. One without an id is known by its place in the topic."""
+        facts = read(message.headers)
+        return Delivery(
+            self,
+            self.name,
+            message.body,
+            message_id=str(facts.get(MESSAGE_ID) or message.id),
+            attempt=attempt(facts),
+            tag=message,
+            redelivered=message.redelivered,
+            headers=facts,
+        )
 
-    @contextmanager
-    def held(self, delivery: Delivery) -> Iterator[None]:  # noqa: ARG002 -- one is like another
-        """Have one more delivery sent for one that is held back."""
-        self.aside += 1
-        self._refill()
-        try:
-            yield
-        finally:
-            self.aside -= 1
+    def begin_settling(self, delivery: Delivery) -> None:
+        """Mark a delivery as settled. Where it came again, an ack would be one of the new delivery."""
+        if delivery.tag.is_lost:
+            raise DeliveryLostError(f"{self.broker} has taken the event {delivery.message_id} back")
+        super().begin_settling(delivery)
 
-    def has_lost(self, delivery: Delivery) -> bool:
-        """Tell whether the connection that it came by is closed, or it has come again."""
-        return bool(delivery.tag.is_lost)
+    async def ack(self, message: PulsarMessage) -> None:
+        """Acknowledge a message."""
+        await message.session.ack(message.id)
 
-    async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "", error: str = "") -> None:
-        """Settle a delivery, on the connection that it came by. Only a copy of it is confirmed, before it is acked."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        arrival: PulsarMessage = delivery.tag
-        if arrival.settled or arrival.is_lost:
-            raise DeliveryLostError(f"the event {delivery.message_id} was settled before, or Pulsar has it again")
-        arrival.settled = True
-        try:
-            match settlement:
-                case Settlement.ACK:
-                    await arrival.session.ack(arrival.id)
-                case Settlement.RELEASE:
-                    arrival.session.nack(arrival.id)
-                case Settlement.REJECT:
-                    await self._send_anew(delivery)
-                case Settlement.DEAD_LETTER:
-                    await self._set_aside(delivery, dead_letters.facts(delivery, reason, error))
-        except LostError as lost:
-            raise DeliveryLostError(f"Pulsar has taken the event {delivery.message_id} back: {lost}") from lost
-        finally:
-            self.drop(arrival)
+    async def nack(self, message: PulsarMessage) -> None:
+        """Return a message to its queue."""
+        message.session.nack(message.id)
 
-    def drop(self, arrival: PulsarMessage) -> None:
-        """Hold an arrival no longer."""
-        if self.holding.get(str(arrival.id)) is arrival:
-            del self.holding[str(arrival.id)]
-        self._refill()
-
-    def _refill(self) -> None:
-        if self._consumer:
-            self._consumer.refill()
-
-    async def _send_anew(self, delivery: Delivery) -> None:
-        """Put an event that failed at the end of its queue, counted."""
-        try:
-            await self._copy(delivery, self.name, {FAILURES: delivery.attempt})
-        except (BrokerError, TooLargeError) as error:
-            LOGGER.warning("the event %s goes back without its count: %s", delivery.message_id, error)
-            delivery.tag.session.nack(delivery.tag.id)
-        else:
-            await _ack_replaced(delivery)
-
-    async def _set_aside(self, delivery: Delivery, facts: dead_letters.Facts) -> None:
-        """Move an event to the dead letters: to their queue, else to their directory, else it stays."""
-        try:
-            await self._copy(delivery, dead_letter_queue(self.name), dead_letters.headers(facts))
-        except (BrokerError, TooLargeError) as why:
-            if not await dead_letters.write_aside(self._directory, delivery, facts, why):
-                await self._send_anew(delivery)
-                return
-        await _ack_replaced(delivery)
-
-    async def _copy(self, delivery: Delivery, topic: str, facts: Mapping[str, Any]) -> None:
+    async def send_copy(self, delivery: Delivery, queue: str, facts: Mapping[str, Any]) -> None:
         """Send a copy of an event to a topic, confirmed."""
         headers = {**delivery.tag.headers, **said({**facts, MESSAGE_ID: delivery.message_id})}
-        await delivery.tag.session.publish(topic, delivery.body, headers)
+        await delivery.tag.session.publish(queue, delivery.body, headers)
 
-
-async def _ack_replaced(delivery: Delivery) -> None:
-    """Acknowledge an event that is elsewhere by now."""
-    try:
-        await delivery.tag.session.ack(delivery.tag.id)
-    except LostError as error:
-        raise DeliveryReplacedError(f"Pulsar has the event {delivery.message_id}, and a copy of it: {error}") from error
+    def forget(self, message: PulsarMessage) -> None:
+        """Hold a message no longer."""
+        if self.holding.get(str(message.id)) is message:
+            del self.holding[str(message.id)]
+        message.body = b""  # a settled delivery may be remembered for long
+        self.refill()
 
 
 class PulsarConsumer(PrefetchConsumer):
@@ -235,7 +170,7 @@ class PulsarConsumer(PrefetchConsumer):
         self._asked = 0
 
     async def is_idle(self) -> bool:
-        """Ask the broker; where it does not answer, the connection is lost."""
+        """Ask the broker for an answer; without one, the connection is lost."""
         if (session := self._session) is None:
             return False
         try:
@@ -245,15 +180,15 @@ class PulsarConsumer(PrefetchConsumer):
             return False
         return not self._arrived
 
-    def listen(self, session: PulsarConnection) -> None:
-        """Have messages sent, as many as may be held."""
+    async def listen(self, session: PulsarConnection) -> None:
+        """Start to receive messages, as many as may be held."""
         self._session, self._asked = session, 0
         self.refill()
         self._note_listening(is_so=True)
 
     def refill(self) -> None:
-        """Ask for more, if less is held by now."""
-        while self._session and self._asked + len(self._source.holding) < self._prefetch + self._source.aside:
+        """Ask for more messages, if fewer are held now."""
+        while self._session and self._asked + len(self._source.holding) < self._prefetch + self._source.held_back.value:
             self._asked += 1
             self._session.receive(partial(self._on_arrival, self._session))
 
@@ -264,79 +199,62 @@ class PulsarConsumer(PrefetchConsumer):
         self._source.holding.clear()
         self._note_listening(is_so=False)
 
-    def stop(self) -> None:
-        """Give back what was not taken, and what still comes: what was asked for cannot be called off."""
+    async def stop(self) -> None:
+        """Release messages that were not taken, and those that still come: a request for one cannot be called off."""
         self._session = None
         while self._arrived:
             self._give_back(self._arrived.popleft().tag)
 
-    def _on_arrival(self, session: PulsarConnection, message: Any, error: Exception | None) -> None:
+    def _on_arrival(self, session: PulsarConnection, received: Any, error: Exception | None) -> None:
         if error:
             session.closed.tell(error=error)
         if session.closed.is_told:
             return
-        arrival = PulsarMessage(session, message.message_id(), message.properties())
+        redelivered = received.redelivery_count() > 0
+        message = PulsarMessage(session, received.message_id(), received.properties(), received.data(), redelivered)
         if session is not self._session:
-            self._give_back(arrival)
+            self._give_back(message)
             return
         self._asked -= 1
-        if replaced := self._source.holding.get(str(arrival.id)):
+        if replaced := self._source.holding.get(str(message.id)):
             replaced.is_replaced = True
-        self._source.holding[str(arrival.id)] = arrival
-        self._note_arrival(self._delivery(arrival, message))
+        self._source.holding[str(message.id)] = message
+        self._note_arrival(self._source.delivery(message))
 
-    def _give_back(self, arrival: PulsarMessage) -> None:
-        arrival.settled = True
+    def _give_back(self, message: PulsarMessage) -> None:
+        message.settled = True
         with suppress(LostError):
-            arrival.session.nack(arrival.id)
-        self._source.drop(arrival)
-
-    def _delivery(self, arrival: PulsarMessage, message: Any) -> Delivery:
-        facts = read(arrival.headers)
-        return Delivery(
-            self._source,
-            self._source.name,
-            message.data(),
-            message_id=str(facts.get(MESSAGE_ID) or arrival.id),  # of a message without one its place is as good
-            attempt=attempt(facts),
-            tag=arrival,
-            redelivered=message.redelivery_count() > 0,
-            headers=facts,
-        )
+            message.session.nack(message.id)
+        self._source.forget(message)
 
 
 class PulsarSink(PulsarQueue):
-    """An outgoing queue. Any number of messages may be waiting for their confirms at once."""
+    """An outgoing queue. Any number of messages may wait for their confirms at once."""
 
     async def _open(self, session: PulsarConnection) -> None:
         await session.producer(self.name)
 
     async def send(self, body: bytes, message_id: str) -> None:
-        """Send a message, on each new connection anew until it is confirmed."""
-        while True:
-            session = await self.connected()
-            try:
-                await session.publish(self.name, body, said({MESSAGE_ID: message_id}))
-            except TooLargeError as error:
-                raise PublishRefusedError(f"Pulsar refuses an output of {len(body)} bytes: {error}") from error
-            except BrokerError as error:
-                raise BrokerError(f"{self.broker} {error}") from error
-            except LostError:
-                await self._after(session)
-            else:
-                return
+        """Send a message, on each new connection again until it is confirmed."""
+        headers = said({MESSAGE_ID: message_id})
+        try:
+            await self.until_done(lambda session: session.publish(self.name, body, headers))
+        except TooLargeError as error:
+            raise PublishRefusedError(f"Pulsar refuses an output of {len(body)} bytes: {error}") from error
+        except BrokerError as error:
+            raise BrokerError(f"{self.broker} {error}") from error
 
 
 def parse_address(address: str) -> tuple[str, str, int]:
     """Read `[pulsar://|pulsar+ssl://]HOST[:PORT]`: scheme, host and port.
 
     Raises:
-        SettingsError: it is not of that form.
+        SettingsError: the address is not of that form.
     """
-    parts, host, port = addresses.split(address, tuple(PORTS), _wrong_address)
+    parts, host, port = addresses.split(address, PULSAR, _wrong_address)
     if parts.username is not None or parts.path.strip("/"):
         raise _wrong_address("a user or a path")
-    return parts.scheme, host, port or PORTS[parts.scheme]
+    return parts.scheme, host, port
 
 
 def _bracketed(host: str) -> str:
@@ -344,5 +262,5 @@ def _bracketed(host: str) -> str:
 
 
 def _wrong_address(found: str) -> SettingsError:
-    """Word what is wrong; what may be a secret is not shown."""
+    """Make the error; what may be a secret is not shown."""
     return SettingsError(f"a Pulsar address must be [pulsar|pulsar+ssl]://HOST[:PORT], without a user, but has {found}")

@@ -1,4 +1,4 @@
-"""A queue of RabbitMQ, as sources and sinks share it: its address, its link, how it is found."""
+"""What sources and sinks of RabbitMQ share: the address of a queue, its connection, how it is found."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,49 +11,44 @@ import trio
 from trio_util import move_on_when
 
 from trio_pilot.brokers import Patience, QueueAddress, addresses, tokens
-from trio_pilot.brokers.rabbitmq_connection import (
-    ACCESS_REFUSED,
-    NOT_FOUND,
-    PRECONDITION_FAILED,
-    ClosedError,
-    RabbitAddress,
-    RabbitChannel,
-    RabbitConnection,
-)
+from trio_pilot.brokers.kinds import RABBITMQ
+from trio_pilot.brokers.rabbitmq_channel import RabbitChannel, open_channel
+from trio_pilot.brokers.rabbitmq_connection import RabbitAddress, RabbitConnection, RabbitTimeouts
+from trio_pilot.brokers.rabbitmq_errors import ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED, ClosedError
 from trio_pilot.brokers.reconnecting import ConnectError, ReconnectingQueue
 from trio_pilot.brokers.thread_bridge import driven
 from trio_pilot.errors import BrokerError, SettingsError
 
-SCHEMES = ("amqp", "amqps")
 QUORUM = {"x-queue-type": "quorum"}  # as EWMS declares its queues; with any other argument that would fail
 
 
 class RabbitQueue(ReconnectingQueue[RabbitChannel]):
     """A queue, and the channel to it while there is one."""
 
-    def __init__(self, address: QueueAddress, patience: Patience) -> None:
+    def __init__(self, address: QueueAddress, patience: Patience, timeouts: RabbitTimeouts) -> None:
         self._address = parse_address(address)
         self._token = address.token
         self._batch = max(1, address.spare // 2)  # half of them may wait to be sent as outputs, and half to be settled
-        super().__init__(address.queue, f"RabbitMQ at {self._address.host}", patience)
+        self._timeouts = timeouts
+        super().__init__(address, f"RabbitMQ at {self._address.host}", patience, timeouts)
 
     @asynccontextmanager
     async def connect(self, threads: trio.Nursery) -> AsyncIterator[RabbitChannel]:
-        """Connect, and open a channel once the queue was found. A new token is told to the server as soon as it is there."""
+        """Connect, find the queue, and open a channel. The server is told of each new token."""
         token = self._token
         try:
             token = await tokens.current(self._token)
             address = replace(self._address, password=token) if token else self._address
-            async with driven(RabbitConnection(address, self._batch), threads) as connection:
+            async with driven(RabbitConnection(address, self._timeouts, self._batch), threads) as connection:
                 if tokens.is_file(self._token):
                     threads.start_soon(self._keep_token, connection, token)
                 yield await self._open(connection)
         except BrokerError as error:
-            said = f"{error}{_expired(token)}"
-            raise ConnectError(said) if tokens.is_file(self._token) else BrokerError(said) from error
+            text = f"{error}{_expired(token)}"
+            raise ConnectError(text) if tokens.is_file(self._token) else BrokerError(text) from error
 
     async def _keep_token(self, connection: RabbitConnection, token: str) -> None:
-        """Tell the server of each new token; if it does not want it so, connect anew with it."""
+        """Send each new token to the server; if the server does not take it on this connection, connect anew with it."""
         async with move_on_when(connection.ended.wait):
             while True:
                 token = await tokens.another(self._token, token)
@@ -72,12 +67,12 @@ def _expired(token: str) -> str:
 
 
 async def find(connection: RabbitConnection, queue: str) -> RabbitChannel:
-    """Declare a queue, or be content that it exists.
+    """Declare a queue, or use it as it is where it exists and may not be declared; return the channel.
 
     Raises:
-        BrokerError: it is not there, or not for us.
+        BrokerError: the queue does not exist, or the user may not use it.
     """
-    channel = await connection.open_channel()
+    channel = await open_channel(connection)
     try:
         await channel.ask("queue_declare", queue, durable=True, arguments=QUORUM)
     except ClosedError as error:
@@ -88,7 +83,7 @@ async def find(connection: RabbitConnection, queue: str) -> RabbitChannel:
 
 
 async def _find_passively(connection: RabbitConnection, queue: str) -> RabbitChannel:
-    channel = await connection.open_channel()
+    channel = await open_channel(connection)
     try:
         await channel.ask("queue_declare", queue, passive=True)
     except ClosedError as error:
@@ -99,7 +94,7 @@ async def _find_passively(connection: RabbitConnection, queue: str) -> RabbitCha
 
 
 async def find_for_sending(connection: RabbitConnection, queue: str) -> RabbitChannel:
-    """Find a queue, as `find` does; give a channel on which what is sent is confirmed."""
+    """Find a queue as `find` does; return a channel on which messages are confirmed."""
     channel = await find(connection, queue)
     await channel.confirm_publishes()
     return channel
@@ -109,9 +104,9 @@ def parse_address(address: QueueAddress) -> RabbitAddress:
     """Read `[amqp[s]://][USER[:PASS]@]HOST[:PORT][/VHOST]`; the token replaces the password.
 
     Raises:
-        SettingsError: it is not of that form, or names a user and no password.
+        SettingsError: the address is not of that form, or has a user and no password.
     """
-    parts, host, port = addresses.split(address.address, SCHEMES, _wrong_address)
+    parts, host, port = addresses.split(address.address, RABBITMQ, _wrong_address)
     user, password = unquote(parts.username or ""), address.token or unquote(parts.password or "")
     if user and not password:
         raise SettingsError(f"the broker address names the user {user!r}, but there is no password and no token")

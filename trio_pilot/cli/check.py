@@ -9,7 +9,8 @@ from typing import Any
 
 import trio
 
-from trio_pilot.brokers import QueueAddress, Sink, Source, open_sink, open_source, tokens
+from trio_pilot.brokers import QueueAddress, open_sink, open_source, tokens
+from trio_pilot.brokers.addresses import file_of
 from trio_pilot.cli.check_containers import container_checks
 from trio_pilot.cli.check_finding import Check, Finding
 from trio_pilot.cli.check_node import allocation_check, data_checks
@@ -92,23 +93,16 @@ def _broker_cure(direction: str) -> str:
 
 
 async def _queue(open_queue: Callable[..., Any], queue: QueueAddress, lease: float = 0) -> str:
-    if queue.broker == "local":
-        return await _local_queue(open_queue, queue)
+    if queue.kind.is_file:
+        return await _queue_in_file(open_queue, queue)
     async with open_queue(queue, lambda _seconds: False) as found:
         await found.ready()
-        return f"{queue.queue}, {queue.broker}{_warning(found, lease)}"
+        warning = queue.kind.lease_warning(found, lease) if lease else ""
+        return f"{queue.queue}, {queue.broker}{warning}"
 
 
-def _warning(found: Source | Sink, lease: float) -> str:
-    from trio_pilot.brokers.rabbitmq import RabbitSource
-
-    return found.warning(lease) if isinstance(found, RabbitSource) else ""
-
-
-async def _local_queue(open_queue: Callable[..., Any], queue: QueueAddress) -> str:
-    from trio_pilot.brokers.local import file_of
-
-    file = file_of(queue)
+async def _queue_in_file(open_queue: Callable[..., Any], queue: QueueAddress) -> str:
+    file = file_of(queue.address)
     if not await trio.to_thread.run_sync(exists, file):  # which is no fault, and not ours to make
         if not os.access(file.parent, os.W_OK | os.X_OK):
             raise BrokerError(f"{queue.queue}: the queue file {file} cannot be made")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from trio_pilot.brokers.kinds import WITH_SCHEMES
 from trio_pilot.brokers.tokens import is_file
 from trio_pilot.errors import SettingsError
 from trio_pilot.files import filesystem
@@ -101,10 +102,9 @@ def condor_submit(settings: Settings, flags: Mapping[str, Any], request: Request
     """
     settings.check_complete()
     for queue in settings.incoming() + settings.outgoing():
-        if queue.broker == "local":
-            raise SettingsError(
-                f"queue {queue.queue} is in a file of this machine: name a broker, as in --broker amqp://HOST"
-            )
+        if queue.kind.is_file:
+            example = WITH_SCHEMES[0].example
+            raise SettingsError(f"queue {queue.queue} is in a file of this machine: name a broker, as in --broker {example}")
     variables = dict(_variables(settings, flags, environment(os.environ, Path.cwd())))
     lines = list(_submit_file(settings, variables, request))
     print("\n".join(lines))

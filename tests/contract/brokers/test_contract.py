@@ -12,36 +12,17 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.support.brokers import LONG, Broker, Fake, Local, Nats, Pulsar, Rabbit, new_name, nothing_comes, send, take
+from tests.contract.brokers.subjects import BY_TCP, PARAMETERS, SUBJECTS
+from tests.support.brokers import LONG, Broker, Nats, Rabbit, new_name, nothing_comes, send, take
 from tests.support.network_proxy import proxy
 from trio_pilot.brokers import Consumer, Delivery, Settlement, Source, dead_letter_queue
 from trio_pilot.errors import DeliveryLostError
 from trio_pilot.processes import identity
 
-PULSAR = os.environ.get("TRIO_PILOT_TEST_PULSAR", "")  # the address of a broker that the tests may fill with topics
-CONFIGURED = ["pulsar"] if PULSAR else []
-OTHER_VERSIONS = [pytest.param(name, marks=pytest.mark.soak) for name in ("rabbitmq_trixie", "rabbitmq_sid")]
 
-
-@pytest.fixture(
-    params=["fake", "local", "rabbitmq", "rabbitmq_batches", "nats", "pulsar_stand_in", *CONFIGURED, *OTHER_VERSIONS]
-)
+@pytest.fixture(params=PARAMETERS)
 def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Broker:
-    match request.param:
-        case "fake":
-            return Fake()
-        case "local":
-            return Local(tmp_path / "queues.sqlite")
-        case "rabbitmq_batches":
-            return Rabbit(request.getfixturevalue("rabbitmq"), spare=16)
-        case "nats":
-            return Nats(request.getfixturevalue("nats"))
-        case "pulsar":
-            return Pulsar(PULSAR, tmp_path)
-        case "pulsar_stand_in":
-            return Pulsar(request.getfixturevalue("pulsar_stand_in").address, tmp_path)
-        case _:
-            return Rabbit(request.getfixturevalue(request.param))
+    return SUBJECTS[request.param](request, tmp_path)
 
 
 async def settle_all(source: Source, consumer: Consumer, count: int) -> list[bytes]:
@@ -224,7 +205,7 @@ async def test_no_moment_to_end_consuming_keeps_a_message(broker: Broker, queue:
             with trio.move_on_after(step * 0.0002):
                 async with source.consume(2):
                     await trio.sleep_forever()
-        if isinstance(broker, Rabbit):  # which may keep what it was about to send until the channel is closed
+        if broker.keeps_unsent:
             await stack.aclose()
         assert sorted(delivery.body for delivery in await ready_again(broker, queue, 2)) == [b"a", b"b"]
 
@@ -362,11 +343,8 @@ async def test_two_hundred_sends_at_once_all_arrive(broker: Broker, queue: str) 
     assert {delivery.message_id for delivery in again} == {f"id-{number}" for number in range(200)}
 
 
-@pytest.mark.parametrize(("kind", "name"), [(Rabbit, "rabbitmq"), (Nats, "nats")])
-async def test_a_connection_that_is_silent_is_not_taken_for_an_empty_queue(
-    request: pytest.FixtureRequest, kind: type[Rabbit | Nats], name: str, queue: str
-) -> None:
-    broker = kind(request.getfixturevalue(name))
+@pytest.mark.parametrize("broker", BY_TCP, indirect=True)
+async def test_a_connection_that_is_silent_is_not_taken_for_an_empty_queue(broker: Rabbit | Nats, queue: str) -> None:
     async with (
         proxy(broker.server.port) as way,
         broker.sink(queue) as sink,

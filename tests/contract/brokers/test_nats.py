@@ -17,6 +17,7 @@ from tests.support.pilot_process import COMMAND, assert_nothing_left, cp, pilot,
 from tests.support.servers import MAX_MESSAGE_SIZE, NATS_USERS, NatsServer, running
 from trio_pilot.brokers import Delivery, Settlement, Source
 from trio_pilot.brokers.nats import place_of
+from trio_pilot.brokers.nats_connection import NatsTimeouts
 from trio_pilot.errors import BrokerError, DeliveryLostError, PublishRefusedError, SettingsError
 
 pytestmark = pytest.mark.usefixtures("nats")  # which installs it
@@ -318,9 +319,9 @@ async def test_an_output_for_a_stream_deleted_meanwhile_is_not_lost(broker: Nats
 @pytest.mark.parametrize(
     ("user", "token", "says"),
     [
-        ("", "", "refuses our user and password, or token"),
-        ("pilot", "wrong", "refuses our user and password, or token"),
-        ("", "a.jwt.token", "refuses our user and password, or token"),
+        ("", "", "refuses the user and password, or token"),
+        ("pilot", "wrong", "refuses the user and password, or token"),
+        ("", "a.jwt.token", "refuses the user and password, or token"),
     ],
 )
 async def test_a_refusal_is_one_clear_line_at_once_and_names_no_secret(
@@ -341,10 +342,8 @@ async def test_no_secret_goes_to_a_server_without_tls_where_the_address_asks_for
 
 
 @pytest.mark.parametrize("handler", [silence, hang_up, speak_http, speak_ssh])
-async def test_what_is_no_nats_server_is_told_when_patience_is_over(
-    handler: Any, queue: str, broker: Nats, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("trio_pilot.brokers.nats_connection.CONNECT_TIMEOUT", 0.5)
+async def test_what_is_no_nats_server_is_told_when_patience_is_over(handler: Any, queue: str, broker: Nats) -> None:
+    broker.timeouts = NatsTimeouts(connect=0.5)
     async with server(handler) as address:
         error = await failure_of(broker.sink(queue, patience=lambda seconds: seconds < 1, server=address))
     assert isinstance(error, BrokerError)
@@ -411,10 +410,8 @@ def test_a_queue_that_cannot_be_is_told_of(name: str) -> None:
         place_of(name)
 
 
-async def test_an_idle_consumer_asks_twice_a_minute_and_no_more(
-    broker: Nats, queue: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("trio_pilot.brokers.nats_connection.PULL_EXPIRES", 1.0)
+async def test_an_idle_consumer_asks_twice_a_minute_and_no_more(broker: Nats, queue: str) -> None:
+    broker.timeouts = NatsTimeouts(pull=1.0)
     async with (
         proxy(broker.server.port) as way,
         broker.source(queue, server=way.address) as source,

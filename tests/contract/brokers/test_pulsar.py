@@ -16,6 +16,7 @@ from tests.support.pulsar_stand_in import MOST_BYTES, StandIn
 from tests.support.servers import free_port
 from trio_pilot.brokers import Consumer, Settlement, dead_letter_queue, dead_letters, open_source
 from trio_pilot.brokers.pulsar import parse_address
+from trio_pilot.brokers.pulsar_connection import PulsarTimeouts
 from trio_pilot.errors import BrokerError, DeliveryLostError, PublishRefusedError, SettingsError
 
 
@@ -58,7 +59,7 @@ def test_a_wrong_address_is_told_without_what_may_be_a_secret(address: str) -> N
 
 def test_without_pulsar_client_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pulsar", None)
-    for name in ("pulsar", "pulsar_session"):
+    for name in ("pulsar", "pulsar_connection"):
         monkeypatch.delitem(sys.modules, f"trio_pilot.brokers.{name}")
     with pytest.raises(SettingsError, match=r"pip install 'trio-pilot\[pulsar\]'"):
         open_source(Pulsar("host", Path()).address("q"), little_patience)
@@ -80,11 +81,12 @@ async def test_a_host_that_has_no_address_is_one_clear_line(tmp_path: Path) -> N
 
 
 async def test_what_is_no_pulsar_broker_is_one_clear_line_and_the_library_prints_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("trio_pilot.brokers.pulsar_connection.ANSWER_TIMEOUT", 1)
     async with proxies.server(proxies.hang_up) as address:
-        error = await failure_of(Pulsar(f"pulsar://{address}", tmp_path).source("q", lambda _: False))
+        broker = Pulsar(f"pulsar://{address}", tmp_path)
+        broker.timeouts = PulsarTimeouts(answer=1)
+        error = await failure_of(broker.source("q", lambda _: False))
     assert str(error) == "Pulsar at 127.0.0.1 cannot be reached: the broker has not answered for 1 s"
     assert capfd.readouterr() == ("", "")
 
@@ -233,4 +235,4 @@ async def test_where_no_copy_may_be_sent_an_event_goes_back_without_its_count(
 async def test_a_refusal_ends_the_waiting_at_once(broker: Pulsar, pulsar_stand_in: StandIn, queue: str) -> None:
     pulsar_stand_in.refused[queue] = "AuthenticationError"
     error = await failure_of(broker.sink(queue))
-    assert str(error) == "Pulsar at 127.0.0.1 refuses our token (AuthenticationError)"
+    assert str(error) == "Pulsar at 127.0.0.1 refuses the token (AuthenticationError)"

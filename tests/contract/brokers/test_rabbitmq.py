@@ -9,7 +9,8 @@ import trio
 
 from tests.support.brokers import LONG, Rabbit, eventually, failure_of, leaves, new_name, nothing_comes, send, take
 from tests.support.servers import MAX_MESSAGE_SIZE, RabbitServer
-from trio_pilot.brokers import Settlement, dead_letter_queue, dead_letters, rabbitmq
+from trio_pilot.brokers import Settlement, dead_letter_queue, dead_letters
+from trio_pilot.brokers.rabbitmq_connection import RabbitTimeouts
 from trio_pilot.errors import BrokerError, DeliveryLostError, PublishRefusedError
 
 
@@ -195,9 +196,9 @@ async def test_dead_letters_need_one_channel_however_many_there_are(broker: Rabb
 @pytest.mark.parametrize(
     ("user", "token", "vhost", "says"),
     [
-        ("guest", "wrong", "", "refuses our user and password"),
-        ("nobody", "wrong", "", "refuses our user and password"),
-        ("", "a.jwt.token", "", "refuses our user and password"),
+        ("guest", "wrong", "", "refuses the user and password"),
+        ("nobody", "wrong", "", "refuses the user and password"),
+        ("", "a.jwt.token", "", "refuses the user and password"),
         ("", "", "/no-such-vhost", "no-such-vhost"),
     ],
 )
@@ -259,7 +260,7 @@ async def test_a_source_whose_queue_is_deleted_declares_it_anew_and_listens_agai
         stale = await take(consumer)
         with broker.channel() as channel:
             channel.queue_delete(queue)
-        await eventually(lambda: source._session.value is not stale.tag.channel)  # type: ignore[attr-defined]
+        await eventually(lambda: source.has_lost(stale))
         with pytest.raises(DeliveryLostError):
             await source.settle(stale, Settlement.ACK)
         await send(broker, queue, b"b")
@@ -269,13 +270,13 @@ async def test_a_source_whose_queue_is_deleted_declares_it_anew_and_listens_agai
 
 
 async def test_a_consumer_that_gets_nothing_though_there_is_something_listens_anew(
-    broker: Rabbit, queue: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    broker: Rabbit, queue: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(rabbitmq, "LOOK_INTERVAL", 0.2)
+    broker.timeouts = RabbitTimeouts(look=0.2)
     await send(broker, queue, b"a")
     async with broker.source(queue) as source, source.consume(2) as consumer:
         delivery = await take(consumer)
-        await delivery.tag.channel.call("basic_cancel", consumer._tags[0])  # type: ignore[attr-defined]
+        await delivery.tag.channel.call("basic_cancel", consumer.tags[0])  # type: ignore[attr-defined]
         await send(broker, queue, b"b")
         assert {(await take(consumer)).body, (await take(consumer)).body} == {b"a", b"b"}
     assert "has 1 message(s), and none comes" in caplog.text
@@ -287,7 +288,7 @@ async def test_a_queue_with_messages_that_do_not_come_is_not_left_as_empty(
     await send(broker, queue, b"a")
     async with broker.source(queue) as source, source.consume(2) as consumer:
         delivery = await take(consumer)
-        await delivery.tag.channel.call("basic_cancel", consumer._tags[0])  # type: ignore[attr-defined]
+        await delivery.tag.channel.call("basic_cancel", consumer.tags[0])  # type: ignore[attr-defined]
         assert await consumer.is_idle()
         await send(broker, queue, b"b")
         assert not await consumer.is_idle()
@@ -308,9 +309,9 @@ async def test_a_classic_queue_that_grants_no_lease_is_consumed_without(
 
 
 async def test_a_consumer_that_has_all_it_may_have_or_gets_nothing_because_there_is_none_is_left_alone(
-    broker: Rabbit, queue: str, monkeypatch: pytest.MonkeyPatch
+    broker: Rabbit, queue: str
 ) -> None:
-    monkeypatch.setattr(rabbitmq, "LOOK_INTERVAL", 0.05)
+    broker.timeouts = RabbitTimeouts(look=0.05)
     await send(broker, queue, b"a", b"b")
     async with broker.source(queue) as source, source.consume(1) as consumer:
         for _ in range(2):
@@ -358,17 +359,8 @@ async def test_any_message_id_can_be_sent(broker: Rabbit, queue: str) -> None:
     assert len(broker.get_all(queue)) == 4
 
 
-async def test_a_heartbeat_is_kept_while_trio_is_busy(broker: Rabbit, queue: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trio_pilot.brokers import rabbitmq_connection
-
-    given = rabbitmq_connection._parameters
-
-    def impatient(address: rabbitmq_connection.RabbitAddress) -> pika.ConnectionParameters:
-        parameters = given(address)
-        parameters.heartbeat = 1  # seconds; the server hangs up after two of silence
-        return parameters
-
-    monkeypatch.setattr(rabbitmq_connection, "_parameters", impatient)
+async def test_a_heartbeat_is_kept_while_trio_is_busy(broker: Rabbit, queue: str) -> None:
+    broker.timeouts = RabbitTimeouts(heartbeat=1)  # the server hangs up after two of silence
     await send(broker, queue, b"a")
     async with broker.source(queue) as source, source.consume(1) as consumer:
         delivery = await take(consumer)

@@ -4,7 +4,8 @@ import pytest
 import trio
 
 from tests.support.lab import WIRE, Lab
-from trio_pilot.brokers import Delivery, Settlement, rabbitmq_connection
+from trio_pilot.brokers import Delivery, Settlement
+from trio_pilot.brokers.rabbitmq_connection import RabbitTimeouts
 from trio_pilot.errors import TasksFailedError
 from trio_pilot.pilot import deduplication
 from trio_pilot.pilot.deduplication import Deduplicator
@@ -147,7 +148,7 @@ async def test_an_ack_into_a_connection_that_is_dead_is_in_doubt_for_longer_than
     known = Deduplicator()
     known.acked(delivery(source, "a"))
     await trio.sleep(
-        2 * (rabbitmq_connection.HEARTBEAT + 5)
+        2 * (RabbitTimeouts().heartbeat + 5)
     )  # pika looks twice, each time for 5 s longer than a heartbeat may take
     known.acked(delivery(source, "b"))
     source.has_lost_all = True
