@@ -214,7 +214,7 @@ def wait_until_held(job: Job) -> dict[str, Any]:
     return ad
 
 
-def test_a_pilot_without_a_broker_is_held_with_the_reason_and_tried_again(user: Submitter) -> None:
+def test_a_pilot_without_a_broker_is_held_and_tried_again_later(user: Submitter) -> None:
     user.config.write_text('broker = "amqp://guest:guest@127.0.0.1:1"\nbroker-patience = 0.1\n')
     job = user.submit("--runtime=process", "--task-args=true")
     ad = wait_until_held(job)
