@@ -1,7 +1,7 @@
 """Servers that tests share, each started when it is first needed.
 
-`.ci/test` runs several tests at once. One that measures time, or looks at all that runs on the machine, says
-`@pytest.mark.alone`; the fixture of a new server is added to SHARED in tests/support/worker_groups.py.
+`.ci/test` runs several tests at the same time. A test that measures time, or looks at all processes of the machine, is
+marked `alone`; the fixture of a new server is added to SHARED in tests/support/worker_groups.py.
 """
 
 import os
@@ -9,7 +9,6 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,12 @@ from tests.support import engines, servers, worker_groups
 from tests.support.apptainer import open_apptainer
 from tests.support.condor.pool import Pool, open_pool
 from tests.support.images import make_image
-from tests.support.services import SERVICES, cannot, open_rabbitmq
+from tests.support.services import SERVICES, cannot, open_rabbitmq, open_service
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(worker_groups)
-    # Ended by a `timeout`, pytest would leave all that its fixtures have started; an interrupt ends them.
+    # On SIGTERM, as of a `timeout`, pytest would leave all that its fixtures have started; an interrupt ends them.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
@@ -45,7 +44,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """With a test that fails, show what the servers said last."""
+    """Add the end of the servers' logs to the report of a test that fails."""
     report = yield
     if report.failed:
         for server in servers.RUNNING:
@@ -75,23 +74,15 @@ def rabbitmq_sid() -> Iterator[servers.RabbitServer]:
 
 @pytest.fixture(scope="session")
 def nats() -> Iterator[servers.NatsServer]:
-    try:
-        with servers.nats() as server:
-            SERVICES.append(f"NATS {server.version}")
-            yield server
-    except servers.UnavailableError as error:
-        cannot(str(error))
+    with open_service(servers.nats(), lambda server: f"NATS {server.version}") as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
 def apptainer() -> Iterator[Path]:
     """The directory of an apptainer, to be put on PATH."""
-    try:
-        with open_apptainer() as programs:
-            SERVICES.append("Apptainer")
-            yield programs
-    except servers.UnavailableError as error:
-        cannot(str(error))
+    with open_service(open_apptainer(), lambda _: "Apptainer") as programs:
+        yield programs
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +92,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def onefile() -> Iterator[Path]:
-    """trio-pilot as a single file, where every user may read it; $TRIO_PILOT_ONEFILE may name one made before."""
+    """trio-pilot as a single file that every user may read; $TRIO_PILOT_ONEFILE may name one that exists."""
     if made := os.environ.get("TRIO_PILOT_ONEFILE"):
         yield Path(made)
         return
@@ -115,36 +106,25 @@ def onefile() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def condor() -> Iterator[Pool]:
-    try:
-        with open_pool() as pool:
-            SERVICES.append("HTCondor")
-            yield pool
-    except servers.UnavailableError as error:
-        cannot(str(error))
+    with open_service(open_pool(), lambda _: "HTCondor") as pool:
+        yield pool
 
 
 @pytest.fixture(scope="session")
 def docker(image: Path) -> Iterator[engines.Engine]:
-    yield from _running(engines.docker(image))
+    with open_service(engines.docker(image), lambda engine: engine.name) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="session")
 def podman(image: Path) -> Iterator[engines.Engine]:
-    yield from _running(engines.podman(image))
-
-
-def _running(opening: AbstractContextManager[engines.Engine]) -> Iterator[engines.Engine]:
-    try:
-        with opening as engine:
-            SERVICES.append(engine.name)
-            yield engine
-    except servers.UnavailableError as error:
-        cannot(str(error))
+    with open_service(engines.podman(image), lambda engine: engine.name) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="session")
 def need() -> Callable[[str, str], None]:
-    """Have a program of a Debian package, or skip the test."""
+    """A function that installs a program from its Debian package, or skips the test."""
 
     def need(program: str, package: str) -> None:
         try:

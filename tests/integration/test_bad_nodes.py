@@ -34,7 +34,7 @@ def may_not_be_run(image: Path) -> None:
 
 @pytest.mark.parametrize("breaks", [goes_away, cannot_be_read, may_not_be_run])
 @pytest.mark.parametrize("slots", [1, 8])
-def test_a_node_that_breaks_touches_an_event_a_slot_at_most_and_charges_none(
+def test_a_node_that_breaks_takes_one_event_a_slot_and_charges_none(
     pilots: PilotCommand, own_image: Path, breaks: Callable[[Path], None], slots: int, need: Callable[[str, str], None]
 ) -> None:
     need("bwrap", "bubblewrap")
@@ -57,7 +57,7 @@ def test_a_node_that_breaks_touches_an_event_a_slot_at_most_and_charges_none(
 
 
 @pytest.mark.parametrize("breaks", [cannot_be_read, may_not_be_run])
-def test_a_node_that_was_bad_from_the_start_touches_no_event_and_holds_its_slot(
+def test_a_node_bad_from_the_start_takes_no_event_and_holds_its_slot(
     pilots: PilotCommand, own_image: Path, breaks: Callable[[Path], None], need: Callable[[str, str], None]
 ) -> None:
     need("bwrap", "bubblewrap")
@@ -70,7 +70,7 @@ def test_a_node_that_was_bad_from_the_start_touches_no_event_and_holds_its_slot(
     assert pilots.queue() == [(0, False)] * 3
 
 
-def test_an_image_without_the_probes_command_will_do(
+def test_an_image_without_the_command_true_is_good(
     pilots: PilotCommand, own_image: Path, need: Callable[[str, str], None]
 ) -> None:
     need("bwrap", "bubblewrap")

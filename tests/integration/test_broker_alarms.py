@@ -88,9 +88,7 @@ class Stuck:
         assert_nothing_left(self._directory)
 
 
-async def test_outputs_wait_for_a_broker_in_need_while_tasks_go_on_and_the_pilot_does_not_end(
-    broker: Rabbit, tmp_path: Path, alarm: Alarm
-) -> None:
+async def test_outputs_wait_for_the_end_of_an_alarm_and_tasks_go_on(broker: Rabbit, tmp_path: Path, alarm: Alarm) -> None:
     stuck = Stuck(broker, tmp_path)
     async with stuck.pilot(alarm.begin) as child:
         await trio.sleep(3)  # thrice what the pilot waits for events
@@ -105,7 +103,7 @@ async def test_outputs_wait_for_a_broker_in_need_while_tasks_go_on_and_the_pilot
     assert stuck.gate.begun() == 4
 
 
-async def test_a_pilot_told_to_end_while_its_outputs_wait_gives_their_events_back(
+async def test_a_pilot_that_is_ended_while_outputs_wait_returns_their_events(
     broker: Rabbit, tmp_path: Path, alarm: Alarm
 ) -> None:
     stuck = Stuck(broker, tmp_path)
@@ -116,7 +114,7 @@ async def test_a_pilot_told_to_end_while_its_outputs_wait_gives_their_events_bac
     assert broker.ready(stuck.queue) == 4
 
 
-async def test_a_broker_in_need_is_not_hung_up_on_for_giving_no_answers(
+async def test_a_broker_with_an_alarm_is_not_disconnected_for_not_answering(
     broker: Rabbit, caplog: pytest.LogCaptureFixture, alarm: Alarm
 ) -> None:
     broker.timeouts = RabbitTimeouts(answer=0.5)

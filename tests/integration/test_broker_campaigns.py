@@ -141,7 +141,7 @@ class Campaign:
 @pytest.mark.parametrize(
     ("kills", "count", "seconds"), [(5, 100, BRIEFLY), pytest.param(200, 1000, LONGER, marks=pytest.mark.soak)]
 )
-async def test_a_broker_that_is_killed_again_and_again_costs_no_result_and_no_second_run(
+async def test_a_broker_killed_repeatedly_costs_no_result_and_no_second_run(
     broker: Rabbit, tmp_path: Path, kills: int, count: int, seconds: str
 ) -> None:
     async def crash() -> None:
@@ -158,7 +158,7 @@ async def test_a_broker_that_is_killed_again_and_again_costs_no_result_and_no_se
 @pytest.mark.parametrize(
     ("kills", "count", "seconds"), [(5, 100, BRIEFLY), pytest.param(200, 1000, LONGER, marks=pytest.mark.soak)]
 )
-async def test_a_nats_server_that_is_killed_again_and_again_costs_no_result_and_no_second_run(
+async def test_nats_killed_repeatedly_costs_no_result_and_no_second_run(
     tmp_path: Path, kills: int, count: int, seconds: str
 ) -> None:
     with servers.running(servers.NatsServer(tmp_path)) as one:
@@ -177,7 +177,7 @@ async def test_a_nats_server_that_is_killed_again_and_again_costs_no_result_and_
 @pytest.mark.parametrize(
     ("rounds", "count", "seconds"), [(1, 60, BRIEFLY), pytest.param(25, 1000, LONGER, marks=pytest.mark.soak)]
 )
-async def test_a_network_that_misbehaves_costs_no_result_and_no_second_run(
+async def test_network_faults_cost_no_result_and_no_second_run(
     broker: Rabbit, proxy: proxies.Proxy, tmp_path: Path, rounds: int, count: int, seconds: str
 ) -> None:
     async def cut() -> None:
@@ -211,7 +211,7 @@ async def test_a_network_that_misbehaves_costs_no_result_and_no_second_run(
 
 
 @pytest.mark.parametrize("seconds", ["20", pytest.param("60", marks=pytest.mark.soak)])
-async def test_a_task_that_takes_longer_than_the_server_likes_is_run_once_and_its_result_comes_once(
+async def test_a_task_longer_than_the_consumer_timeout_is_run_and_sent_once(
     tmp_path: Path, suite: str, seconds: str
 ) -> None:
     with open_rabbitmq(suite, config="heartbeat = 2\nconsumer_timeout = 10000\n") as server:
@@ -225,7 +225,7 @@ async def test_a_task_that_takes_longer_than_the_server_likes_is_run_once_and_it
         assert ("delivery acknowledgement on channel" in stderr) == server.version.startswith(("3.", "4.0"))
 
 
-def test_a_restarting_broker_is_given_time_by_a_thousand_pilots() -> None:
+def test_a_thousand_pilots_spread_their_retries_over_time() -> None:
     timeouts = Timeouts()
     for failures in range(1, 12):
         delays = sorted(timeouts.retry_delay(failures) for _ in range(1000))

@@ -65,7 +65,7 @@ async def check_that_it_consumes_anew(broker: Rabbit, directory: Path, kind: str
 
 @pytest.mark.parametrize("kind", ["quorum", "classic"])
 @pytest.mark.parametrize("version", ["rabbitmq", *NEWER])
-async def test_a_pilot_whose_queue_is_deleted_and_made_anew_says_so_and_consumes_anew(
+async def test_a_pilot_consumes_again_after_its_queue_is_deleted_and_declared(
     request: pytest.FixtureRequest, directory: Path, version: str, kind: str
 ) -> None:
     broker = Rabbit(request.getfixturevalue(version))
@@ -73,7 +73,7 @@ async def test_a_pilot_whose_queue_is_deleted_and_made_anew_says_so_and_consumes
 
 
 @pytest.mark.parametrize("version", NEWER)  # RabbitMQ 3.10 tells nobody
-async def test_an_event_that_comes_again_from_a_queue_that_has_crashed_is_not_run_again(
+async def test_an_event_redelivered_by_a_queue_that_crashed_is_not_run_again(
     request: pytest.FixtureRequest, directory: Path, version: str
 ) -> None:
     broker = Rabbit(request.getfixturevalue(version))

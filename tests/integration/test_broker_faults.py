@@ -67,7 +67,7 @@ def little_patience(seconds: float) -> bool:
 # The library
 
 
-async def test_a_refused_connection_is_tried_again_for_as_long_as_there_is_patience(broker: Rabbit) -> None:
+async def test_a_refused_connection_is_tried_again_until_patience_ends(broker: Rabbit) -> None:
     begun = trio.current_time()
     error = await failure_of(broker.source("q", little_patience, server=f"127.0.0.1:{free_port()}"))
     assert isinstance(error, BrokerError)
@@ -89,7 +89,7 @@ async def test_a_server_that_never_answers_has_until_the_connect_timeout(broker:
         assert 1 <= trio.current_time() - begun < 6
 
 
-async def test_a_server_that_never_answers_does_not_hold_up_who_stops_waiting(broker: Rabbit) -> None:
+async def test_a_server_that_never_answers_does_not_delay_a_cancelled_wait(broker: Rabbit) -> None:
     async with proxies.server(proxies.silence) as address:
         for _ in range(2):
             begun = trio.current_time()
@@ -111,7 +111,7 @@ async def test_a_server_that_speaks_something_else_is_one_clear_line(
     assert "does not speak AMQP 0-9-1" in str(error)
 
 
-async def test_a_server_that_hangs_up_at_once_may_be_one_that_is_not_up_yet(broker: Rabbit, proxy: proxies.Proxy) -> None:
+async def test_a_server_that_hangs_up_at_once_is_tried_again(broker: Rabbit, proxy: proxies.Proxy) -> None:
     proxy.refusing = True
     async with trio.open_nursery() as nursery:
 
@@ -126,7 +126,7 @@ async def test_a_server_that_hangs_up_at_once_may_be_one_that_is_not_up_yet(brok
                 await source.ready()
 
 
-async def test_a_server_that_hangs_up_at_once_is_waited_for_no_longer_than_there_is_patience(broker: Rabbit) -> None:
+async def test_a_server_that_keeps_hanging_up_is_given_up_when_patience_ends(broker: Rabbit) -> None:
     async with proxies.server(proxies.hang_up) as address:
         with trio.fail_after(6):
             error = await failure_of(broker.source("q", little_patience, server=address))
@@ -160,7 +160,7 @@ class CutOnce:
         both.cancel()
 
 
-async def test_a_connection_cut_anywhere_in_the_handshake_is_made_again(broker: Rabbit, rabbitmq: RabbitServer) -> None:
+async def test_a_connection_cut_anywhere_in_the_handshake_is_opened_again(broker: Rabbit, rabbitmq: RabbitServer) -> None:
     async def send(after: int) -> None:
         queue, cutter = new_name(), CutOnce(rabbitmq.port, after)
         async with proxies.server(cutter.forward) as address, broker.sink(queue, server=address) as sink:
@@ -175,7 +175,7 @@ async def test_a_connection_cut_anywhere_in_the_handshake_is_made_again(broker: 
                 nursery.start_soon(send, after)
 
 
-async def test_a_cut_connection_is_made_again_and_what_waits_is_sent_and_what_was_held_comes_again(
+async def test_after_a_cut_what_waits_is_sent_and_what_was_held_comes_again(
     broker: Rabbit, queue: str, proxy: proxies.Proxy
 ) -> None:
     async with (
@@ -245,7 +245,7 @@ async def test_no_moment_to_cut_the_connection_loses_a_message(broker: Rabbit, q
     assert set(sent) == received == set(range(200))
 
 
-async def test_a_broker_that_is_killed_and_started_again_has_lost_nothing_and_nothing_has_lost_it(
+async def test_a_broker_that_is_killed_and_started_again_loses_nothing(
     broker: Rabbit, queue: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with broker.sink(queue) as sink, broker.source(queue) as source, source.consume(2) as consumer:
@@ -345,7 +345,7 @@ async def run(directory: Path, given: dict[str, object]) -> Ended:
 
 @pytest.mark.parametrize("kind", ["local", "rabbitmq"])
 @pytest.mark.parametrize("slots", [1, 4])
-async def test_bodies_that_are_no_events_end_as_dead_letters_and_the_others_are_done(
+async def test_bodies_that_are_no_events_become_dead_letters_and_others_are_run(
     request: pytest.FixtureRequest, queue: str, directory: Path, kind: str, slots: int
 ) -> None:
     broker: Broker = (
@@ -371,7 +371,7 @@ async def test_bodies_that_are_no_events_end_as_dead_letters_and_the_others_are_
     assert_nothing_left(directory)
 
 
-async def test_a_body_that_is_no_event_stops_the_pilot_that_was_told_so_and_stays_for_others(
+async def test_a_body_that_is_no_event_can_stop_the_pilot_and_stays_queued(
     broker: Rabbit, queue: str, directory: Path
 ) -> None:
     await send_all(broker, queue, b"bad", EwmsWire().encode(Message(1)))
@@ -408,7 +408,7 @@ async def test_a_broker_that_cannot_be_used_is_a_clear_last_line_and_exit_code_3
     assert_nothing_left(directory)
 
 
-async def test_a_broker_that_never_answers_does_not_hold_up_a_sigterm(broker: Rabbit, queue: str, directory: Path) -> None:
+async def test_a_broker_that_never_answers_does_not_delay_a_sigterm(broker: Rabbit, queue: str, directory: Path) -> None:
     connected = trio.Event()
 
     async def silence(stream: trio.SocketStream) -> None:
@@ -452,7 +452,7 @@ async def cut_while_four_tasks_run(broker: Rabbit, queue: str, directory: Path, 
     return [json.dumps(EwmsWire().decode(body, 2**20).data) for _, body in broker.get_all(f"{queue}-out")]
 
 
-async def test_outputs_of_tasks_that_end_while_the_connection_is_away_are_sent_when_it_is_back(
+async def test_outputs_wait_while_the_connection_is_lost_and_are_sent_after(
     broker: Rabbit, queue: str, directory: Path, proxy: proxies.Proxy
 ) -> None:
     outputs = await cut_while_four_tasks_run(broker, queue, directory, proxy)
@@ -460,14 +460,14 @@ async def test_outputs_of_tasks_that_end_while_the_connection_is_away_are_sent_w
     assert broker.server.counts(queue) == (0, 0)
 
 
-async def test_events_that_come_again_after_a_lost_connection_are_not_run_again(
+async def test_events_redelivered_after_a_lost_connection_are_not_run_again(
     broker: Rabbit, queue: str, directory: Path, proxy: proxies.Proxy
 ) -> None:
     outputs = await cut_while_four_tasks_run(broker, queue, directory, proxy)
     assert len(outputs) == 4
 
 
-async def test_a_pilot_whose_log_nobody_reads_does_its_work(queue: str, directory: Path) -> None:
+async def test_a_pilot_whose_log_is_not_read_does_its_work(queue: str, directory: Path) -> None:
     broker = Local(directory.parent / "queues.sqlite")
     await send_all(broker, queue, *[EwmsWire().encode(Message(number)) for number in range(100)])
     more = {"TASK_ARGS": "false", "STOP_LISTENING_ON_TASK_ERROR": "false", "MAX_ATTEMPTS": 1, "TIMEOUT_QUEUE_INCOMING": 1}
@@ -483,7 +483,7 @@ async def test_a_pilot_whose_log_nobody_reads_does_its_work(queue: str, director
 
 
 @pytest.mark.soak
-async def test_events_done_while_a_dead_connection_is_not_known_to_be_are_not_run_again(
+async def test_events_done_before_a_dead_connection_is_noticed_are_run_once(
     broker: Rabbit, queue: str, directory: Path, proxy: proxies.Proxy
 ) -> None:
     said, ran = directory.parent / "said", directory.parent / "ran"
@@ -505,7 +505,7 @@ async def test_events_done_while_a_dead_connection_is_not_known_to_be_are_not_ru
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.soak)])
-async def test_poison_among_good_events_is_tried_as_often_as_it_may_and_delays_no_other(
+async def test_poison_is_tried_as_often_as_it_may_and_delays_no_good_event(
     broker: Rabbit, queue: str, directory: Path, count: int
 ) -> None:
     poison = {count // 10, count // 2, count - 1}

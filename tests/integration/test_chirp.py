@@ -57,7 +57,7 @@ def complaints(ended: Ended) -> list[str]:
     return [line for line in ended.stderr.splitlines() if "report to HTCondor" in line]
 
 
-def test_a_run_is_told_from_the_beginning_to_the_end(slot: Path) -> None:
+def test_a_run_is_reported_from_the_beginning_to_the_end(slot: Path) -> None:
     with chirp_proxy(slot.parent) as proxy:
         ended = run_pilot(slot, settings(slot))
     assert (ended.code, complaints(ended)) == (0, [])
@@ -69,7 +69,7 @@ def test_a_run_is_told_from_the_beginning_to_the_end(slot: Path) -> None:
     assert_nothing_left(slot)
 
 
-def test_a_failed_task_is_told_to_the_event_log(slot: Path) -> None:
+def test_a_failed_task_is_reported_in_the_event_log(slot: Path) -> None:
     with chirp_proxy(slot.parent) as proxy:
         ended = run_pilot(slot, settings(slot, HTCHIRP_DEST="JOB_EVENT_LOG", TASK_ARGS="sh -c 'echo Öh! >&2; exit 3'"))
     assert ended.code == 1
@@ -90,7 +90,7 @@ def test_a_fault_of_the_proxy_costs_no_task_and_little_time_at_the_end(slot: Pat
     assert_nothing_left(slot)
 
 
-def test_a_proxy_that_hangs_costs_no_cpu_and_does_not_keep_a_pilot_that_is_told_to_end(slot: Path) -> None:
+def test_a_proxy_that_hangs_costs_no_cpu_and_does_not_delay_the_end(slot: Path) -> None:
     with chirp_proxy(slot.parent, hangs), pilot(slot, settings(slot, TIMEOUT_QUEUE_INCOMING="60")) as child:
         time.sleep(3)
         child.send_signal(signal.SIGTERM)
@@ -114,7 +114,7 @@ def waiting(slot: Path) -> list[int]:
         return [tried for (tried,) in connection.execute("SELECT attempts FROM message WHERE queue = 'in'")]
 
 
-def test_an_evicted_pilot_is_gone_with_seconds_to_spare_and_has_said_so(slot: Path) -> None:
+def test_an_evicted_pilot_ends_in_time_and_reports_it(slot: Path) -> None:
     given = settings(slot, TASK_ARGS="sleep 1000", **job(slot, JobMaxVacateTime=8, KillSig='"SIGTERM"'))
     with chirp_proxy(slot.parent) as proxy, pilot(slot, given) as child:
         until_sync(lambda: proxy.values("TasksRunning") == ["1"] or proxy.values("Status")[-1:] == ['"Tasking"'])

@@ -1,4 +1,4 @@
-"""Pilots as HTCondor's jobs, in a real pool: the single file, as `trio-pilot condor-submit` describes it."""
+"""Pilots as jobs of a real HTCondor pool: the single file, submitted as `trio-pilot condor-submit` describes it."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from tests.support.paths import ROOT
 from tests.support.processes import command_line, processes_with
 from tests.support.servers import RabbitServer, UnavailableError, debian
 from tests.support.services import cannot
-from tests.support.waiting import until_sync
+from tests.support.waiting import POOL, until_sync
 from trio_pilot.cli.condor_submit import LEAST_SILENCE, RELEASE_AFTER, SILENT
 from trio_pilot.errors import BrokerError, NodeError
 
@@ -37,7 +37,7 @@ BY_POLICY = 3  # HoldReasonCode: the job's own expressions
 
 
 class Submitter:
-    """A user with a queue at a broker, who submits pilots."""
+    """A user of a pool with two queues at a broker, who submits pilots."""
 
     def __init__(self, pool: Pool, onefile: Path, rabbitmq: RabbitServer) -> None:
         self.pool = pool
@@ -55,17 +55,29 @@ class Submitter:
             os.chown(path, USER_ID, USER_ID)
         self.address, self._port = rabbitmq.address, rabbitmq.port
         self.events, self.results = new_name("events"), new_name("results")
+        self._jobs: list[Job] = []
 
     def describe(self, *flags: str) -> str:
-        """Have a description of the jobs."""
+        """Return a submit description of pilots."""
         queues = (f"--queue-incoming={self.events}", f"--queue-outgoing={self.results}")
         return self.command("condor-submit", *queues, "--memory=256m", "--disk=100m", *flags)
 
     def submit(self, *flags: str) -> Job:
-        return self.pool.submit(self.describe(*flags), self.home)
+        return self.submit_description(self.describe(*flags))
+
+    def submit_description(self, description: str) -> Job:
+        job = self.pool.submit(description, self.home)
+        self._jobs.append(job)
+        return job
+
+    def remove_jobs(self) -> None:
+        """Remove the jobs that are still in the queue: others would wait for their slots."""
+        for job in self._jobs:
+            if job.ads():
+                job.remove()
 
     def ready(self) -> int:
-        """Count the events that a pilot could take."""
+        """Return the number of events that a pilot could take."""
         with closing(pika.BlockingConnection(pika.ConnectionParameters("127.0.0.1", self._port))) as connection:
             return int(connection.channel().queue_declare(self.events, passive=True).method.message_count)
 
@@ -87,11 +99,13 @@ class Submitter:
 
 
 @pytest.fixture
-def user(condor: Pool, onefile: Path, rabbitmq: RabbitServer) -> Submitter:
-    return Submitter(condor, onefile, rabbitmq)
+def user(condor: Pool, onefile: Path, rabbitmq: RabbitServer) -> Iterator[Submitter]:
+    user = Submitter(condor, onefile, rabbitmq)
+    yield user
+    user.remove_jobs()
 
 
-def test_pilots_drain_a_queue_and_tell_of_it(user: Submitter) -> None:
+def test_pilots_drain_a_queue_and_report_it(user: Submitter) -> None:
     user.send(range(EVENTS))
     job = user.submit(
         f"--pilots={PILOTS}",
@@ -102,7 +116,7 @@ def test_pilots_drain_a_queue_and_tell_of_it(user: Submitter) -> None:
         "--timeout-queue-incoming=2",
         "--htchirp-ratelimit-interval=1",
     )
-    until_sync(lambda: any(ad.get(f"{PREFIX}Status") == "Tasking" for ad in job.ads()), "a pilot to tell that it works")
+    until_sync(lambda: any(ad.get(f"{PREFIX}Status") == "Tasking" for ad in job.ads()), "a pilot to report its work", POOL)
     ads = job.wait()
     assert sorted(user.receive(user.results)) == list(range(EVENTS))
     assert [ad["ExitCode"] for ad in ads] == [0] * PILOTS
@@ -134,40 +148,45 @@ def mark() -> str:
 
 
 def long_tasks(mark: str) -> Sequence[str]:
-    # Should its `sleep` alone be killed, as the first of a job's processes, it has failed: it is not one that is done.
+    # If only the `sleep` is killed, as the first process of a job that is killed, the task has failed: it must not succeed.
     task = ("--runtime=bubblewrap", "--task-image=/", f"--task-args=sh -c 'sleep 1000 && : {mark}'")
     return *task, "--max-concurrent-tasks=2", "--prefetch=4", "--grace=1", "--kill-grace=0.5", "--timeout-queue-incoming=100"
 
 
+def wait_for_two_tasks(job: Job) -> None:
+    job.until(lambda ad: ad.get(f"{PREFIX}TasksRunning") == 2, "two tasks to run")
+
+
 @pytest.fixture
 def job(user: Submitter, mark: str) -> Iterator[Job]:
-    """A job whose tasks run for long; once it has gone, it is not started again."""
+    """A job whose tasks take long; once it has ended, it is not started again."""
     user.send(range(4))
-    # A count is told a second later at most: that of the second task may be too late for the report of the first.
+    # A count is reported within a second: the report of the first task may be too early to have the second.
     job = user.submit(*long_tasks(mark), "--htchirp-ratelimit-interval=1")
     try:
-        until_sync(lambda: job.ads()[0].get(f"{PREFIX}TasksRunning") == 2, "tasks to run")
+        wait_for_two_tasks(job)
         user.pool.run("condor_qedit", job.cluster, "Requirements", "NumJobStarts == 0")
         yield job
     finally:
         if job.ads():
-            user.pool.run("condor_rm", job.cluster)
+            job.remove()
             job.wait()
 
 
 def assert_nothing_is_left(user: Submitter, mark: str) -> None:
-    """Say that all events are back, nothing runs on, and the scratch directory is gone."""
-    until_sync(lambda: user.ready() == 4, "all events to be back")
-    until_sync(lambda: not processes_with(mark) and not user.pool.processes_with("condor_exec.exe"), "all processes to go")
-    until_sync(lambda: not user.pool.run("ls", "-A", "/var/lib/condor/execute"), "the scratch directory to go")
+    """Check that all events come back to the queue, and that no process and no scratch directory stays."""
+    pool = user.pool
+    until_sync(lambda: user.ready() == 4, "all events to be back", POOL)
+    until_sync(lambda: not processes_with(mark) and not pool.processes_with("condor_exec.exe"), "all processes to end", POOL)
+    until_sync(lambda: not pool.run("ls", "-A", "/var/lib/condor/execute"), "the scratch directory to be removed", POOL)
 
 
 @pytest.mark.parametrize("how", GRACEFUL)
 def test_a_job_that_has_to_go_returns_its_events_and_ends_by_itself(user: Submitter, job: Job, mark: str, how: str) -> None:
     user.pool.run(GRACEFUL[how], job.cluster)
     assert_nothing_is_left(user, mark)
-    until_sync(lambda: all(ad["JobStatus"] != RUNNING for ad in job.ads()), "the job to have ended")
-    [ad] = job.ads() or job.ads(past=True)
+    # A job that is held or removed is no longer RUNNING at once: its shadow reports the end of the pilot later.
+    ad = job.until(lambda ad: ad["JobStatus"] != RUNNING and "ExitCode" in ad, "the end of the job to be reported")
     assert ad["ExitCode"] == 128 + signal.SIGTERM
     assert (ad[f"{PREFIX}Status"], ad[f"{PREFIX}EventsReturned"]) == ("Done", 2)
     assert f"{PREFIX}TasksFailed" not in ad
@@ -184,53 +203,50 @@ def test_a_job_that_is_killed_leaves_nothing(user: Submitter, job: Job, mark: st
 
 
 def edit(job: Job, attribute: str, change: int) -> None:
-    """Have time pass, as far as an attribute of a job tells."""
-    job.pool.run("condor_qedit", job.cluster, attribute, str(job.ads()[0][attribute] + change))
+    """Add to an attribute of a job, as if time had passed."""
+    job.pool.run("condor_qedit", job.cluster, attribute, str(job.ad()[attribute] + change))
 
 
-def held(job: Job) -> int:
-    """Wait until its own expressions hold a job; tell the subcode."""
-    until_sync(lambda: job.ads()[0]["JobStatus"] == HELD, "the job to be held")
-    [ad] = job.ads()
+def wait_until_held(job: Job) -> dict[str, Any]:
+    """Wait until its own expressions hold a job, and return its ad."""
+    ad = job.until(lambda ad: ad["JobStatus"] == HELD, "the job to be held")
     assert ad["HoldReasonCode"] == BY_POLICY
-    return int(ad["HoldReasonSubCode"])
+    return ad
 
 
-def test_a_pilot_without_a_broker_is_held_says_why_and_is_tried_again_later(user: Submitter) -> None:
+def test_a_pilot_without_a_broker_is_held_and_tried_again_later(user: Submitter) -> None:
     user.config.write_text('broker = "amqp://guest:guest@127.0.0.1:1"\nbroker-patience = 0.1\n')
     job = user.submit("--runtime=process", "--task-args=true")
-    assert held(job) == BrokerError.exit_code
-    assert job.ads()[0]["HoldReason"].startswith("BrokerError: ")
+    ad = wait_until_held(job)
+    assert ad["HoldReasonSubCode"] == BrokerError.exit_code
+    assert ad["HoldReason"].startswith("BrokerError: ")
     edit(job, "EnteredCurrentStatus", -RELEASE_AFTER)
-    until_sync(lambda: job.ads()[0]["NumJobStarts"] == 2, "another start")
-    user.pool.run("condor_rm", job.cluster)
+    job.until(lambda ad: ad["NumJobStarts"] == 2, "another start")
 
 
 def test_a_pilot_does_not_go_back_to_a_bad_machine(user: Submitter) -> None:
     job = user.submit("--runtime=docker", "--task-image=image", "--task-args=true")
-    assert held(job) == NodeError.exit_code
+    assert wait_until_held(job)["HoldReasonSubCode"] == NodeError.exit_code
     edit(job, "EnteredCurrentStatus", -RELEASE_AFTER)
-    until_sync(lambda: job.ads()[0]["JobStatus"] == IDLE, "the job to be released")
+    job.until(lambda ad: ad["JobStatus"] == IDLE, "the job to be released")
     released = time.time()
-    until_sync(lambda: job.ads()[0].get("LastRejMatchTime", 0) > released, "the only machine to be passed over")
-    assert job.ads()[0]["NumJobStarts"] == 1
-    user.pool.run("condor_rm", job.cluster)
+    ad = job.until(lambda ad: ad.get("LastRejMatchTime", 0) > released, "the only machine to be passed over")
+    assert ad["NumJobStarts"] == 1
 
 
-def test_a_pilot_that_says_nothing_any_more_is_held(user: Submitter, mark: str) -> None:
+def test_a_pilot_that_reports_nothing_any_more_is_held(user: Submitter, mark: str) -> None:
     user.send(range(4))
-    description = user.describe(*long_tasks(mark))  # whose pilot has nothing new to say for a minute
-    job = user.pool.submit(description.replace(str(LEAST_SILENCE), "1"), user.home)
-    assert held(job) == SILENT
+    description = user.describe(*long_tasks(mark))  # the pilot has nothing new to report for a minute
+    job = user.submit_description(description.replace(str(LEAST_SILENCE), "1"))
+    assert wait_until_held(job)["HoldReasonSubCode"] == SILENT
     assert_nothing_is_left(user, mark)
-    user.pool.run("condor_rm", job.cluster)
 
 
 def test_what_is_secret_keeps_its_mode_in_the_job(user: Submitter) -> None:
     look = user.home / "look"
     look.write_text("#!/bin/sh\nexec stat --format=%a trio-pilot.toml token\n")
     description = re.sub("executable = .*", f"executable = {look}", user.describe("--task-args=true"))
-    job = user.pool.submit(description, user.home)
+    job = user.submit_description(description)
     job.wait()
     assert (user.home / f"trio-pilot-{job.cluster}.0.out").read_text() == "600\n600\n"
 
@@ -243,7 +259,7 @@ def test_condor_submit_takes_every_description(user: Submitter, more: list[str])
     assert "WARNING" not in said
 
 
-# Soak: the minutes that a crontab counts, and a pool of its own.
+# Soak: a crontab counts in minutes, and images need a pool of their own.
 
 SINGULARITY = "SINGULARITY = {}/apptainer\n"  # as HTCondor calls it
 
@@ -254,18 +270,17 @@ def test_a_cron_starts_pilots_again_and_again(user: Submitter) -> None:
     job = user.submit("--cron=* * * * *", *copies)
     for event in ("first", "second"):
         user.send([event])
-        deadline = time.monotonic() + 150  # a pilot may just have looked; that of the next minute finds it
+        deadline = time.monotonic() + 60 + POOL.seconds  # if a pilot has just ended, the one of the next minute takes it
         while not (found := user.receive(user.results)):
             assert time.monotonic() < deadline, user.log(job)
             time.sleep(1)
         assert found == [event]
-    assert job.ads()[0]["NumJobStarts"] > 1
-    user.pool.run("condor_rm", job.cluster)
+    assert job.ad()["NumJobStarts"] > 1
 
 
 @pytest.fixture(scope="module")
 def user_of_images(onefile: Path, rabbitmq: RabbitServer) -> Iterator[Submitter]:
-    """A user of a pool with apptainer, who has an image that is a pilot."""
+    """A user of a pool with apptainer, who has an image of a pilot."""
     try:
         with open_apptainer(own=True) as programs, open_pool(SINGULARITY.format(programs), programs.parents[2]) as pool:
             user = Submitter(pool, onefile, rabbitmq)
@@ -274,6 +289,7 @@ def user_of_images(onefile: Path, rabbitmq: RabbitServer) -> Iterator[Submitter]
             shutil.copytree(GUIDE.parents[1] / "images", user.home / "images")
             build_image(debian(SUITE, *PACKAGES), user.home, programs)
             yield user
+            user.remove_jobs()
     except UnavailableError as error:
         cannot(str(error))
 
@@ -296,13 +312,11 @@ def test_an_image_that_has_to_go_returns_its_events_and_ends_by_itself(user_of_i
     user = user_of_images
     user.send(range(4))
     job = user.submit(f"--container-image={user.home}/image", *long_tasks(mark), "--htchirp-ratelimit-interval=1")
-    until_sync(lambda: job.ads()[0].get(f"{PREFIX}TasksRunning") == 2, "tasks to run")
+    wait_for_two_tasks(job)
     user.pool.run("condor_hold", job.cluster)
     assert_nothing_is_left(user, mark)
-    until_sync(lambda: job.ads()[0]["JobStatus"] == HELD, "the job to be held")
-    [ad] = job.ads()
+    ad = job.until(lambda ad: ad["JobStatus"] == HELD, "the job to be held")
     assert (ad[f"{PREFIX}Status"], ad[f"{PREFIX}EventsReturned"]) == ("Done", 2)
-    user.pool.run("condor_rm", job.cluster)
 
 
 def test_the_guide_leads_from_nothing_to_results(user: Submitter) -> None:

@@ -91,7 +91,7 @@ def test_a_task_that_fills_the_disk_fails_and_leaves_it_empty(pilots: PilotComma
 
 
 @needs_root
-def test_a_task_that_fills_the_disk_and_says_nothing_of_it_has_its_output_sent(
+def test_the_output_of_a_task_that_fills_the_disk_and_succeeds_is_sent(
     pilots: PilotCommand, runtime: str, disk: Path
 ) -> None:
     pilots.send("event")
@@ -118,7 +118,7 @@ def test_a_disk_that_a_task_filled_is_free_for_the_next(pilots: PilotCommand, ru
     assert list(disk.iterdir()) == []
 
 
-def test_a_directory_that_cannot_be_written_is_said_in_a_line(pilots: PilotCommand, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written_is_one_clear_line(pilots: PilotCommand, tmp_path: Path) -> None:
     pilots.send("event")
     (locked := tmp_path / "locked").mkdir(mode=0o555)
     for file in tmp_path.glob("*.sqlite*"):
@@ -129,7 +129,7 @@ def test_a_directory_that_cannot_be_written_is_said_in_a_line(pilots: PilotComma
     assert pilots.queue() == [RETURNED]
 
 
-def test_a_data_directory_of_somebody_else_is_said_in_a_line(pilots: PilotCommand, tmp_path: Path) -> None:
+def test_a_data_directory_of_another_user_is_one_clear_line(pilots: PilotCommand, tmp_path: Path) -> None:
     pilots.send("event")
     (tmp_path / "ewms-pilot-data").mkdir(mode=0o555)
     for file in tmp_path.glob("*.sqlite*"):
@@ -141,7 +141,7 @@ def test_a_data_directory_of_somebody_else_is_said_in_a_line(pilots: PilotComman
     (tmp_path / "ewms-pilot-data").rmdir()
 
 
-def test_a_missing_parent_is_said_in_a_line_and_not_made(pilots: PilotCommand, tmp_path: Path, runtime: str) -> None:
+def test_a_missing_parent_is_one_clear_line_and_not_created(pilots: PilotCommand, tmp_path: Path, runtime: str) -> None:
     pilots.send("event")
     missing = tmp_path / "missing" / "deep"
     pilot = pilots.run(*COPY, runtime=runtime, data_dir_parent_path_on_host=missing)

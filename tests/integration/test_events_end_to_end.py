@@ -88,7 +88,7 @@ def kilobytes(count: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("runtime", ["process", "bubblewrap"])
 @pytest.mark.parametrize("slots", [1, 4, 8])
 @pytest.mark.parametrize("prefetch", [1, 8])
-def test_every_event_of_three_hundred_has_its_result_once_and_nothing_is_left(
+def test_each_of_three_hundred_events_has_one_result_and_nothing_is_left(
     broker: Rabbit, need: Callable[[str, str], None], directory: Path, runtime: str, slots: int, prefetch: int
 ) -> None:
     if runtime == "bubblewrap":
@@ -132,7 +132,7 @@ def test_nan_arrives_as_it_was_sent(broker: Rabbit, directory: Path) -> None:
     assert json.dumps(receive(broker, outgoing, 1)) == '[{"llh": NaN, "max": Infinity}]'
 
 
-def test_a_binary_output_arrives_as_base64_and_as_an_input_it_is_bytes_again(broker: Rabbit, directory: Path) -> None:
+def test_a_binary_output_is_base64_and_as_an_input_it_is_bytes_again(broker: Rabbit, directory: Path) -> None:
     first, second, third = new_name("1"), new_name("2"), new_name("3")
     content = bytes(range(256)) * 10
     (directory.parent / "content").write_bytes(content)
@@ -168,9 +168,7 @@ def test_a_task_that_writes_nothing_is_a_success_without_a_result(broker: Rabbit
     assert_nothing_left(directory)
 
 
-def test_several_queues_are_drained_fairly_and_each_output_goes_to_every_outgoing_queue(
-    broker: Rabbit, directory: Path
-) -> None:
+def test_queues_are_drained_fairly_and_outputs_go_to_each_outgoing_queue(broker: Rabbit, directory: Path) -> None:
     incoming, outgoing = [new_name("in") for _ in range(3)], [new_name("out") for _ in range(2)]
     for number, queue in enumerate(incoming):
         send(broker, queue, [{"queue": number, "event": event} for event in range(20)])

@@ -161,14 +161,14 @@ def start_unpacking(pilots: PilotCommand, mark: str) -> Running:
     return pilot
 
 
-def test_a_pilot_that_is_killed_while_it_unpacks_an_image_leaves_no_half_of_it(pilots: PilotCommand, mark: str) -> None:
+def test_a_pilot_killed_while_it_unpacks_an_image_leaves_no_part_of_it(pilots: PilotCommand, mark: str) -> None:
     pilot = start_unpacking(pilots, mark)
     pilot.kill()
     wait_until_nothing_is_left(pilots, mark)
 
 
 @pytest.mark.alone  # any pilot that starts sweeps after the dead
-def test_half_an_image_that_a_pilot_and_its_guardian_leave_is_swept_by_the_next(pilots: PilotCommand, mark: str) -> None:
+def test_half_an_image_of_a_dead_pilot_and_guardian_is_swept_by_the_next(pilots: PilotCommand, mark: str) -> None:
     pilot = start_unpacking(pilots, mark)
     pilot.signal(signal.SIGSTOP)  # so that it starts no other
     os.kill(guardians(pilot.pid)[0], signal.SIGKILL)
@@ -182,7 +182,7 @@ def test_half_an_image_that_a_pilot_and_its_guardian_leave_is_swept_by_the_next(
 
 
 @needs_root
-def test_what_a_pilot_leaves_that_dies_with_its_pid_namespace_is_swept_by_the_next(pilots: PilotCommand, mark: str) -> None:
+def test_what_a_pilot_killed_with_its_pid_namespace_leaves_is_swept(pilots: PilotCommand, mark: str) -> None:
     image, tried = pilots.directory / "image", pilots.directory / "tried"
     image.mkdir()
     stand_in_for_apptainer(pilots, mark, f"touch {tried}; sleep 1000; :")
@@ -197,7 +197,7 @@ def test_what_a_pilot_leaves_that_dies_with_its_pid_namespace_is_swept_by_the_ne
 
 @needs_root
 @pytest.mark.parametrize("engine", ["docker", "podman"])
-def test_the_containers_of_a_pilot_that_dies_with_its_pid_namespace_are_swept_by_the_next_and_no_others(
+def test_containers_left_with_a_pid_namespace_are_swept_and_no_others(
     pilots: PilotCommand, request: pytest.FixtureRequest, engine: str
 ) -> None:
     containment = CONTAINMENTS[engine](request)
@@ -281,7 +281,7 @@ def test_what_a_pilot_and_its_guardian_leave_is_swept_by_the_next(pilots: PilotC
     assert leftovers(pilots) == []
 
 
-def test_a_living_pilot_loses_nothing_to_the_guardian_or_the_sweep_of_another(pilots: PilotCommand, mark: str) -> None:
+def test_a_living_pilot_loses_nothing_to_another_ones_guardian_or_sweep(pilots: PilotCommand, mark: str) -> None:
     other = f"other-{uuid.uuid4().hex}"
     pilots.send(*range(4))
     lasting = start(pilots, IN_PROCESS, mark)
@@ -308,7 +308,7 @@ def all_events_can_be_done_but(pilots: PilotCommand, count: int) -> None:
     assert len(pilots.queue()) == count
 
 
-def test_files_that_were_to_be_kept_are_kept(pilots: PilotCommand, mark: str) -> None:
+def test_files_that_a_killed_pilot_was_told_to_keep_are_kept(pilots: PilotCommand, mark: str) -> None:
     pilots.send("event")
     pilot = start(pilots, IN_PROCESS, mark, keep_all_task_files=True)
     wait_for_tasks(pilots, pilot, 1)

@@ -71,7 +71,7 @@ def polite(mark: str, script: str) -> tuple[str, ...]:
 # The deadline of a task.
 
 
-def test_a_task_that_runs_out_of_time_is_gone_with_all_it_started_and_its_event_is_back(
+def test_a_task_that_times_out_leaves_no_process_and_its_event_is_back(
     pilots: PilotCommand, runtime: str, mark: str
 ) -> None:
     pilots.send("event")
@@ -261,7 +261,7 @@ def test_a_command_that_cannot_be_run_is_the_tasks_fault(
     assert command in pilot.last_line
 
 
-def test_a_python_traceback_is_told_whole(pilots: PilotCommand, runtime: str) -> None:
+def test_a_python_traceback_is_reported_whole(pilots: PilotCommand, runtime: str) -> None:
     pilots.send("event")
     pilot = pilots.run("python3", "-c", "1/0", runtime=runtime)
     assert pilot.wait() == 1

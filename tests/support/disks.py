@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def small_disk(directory: Path, kib: int, *, inodes: int = 0) -> Iterator[Path]:
-    """Mount a file system of that size there; as root."""
+    """Mount a file system of a size on a directory; this takes root."""
     directory.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k,nr_inodes={inodes}", "tmpfs", directory], check=True)
     try:

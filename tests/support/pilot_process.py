@@ -1,4 +1,4 @@
-"""The installed command, as EWMS starts it: by environment variables alone."""
+"""The installed command, started as EWMS starts it: with environment variables. `pilots` starts it with flags."""
 
 import os
 import shutil
@@ -9,11 +9,16 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-COMMAND = str(Path(sys.executable).parent / "trio-pilot")
+from tests.support.processes import processes_of
+from tests.support.waiting import PILOT_RUN
+
+COMMAND = str(Path(sys.executable).with_name("trio-pilot"))
 
 
 @dataclass(frozen=True)
 class Ended:
+    """How a pilot ended, and what it wrote to stderr."""
+
     code: int
     stderr: str
 
@@ -23,6 +28,7 @@ class Ended:
 
 
 def environment(settings: Mapping[str, object]) -> dict[str, str]:
+    """Return the environment of a pilot: PATH, settings by their names, and as they are names that begin with `_`."""
     names = {name: name if name.startswith("_") else f"EWMS_PILOT_{name}" for name in settings}
     return {"PATH": os.environ["PATH"]} | {names[name]: str(value) for name, value in settings.items()}
 
@@ -31,10 +37,10 @@ def environment(settings: Mapping[str, object]) -> dict[str, str]:
 def pilot(
     directory: Path, settings: Mapping[str, object], *arguments: str, log: Path | None = None
 ) -> Iterator["subprocess.Popen[str]"]:
-    """Run the pilot in a directory of its own; killed with what it has started when this ends.
+    """Run a pilot in a directory of its own, and kill it in the end.
 
-    What it says goes into a pipe, and it waits once that is full (64 KiB) and nobody reads: who has it run for long names a
-    file instead.
+    Its stderr is a pipe, or the file `log`. A pipe takes 64 KiB until the test reads it, and the pilot then waits: a pilot
+    that runs for long needs the file.
     """
     with (
         log.open("w") if log else nullcontext(subprocess.PIPE) as stderr,
@@ -46,35 +52,21 @@ def pilot(
             child.kill()
 
 
-def run_pilot(directory: Path, settings: Mapping[str, object], *arguments: str, timeout: float = 120) -> Ended:
+def run_pilot(directory: Path, settings: Mapping[str, object], *arguments: str, timeout: float = PILOT_RUN) -> Ended:
+    """Run a pilot to its end."""
     with pilot(directory, settings, *arguments) as child:
         _, stderr = child.communicate(timeout=timeout)
         return Ended(child.returncode, stderr)
 
 
 def assert_nothing_left(directory: Path) -> None:
-    """Say that a pilot has left no file in its directory, and no process that knows of it."""
+    """Check that a pilot left no file in its directory, and no process that has to do with it."""
     assert list(directory.iterdir()) == []
     assert processes_of(directory) == []
 
 
-def processes_of(directory: Path) -> list[str]:
-    """List the processes that work in a directory, or have it in their environment or on their command line."""
-    found = []
-    for process in Path("/proc").iterdir():
-        if not process.name.isdigit() or int(process.name) == os.getpid():
-            continue
-        try:
-            facts = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
-            place = str((process / "cwd").readlink())
-        except OSError:
-            continue
-        if str(directory).encode() in facts or place.startswith(str(directory)):
-            found.append(f"{process.name}: {facts[:200]!r}")
-    return found
-
-
 def cp() -> str:
+    """Return the path of the command `cp`."""
     path = shutil.which("cp")
     assert path
     return path

@@ -1,4 +1,4 @@
-"""The installed command, with the embedded broker."""
+"""The installed command, started with flags, and a queue file beside it. `pilot_process` starts it as EWMS does."""
 
 import json
 import os
@@ -6,22 +6,21 @@ import shlex
 import signal
 import sqlite3
 import subprocess
-import sys
 import uuid
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from tests.support.waiting import PATIENCE
+from tests.support.pilot_process import COMMAND
+from tests.support.waiting import PATIENCE, PILOT_RUN
 
 
 class PilotCommand:
-    """The installed command, in a directory of its own, with the embedded broker."""
+    """Starts pilots in one directory, with its queue file; sends events and receives outputs."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._program = str(Path(sys.executable).with_name("trio-pilot"))
         self._started: list[Running] = []
         self.variables: dict[str, str] = {}
 
@@ -40,7 +39,7 @@ class PilotCommand:
         return [json.loads(line) for line in self._run("receive", "outputs", "--idle", "0.1").splitlines()]
 
     def start(self, *args: str, runtime: str = "process", prefix: Iterable[str] = (), **settings: object) -> "Running":
-        """Start a pilot that runs `args` for each event."""
+        """Start a pilot that runs `args` for each event; a prefix may change its user or namespaces."""
         settings = {
             "queue_incoming": "events",
             "queue_outgoing": "outputs",
@@ -51,10 +50,10 @@ class PilotCommand:
             **settings,
         }
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-        command = [*prefix, self._program, "run", *flags]
+        command = [*prefix, COMMAND, "run", *flags]
         log = self.directory / f"pilot-{uuid.uuid4().hex}.log"
         with log.open("wb") as stderr:
-            # In a session of its own: an interrupt at the terminal is for the tests.
+            # In a session of its own, so that an interrupt at the terminal reaches the tests only.
             process = subprocess.Popen(
                 command,
                 cwd=self.directory,
@@ -68,12 +67,13 @@ class PilotCommand:
         return pilot
 
     def run(self, *args: str, **settings: Any) -> "Running":
+        """Run a pilot to its end."""
         pilot = self.start(*args, **settings)
         pilot.wait()
         return pilot
 
     def queue(self, name: str = "events") -> list[tuple[int, bool]]:
-        """List what is in a queue: of each message how often it was tried, and whether it is claimed."""
+        """Return, for each message in a queue, its attempts and whether it is claimed."""
         with closing(sqlite3.connect(self.directory / "trio-pilot-queues.sqlite", timeout=PATIENCE)) as connection:
             rows = connection.execute("SELECT attempts, consumer FROM message WHERE queue = ? ORDER BY position", (name,))
             return [(attempts, bool(consumer)) for attempts, consumer in rows]
@@ -87,7 +87,7 @@ class PilotCommand:
 
     def _run(self, *arguments: str, given: str = "") -> str:
         return subprocess.run(
-            [self._program, *arguments],
+            [COMMAND, *arguments],
             cwd=self.directory,
             env=self._environment(),
             input=given,
@@ -99,7 +99,7 @@ class PilotCommand:
 
 
 class Running:
-    """A pilot that was started; it is waited for, and not left behind."""
+    """A pilot that was started, and its output."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
         self._process = process
@@ -132,7 +132,8 @@ class Running:
             self._process.communicate()
 
     def wait(self) -> int:
+        """Wait until it ends, and return its exit code."""
         if self._process.returncode is None:
-            self.stdout = self._process.communicate(timeout=3 * PATIENCE)[0]
-        assert "/trio_pilot/" not in self.stderr, f"a traceback of ours: {self.stderr}"
+            self.stdout = self._process.communicate(timeout=PILOT_RUN)[0]
+        assert "/trio_pilot/" not in self.stderr, f"a traceback: {self.stderr}"
         return self._process.returncode

@@ -9,7 +9,7 @@ import trio
 
 @asynccontextmanager
 async def serving(serve: Callable[[trio.SocketStream], Awaitable[object]], path: Path) -> AsyncIterator[None]:
-    """Serve whoever connects to a Unix socket, until the end of the body."""
+    """Serve connections to a Unix socket until the end of the body."""
     listener = trio.socket.socket(trio.socket.AF_UNIX)
     await listener.bind(str(path))
     listener.listen(100)

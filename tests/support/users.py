@@ -1,4 +1,4 @@
-"""Users that tests act as."""
+"""Users that tests run as."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ NOBODY = 65534
 AS_ROOT = os.geteuid() == 0
 
 
-# One who may read everything (Python may be installed in a home directory), and write nothing.
+# A user that may read everything (Python may be installed in a home directory) and write nothing.
 UNPRIVILEGED = (
     [
         *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
@@ -26,7 +26,7 @@ needs_root = pytest.mark.skipif(not AS_ROOT, reason="mounting file systems and c
 
 @contextmanager
 def as_nobody() -> Iterator[None]:
-    """Be one to whom file permissions mean something; which those who are not root are already."""
+    """Run the body as a user that file permissions apply to, which every user except root is already."""
     if not AS_ROOT:
         yield
         return

@@ -1,7 +1,7 @@
-"""Which tests run beside which: a plugin for pytest, of use where pytest-xdist has several workers (`.ci/test`).
+"""Which tests run at the same time: a plugin for pytest, for runs with several workers of pytest-xdist (`.ci/test`).
 
-Any two tests may run at once, in two workers, but for one that is marked `alone`: none runs beside it, and it comes last.
-Tests that need the same server (or whatever is SHARED) run in the same worker, one after the other: it is started once.
+Any two tests may run at the same time, except a test that is marked `alone`: those come last, and no other test runs then.
+Tests that need the same server, or another of SHARED, run in the same worker: it is started once.
 """
 
 import fcntl
@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 ALONE = "alone"
-# Fixtures that take long to make, and words in the names of parameters and modules that ask for them.
+# Fixtures that take long to set up; parameters and modules with such a word in their names need them.
 SHARED = "pool", "onefile", "docker", "podman", "apptainer", "rabbitmq", "nats", "linux"
-ROOM = Path(__file__).parent  # whatever all workers can lock
+LOCKED = Path(__file__).parent  # any directory that all workers can lock
 
 
 def is_worker(config: pytest.Config) -> bool:
@@ -47,9 +47,9 @@ def is_alone(item: pytest.Item) -> bool:
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     if not is_worker(item.config):
         return (yield)
-    room = os.open(ROOM, os.O_RDONLY)
+    lock = os.open(LOCKED, os.O_RDONLY)
     try:
-        fcntl.flock(room, fcntl.LOCK_EX if is_alone(item) else fcntl.LOCK_SH)
+        fcntl.flock(lock, fcntl.LOCK_EX if is_alone(item) else fcntl.LOCK_SH)
         return (yield)
     finally:
-        os.close(room)
+        os.close(lock)

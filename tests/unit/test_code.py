@@ -1,9 +1,11 @@
-"""What holds of the code itself."""
+"""Rules for the source text of the package and of its tests."""
 
 import ast
 import re
 import subprocess
 import sys
+import tokenize
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,29 @@ import pytest
 import trio_pilot
 
 PACKAGE = Path(trio_pilot.__file__).parent
+TESTS = Path(__file__).parents[1]
+
+LONGEST_NAME = 70
+# Where names of tests may still be longer; to be emptied.
+LONG_NAMES_IN = "contract", "unit", "integration/test_onefile.py"
+
+# Words that plain technical English does without: persons for programs, and docstrings that do not begin with what is done.
+NOT_PLAIN = re.compile(
+    r"\b(we|us|our|ours|ourselves|nobody|somebody|whoever|Have|Be told|Be known|is none of|Tell whether|Say what|Give the)\b"
+)
+# How many lines with such words are left in each package; to be emptied.
+ALLOWED = {
+    ".": 24,
+    "allocation": 3,
+    "brokers": 103,
+    "cleanup": 20,
+    "cli": 16,
+    "condor": 4,
+    "files": 33,
+    "pilot": 19,
+    "processes": 37,
+    "runtimes": 61,
+}
 
 
 def functions() -> Iterator[tuple[str, int]]:
@@ -97,9 +122,49 @@ def test_the_pilot_knows_neither_brokers_nor_commands() -> None:
         ("runtimes.docker", {"httpx", "email"}),
     ],
 )
-def test_a_run_loads_of_foreign_libraries_what_its_broker_and_its_runtime_need(module: str, needed: set[str]) -> None:
+def test_a_run_loads_only_the_libraries_of_its_broker_and_its_runtime(module: str, needed: set[str]) -> None:
     own = "trio_pilot.cli.main, trio_pilot.cli.run, trio_pilot.cli.load_settings"
     program = f"import sys, {own}, trio_pilot.{module}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     slow = {"cyclopts", "htchirp", "httpx", "inotify_simple", "nats", "pika", "pulsar", "asyncio", "email", "sqlite3"}
     assert (slow | {"difflib", "tomllib"}) & set(loaded) == needed
+
+
+def names_of_tests() -> Iterator[tuple[str, str]]:
+    for path in TESTS.rglob("test_*.py"):
+        place = str(path.relative_to(TESTS))
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
+                yield place, node.name
+
+
+def test_the_names_of_tests_have_at_most_seventy_characters() -> None:
+    too_long = [(place, name) for place, name in names_of_tests() if len(name) > LONGEST_NAME]
+    assert [(place, name) for place, name in too_long if not place.startswith(LONG_NAMES_IN)] == []
+
+
+def texts(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of comments and strings: docstrings, log lines, help and errors are among them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from enumerate(node.value.splitlines(), node.lineno)
+    with path.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type == tokenize.COMMENT:
+                yield token.start[0], token.string
+
+
+def not_plain(path: Path) -> Iterator[str]:
+    for number, text in texts(path):
+        if NOT_PLAIN.search(text):
+            yield f"{path.relative_to(PACKAGE)}:{number}: {text.strip()}"
+
+
+def test_texts_are_in_plain_english() -> None:
+    found: dict[str, list[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        package = path.relative_to(PACKAGE).parts[0] if path.parent != PACKAGE else "."
+        found.setdefault(package, []).extend(not_plain(path))
+    counts = Counter({package: len(lines) for package, lines in found.items()})
+    too_many = [line for package in counts - Counter(ALLOWED) for line in found[package]]
+    assert too_many == [], "\n".join(too_many)

@@ -1,4 +1,4 @@
-"""A private HTCondor pool of one machine, in namespaces of its own: Debian's packages in a root directory of their own."""
+"""A private HTCondor pool of one machine: Debian's packages in a root directory and namespaces of their own."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,23 +15,21 @@ from typing import Any
 
 from tests.support.processes import processes_with
 from tests.support.servers import UnavailableError, debian, free_port
+from tests.support.waiting import POOL, POOL_COMMAND, SERVER_START, until_sync
 
 HERE = Path(__file__).parent
 SUITE = "trixie"  # HTCondor 23.9, Python 3.13
 PACKAGES = "minicondor", "python3", "bubblewrap", "procps"
 USER, USER_ID = "pilotuser", 5001
 
-START_TIMEOUT = 90.0  # seconds; it takes 2 to 7 on an idle machine
-COMMAND_TIMEOUT = 60.0
-
 
 class CommandError(Exception):
-    """A command has failed."""
+    """A command of HTCondor failed."""
 
 
 @contextmanager
 def open_pool(config: str = "", *seen: Path) -> Iterator["Pool"]:
-    """Run a pool; its jobs see this machine's network, and of its files only the pool's `jobs`, and what is to be seen."""
+    """Run a pool. Its jobs see this machine's network and, of its files, the pool's `jobs` and the paths in `seen`."""
     if os.geteuid() != 0:
         raise UnavailableError("a private HTCondor pool takes root")
     root = debian(SUITE, *PACKAGES)
@@ -47,26 +45,40 @@ def open_pool(config: str = "", *seen: Path) -> Iterator["Pool"]:
 
 @dataclass
 class Job:
-    """What was submitted: a cluster of jobs."""
+    """A cluster of jobs that was submitted."""
 
     pool: "Pool"
     cluster: str
 
     def ads(self, *, past: bool = False) -> list[dict[str, Any]]:
-        """Give the ClassAds of its jobs: those in the queue, or those in the history."""
+        """Return the ClassAds of its jobs that are in the queue, or of those that are in the history."""
         return self.pool.ads("condor_history" if past else "condor_q", self.cluster)
 
-    def wait(self, seconds: float = COMMAND_TIMEOUT) -> list[dict[str, Any]]:
-        """Wait until no job of it is in the queue; give their last ads."""
-        deadline = time.monotonic() + seconds
-        while self.ads():
-            assert time.monotonic() < deadline, self.ads()
-            time.sleep(0.2)
+    def ad(self) -> dict[str, Any]:
+        """Return the ClassAd of its only job, from the queue or else from the history."""
+        [ad] = self.ads() or self.ads(past=True)
+        return ad
+
+    def until(self, holds: Callable[[dict[str, Any]], object], what: str) -> dict[str, Any]:
+        """Wait until something holds of the ClassAd of its only job, and return that ad."""
+        deadline = time.monotonic() + POOL.seconds
+        while not holds(ad := self.ad()):
+            assert time.monotonic() < deadline, f"in vain: {what}: {ad}"
+            time.sleep(POOL.interval)
+        return ad
+
+    def wait(self) -> list[dict[str, Any]]:
+        """Wait until none of its jobs is in the queue, and return their last ClassAds."""
+        until_sync(lambda: not self.ads(), f"the jobs of cluster {self.cluster} to end", POOL)
         return self.ads(past=True)
+
+    def remove(self) -> None:
+        """Remove its jobs from the queue."""
+        self.pool.run("condor_rm", self.cluster)
 
 
 class Pool:
-    """A pool that runs."""
+    """The daemons of a pool, and the commands that its user runs."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -74,7 +86,7 @@ class Pool:
         self._namespaces: subprocess.Popen[bytes] | None = None
 
     def start(self, root: Path, config: str, seen: Sequence[Path]) -> None:
-        """Start it; it is ready when a slot and the queue are known to all."""
+        """Start the daemons, and wait until the collector knows a slot and the schedd."""
         self.jobs.mkdir()
         os.chown(self.jobs, USER_ID, USER_ID)
         self._directory.chmod(0o755)
@@ -84,7 +96,7 @@ class Pool:
         entering: list[str | Path] = ["sh", HERE / "enter.sh", root, self._directory, self.jobs, str(USER_ID), *seen]
         log = self._directory / "output.log"
         with log.open("wb") as output:
-            # From the main thread: its life is tied to the thread that starts it.
+            # From the main thread: it ends with the thread that starts it.
             self._namespaces = subprocess.Popen(
                 ["unshare", "--mount", "--pid", "--ipc", "--uts", "--fork", *entering],
                 stdin=subprocess.DEVNULL,
@@ -96,29 +108,29 @@ class Pool:
 
     def _wait_until_ready(self, log: Path) -> None:
         assert self._namespaces
-        deadline = time.monotonic() + START_TIMEOUT
+        deadline = time.monotonic() + SERVER_START
         while time.monotonic() < deadline and self._namespaces.poll() is None:
             with suppress(OSError, CommandError):
                 if self.run("condor_status", "-af", "Name") and self.run("condor_status", "-schedd", "-af", "Name"):
                     return
-            time.sleep(0.1)
+            time.sleep(POOL.interval)
         raise UnavailableError(f"HTCondor does not start: {log.read_text()[-2000:]}")
 
     @property
     def _inside(self) -> str:
-        """The process that all others die with: the first of its PID namespace."""
+        """The pid of the first process of its PID namespace, which all others die with."""
         assert self._namespaces
         return Path(f"/proc/{self._namespaces.pid}/task/{self._namespaces.pid}/children").read_text().strip()
 
     def stop(self) -> None:
-        """Kill all that runs in it."""
+        """Kill all its processes."""
         if self._namespaces:
             if inside := self._inside:
                 os.kill(int(inside), signal.SIGKILL)
             self._namespaces.wait()
 
     def run(self, *command: str, given: str = "", directory: Path | None = None) -> str:
-        """Run a command in it; give what it prints."""
+        """Run a command as the pool's user, and return what it prints."""
         namespaces = ["nsenter", f"--target={self._inside}", "--mount", "--pid", "--ipc", "--uts"]
         user = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--init-groups"]
         environment = ["env", "-i", f"--chdir={directory or self.jobs}", f"HOME=/home/{USER}", "LANG=C.UTF-8"]
@@ -127,7 +139,7 @@ class Pool:
             input=given,
             capture_output=True,
             text=True,
-            timeout=COMMAND_TIMEOUT,
+            timeout=POOL_COMMAND,
             check=False,
         )
         if done.returncode:
@@ -135,7 +147,7 @@ class Pool:
         return done.stdout
 
     def processes_with(self, word: str) -> list[int]:
-        """List its processes that have a word in their command line or environment, but those in namespaces of their own."""
+        """Return its processes with a word in their command line or environment, except those in PID namespaces below."""
         return [pid for pid in processes_with(word) if _namespace(str(pid)) == _namespace(self._inside)]
 
     def submit(self, description: str, directory: Path) -> Job:
@@ -144,9 +156,18 @@ class Pool:
         return Job(self, said.split(".")[0])
 
     def ads(self, command: str, cluster: str) -> list[dict[str, Any]]:
-        said = self.run(command, cluster, "-json")
-        found: list[dict[str, Any]] = json.loads(said) if said.strip() else []
-        return found
+        """Return what a command lists of a cluster. It is asked again if it fails: a schedd that is busy may not answer."""
+        deadline = time.monotonic() + POOL.seconds
+        while True:
+            try:
+                said = self.run(command, cluster, "-json")
+            except (CommandError, subprocess.TimeoutExpired):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(POOL.interval)
+                continue
+            found: list[dict[str, Any]] = json.loads(said) if said.strip() else []
+            return found
 
 
 def _namespace(pid: str) -> str:
