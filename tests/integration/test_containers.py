@@ -2,6 +2,7 @@ import json
 import os
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -114,3 +115,34 @@ def test_arguments_of_the_old_pilot_work(pilots: PilotCommand, containment: Cont
     )
     assert pilot.wait() == 0, pilot.stderr
     assert pilots.receive() == ['{"x": "it\'s \\"quoted\\""}its "done"\n']
+
+
+def test_just_what_ewms_keeps_is_kept_when_asked_for(pilots: PilotCommand, containment: Containment, tmp_path: Path) -> None:
+    (tmp_path / "external").mkdir()
+    settings = containment.settings
+    pilots.send("one", "two")
+    script = (
+        "sh",
+        "-c",
+        'echo to-stdout; echo to-stderr >&2; touch "$HOME/scratch"; cp "$0" "$1"',
+        "{{INFILE}}",
+        "{{OUTFILE}}",
+    )
+    init = {"init_image": containment.image, "init_args": "echo init", "external_directories": tmp_path / "external"}
+    pilot = pilots.run(*script, **settings, **init, keep_all_task_files="true", infile_ext=".JSON")
+    assert pilot.wait() == 0
+    assert all(entry.is_dir() for entry in pilots.data.iterdir())
+    (init_directory,) = pilots.data.glob("init-*")
+    logs = {"outputs", "outputs/stdoutfile", "outputs/stderrfile"}
+    assert {str(path.relative_to(init_directory)) for path in init_directory.rglob("*")} == logs
+    tasks = [entry for entry in pilots.data.iterdir() if entry.name != "data-hub" and entry != init_directory]
+    assert len(tasks) == 2
+    for task in tasks:
+        files = {"task-io", f"task-io/infile-{task.name}.json", f"task-io/outfile-{task.name}.out"}
+        assert {str(path.relative_to(task)) for path in task.rglob("*")} == files | logs
+        assert (task / "outputs/stdoutfile").read_text() == "to-stdout\n"
+        assert (task / "outputs/stderrfile").read_text() == "to-stderr\n"
+    assert (
+        pilots.run(*("sh", "-c", "true"), **settings).wait() == 0
+    )  # the next pilot is not disturbed by them, and leaves them
+    assert all(task.is_dir() for task in tasks)

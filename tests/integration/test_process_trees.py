@@ -186,24 +186,6 @@ def test_bubblewraps_containers_die_with_a_pilot_that_is_killed(pilots: PilotCom
 # The data directory.
 
 
-def test_the_files_of_tasks_are_kept_when_asked_for(pilots: PilotCommand, runtime: str) -> None:
-    pilots.send("one", "two")
-    script = ("sh", "-c", 'echo to-stdout; echo to-stderr >&2; cp "$0" "$1"', "{{INFILE}}", "{{OUTFILE}}")
-    pilot = pilots.run(*script, runtime=runtime, keep_all_task_files="true", infile_ext=".JSON")
-    assert pilot.wait() == 0
-    tasks = [entry for entry in pilots.data.iterdir() if entry.name != "data-hub"]
-    assert len(tasks) == 2
-    for task in tasks:
-        assert {str(path.relative_to(task)) for path in task.rglob("*")} == {
-            *("task-io", f"task-io/infile-{task.name}.json", f"task-io/outfile-{task.name}.out"),
-            *("outputs", "outputs/stdoutfile", "outputs/stderrfile", "scratch"),
-        }
-        assert (task / "outputs/stdoutfile").read_text() == "to-stdout\n"
-        assert (task / "outputs/stderrfile").read_text() == "to-stderr\n"
-    assert pilots.run(*COPY).wait() == 0  # the next pilot is not disturbed by them, and leaves them
-    assert all(task.is_dir() for task in tasks)
-
-
 def test_neither_failed_nor_successful_tasks_leave_files(pilots: PilotCommand, runtime: str) -> None:
     pilots.send(*range(4))
     script = ("sh", "-c", 'mkdir -p locked/in; touch locked/in/file; chmod 0 locked; exit "$(cat "$0")"', "{{INFILE}}")

@@ -1,7 +1,7 @@
 """What is run in containers: tasks, the init container, canaries; and the removal of what each has left."""
 
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -146,8 +146,7 @@ async def run_once(tools: Tools, settings: Settings, data: Any) -> int:
             ended = await tools.runtime.run(_container(tools, replace(RunSpec.task(settings), dump=True), files))
         await trio.to_thread.run_sync(task_directory.dump, files, abandon_on_cancel=True)
     finally:
-        if not settings.keep_all_task_files:
-            await remove(tools, disk, files, settings.task_image)
+        await remove(tools, disk, files, settings.task_image, keep=settings.keep_all_task_files)
     if ended is None:
         raise ContainerTimeoutError(f"task failed: [Timeout-Error] timed out after {timeout:g}s")
     return ended.code
@@ -188,23 +187,27 @@ async def _aside(tools: Tools, what: str, image: str, *, keep: bool) -> AsyncIte
         await disk.call(0, tools.make, files)
         yield files
     finally:
-        if not keep:
-            await remove(tools, disk, files, image)
+        await remove(tools, disk, files, image, keep=keep)
 
 
-async def remove(tools: Tools, disk: BlockingCalls, files: TaskFiles, image: str) -> None:
-    """Remove the directory of a container, cancelled or not. What is another user's in it, another container removes."""
+async def remove(tools: Tools, disk: BlockingCalls, files: TaskFiles, image: str, *, keep: bool = False) -> None:
+    """Remove the directory of a container, cancelled or not; of one to `keep`, what EWMS's own pilot would not keep.
+
+    Files of another user in it are removed by another container.
+    """
+    remove_now = task_directory.keep_only_files if keep else task_directory.remove
+    try_to_remove = task_directory.try_to_keep_only_files if keep else task_directory.try_to_remove
     if not (image and tools.any_user):
-        await disk.finish(math.inf, task_directory.remove, files)
-    elif await disk.finish(math.inf, task_directory.try_to_remove, files) is False:
+        await disk.finish(math.inf, remove_now, files)
+    elif await disk.finish(math.inf, try_to_remove, files) is False:
         with trio.move_on_after(CLEARING_TIMEOUT, shield=True):
-            await _clear(tools, files, image)
-        await disk.finish(math.inf, task_directory.remove, files)
+            await _empty(tools, [files.scratch] if keep else [files.scratch, files.io], image)
+        await disk.finish(math.inf, remove_now, files)
 
 
-async def _clear(tools: Tools, files: TaskFiles, image: str) -> None:
-    """Empty the directories that a container could write to, as whoever it was."""
-    mounts = [Mount(path, f"/{DATA_DIRECTORY}/{path.name}", writable=True) for path in (files.scratch, files.io)]
+async def _empty(tools: Tools, directories: Iterable[Path], image: str) -> None:
+    """Empty directories that a container could write to, with the rights of the image's user."""
+    mounts = [Mount(path, f"/{DATA_DIRECTORY}/{path.name}", writable=True) for path in directories]
     there = tuple(mount for mount in mounts if is_directory(mount.source))
     async with _aside(tools, "clearing", "", keep=False) as own:
         args = "rm", "-rf", *(mount.target for mount in there)

@@ -16,7 +16,6 @@ class Task:
     delivery: Delivery  # replaced when the broker has lost it and delivers the event again
     files: TaskFiles
     headers: Mapping[str, Any] | None = None  # of the event's body, for its output; known once it is staged
-    has_run: bool = False  # a container was started for it
     is_settled: bool = False  # or settling was given up: no other delivery is settled for it any more
 
     @property

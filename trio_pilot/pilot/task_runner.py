@@ -101,12 +101,10 @@ class TaskRunner:
                 await self._blocking.finish(math.inf, task_directory.remove, task.files)
 
     async def discard(self, task: Task) -> None:
-        """Remove the files of a task, or keep its directory for another; all that it has left, where the user wants that."""
-        files = task.files
-        if self._settings.keep_all_task_files and task.has_run:
-            return
-        if not await self._blocking.finish(task_directory.outfile_size(files), self.directory_pool.take_back, files):
-            await remove(self._tools, self._blocking, files, self._spec.image)
+        """Remove the files of a task, or keep its directory for another task; keep its files where the user wants that."""
+        files, keep = task.files, self._settings.keep_all_task_files
+        if keep or not await self._blocking.finish(task_directory.outfile_size(files), self.directory_pool.take_back, files):
+            await remove(self._tools, self._blocking, files, self._spec.image, keep=keep)
 
     async def _stage(self, task: Task) -> Mapping[str, Any]:
         if task.headers is None:
@@ -114,7 +112,6 @@ class TaskRunner:
         return task.headers
 
     async def _run_container(self, task: Task) -> None:
-        task.has_run = True
         started = trio.current_time()
         with self._cpu_sets.lent() as cpus:
             spec = replace(self._spec, pinned=cpus) if cpus else self._spec
@@ -150,5 +147,5 @@ class TaskRunner:
         return Message(task_directory.parse_outfile(content, is_json=is_json), headers)
 
     async def _remove_files(self, task: Task) -> None:
-        if not self._settings.keep_all_task_files:
-            await remove(self._tools, self._blocking, task.files, self._spec.image)
+        keep = self._settings.keep_all_task_files
+        await remove(self._tools, self._blocking, task.files, self._spec.image, keep=keep)
