@@ -108,7 +108,7 @@ async def test_an_idle_consumer_wakes_at_once_when_another_process_sends(broker:
         assert (await take(consumer)).body == b"a-0"
 
 
-async def test_what_a_killed_process_had_claimed_comes_back_counted_within_ten_seconds(broker: Local) -> None:
+async def test_claims_of_a_killed_process_come_back_counted_within_ten_seconds(broker: Local) -> None:
     await send(broker, b"a", b"b", b"c")
     with process(broker, "hold", "2") as child:
         assert child.stdout
@@ -243,7 +243,7 @@ def tiny_disk(directory: Path, size: str) -> Iterator[None]:
         subprocess.run(["umount", directory], check=True)
 
 
-async def test_a_full_disk_is_one_clear_line_and_loses_nothing_that_was_confirmed(tmp_path: Path) -> None:
+async def test_a_full_disk_is_one_clear_line_and_loses_no_confirmed_message(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     broker = Local(disk / "queues.sqlite")
     with tiny_disk(disk, "1m"):

@@ -25,14 +25,14 @@ class Told(PrefetchConsumer):
         self._note_listening(is_so=is_so)
 
 
-async def test_what_arrived_is_taken_in_order_but_for_what_was_lost_meanwhile() -> None:
+async def test_deliveries_are_taken_in_order_without_those_that_were_lost() -> None:
     consumer = Told()
     first, lost, last = map(consumer.arrive, ("first", "lost", "last"))
     consumer.lost.append(lost)
     assert [await consumer.take() for _ in range(3)] == [first, last, None]
 
 
-async def test_no_change_since_the_last_take_is_slept_through() -> None:
+async def test_wait_returns_for_each_change_since_the_last_take() -> None:
     consumer = Told()
     for change in (consumer.arrive, lambda _: consumer.listen(is_so=True), lambda _: consumer.listen(is_so=False)):
         while await consumer.take():
@@ -47,7 +47,7 @@ async def test_no_change_since_the_last_take_is_slept_through() -> None:
     assert waiting.cancelled_caught
 
 
-async def test_who_waits_is_woken_by_an_arrival() -> None:
+async def test_an_arrival_wakes_a_waiting_task() -> None:
     consumer = Told()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(consumer.wait)

@@ -45,7 +45,7 @@ def thread() -> OtherThread:
     return thread
 
 
-def test_it_is_woken_for_the_first_piece_only() -> None:
+def test_only_the_first_piece_wakes_the_thread() -> None:
     thread = OtherThread()
     for number in range(3):
         thread.put(number)
@@ -55,7 +55,7 @@ def test_it_is_woken_for_the_first_piece_only() -> None:
     assert not thread.plans
 
 
-def test_what_may_wait_is_done_a_batch_at_a_time(thread: OtherThread) -> None:
+def test_work_that_may_wait_is_done_a_batch_at_a_time(thread: OtherThread) -> None:
     thread.put(1)
     thread.put(2)
     assert not thread.wakes
@@ -65,21 +65,21 @@ def test_what_may_wait_is_done_a_batch_at_a_time(thread: OtherThread) -> None:
     assert thread.done == [0, 1, 2, 3]
 
 
-def test_what_makes_no_batch_waits_for_a_moment_only(thread: OtherThread) -> None:
+def test_less_than_a_batch_waits_for_a_moment_only(thread: OtherThread) -> None:
     thread.put(1)
     assert not thread.wakes
     thread.look()
     assert thread.done == [0, 1]
 
 
-def test_what_is_in_a_hurry_is_done_at_once(thread: OtherThread) -> None:
+def test_hurry_gets_the_work_done_at_once(thread: OtherThread) -> None:
     thread.put(1)
     thread.mailbox.hurry()
     thread.wake_up()
     assert thread.done == [0, 1]
 
 
-def test_a_thread_with_nothing_to_do_sleeps_until_it_is_woken(thread: OtherThread) -> None:
+def test_a_thread_without_work_sleeps_until_it_is_woken(thread: OtherThread) -> None:
     thread.look()
     assert not thread.plans
     thread.put(1)
@@ -87,7 +87,7 @@ def test_a_thread_with_nothing_to_do_sleeps_until_it_is_woken(thread: OtherThrea
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
-def test_whatever_comes_after_what_nothing_is_forgotten(batch: int) -> None:
+def test_no_order_of_events_leaves_work_undone(batch: int) -> None:
     for course in product(("put", "put meanwhile", "wake", "look"), repeat=7):
         thread, numbers = OtherThread(batch), iter(range(len(course)))
         for step in course:
