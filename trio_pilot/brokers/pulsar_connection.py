@@ -147,11 +147,11 @@ class PulsarConnection:
         except pulsar.PulsarException as error:
             raise self._translated(type(error).__name__) from error
 
-    def _answer(self, tell: Callback, result: Any, value: Any = None) -> None:
+    def _answer(self, answered: Callback, result: Any, value: Any = None) -> None:
         """Pass on an answer: in a thread of the library, which an exception would end, and the pilot with it."""
         error = None if result == pulsar.Result.Ok else self._translated(result.name)
         with suppress(trio.RunFinishedError):
-            self._trio.run_sync_soon(partial(tell, value, error))
+            self._trio.run_sync_soon(partial(answered, value, error))
 
     def _translated(self, name: str) -> Exception:
         """Return a BrokerError for a refusal, which lasts, and a ConnectError for an error that may pass."""

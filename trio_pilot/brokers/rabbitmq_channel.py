@@ -142,9 +142,8 @@ class RabbitChannel:
         """Start to consume a queue: `arrived` is called, on Trio's side, with each message."""
 
         def deliver(_channel: object, method: Any, properties: Any, body: bytes) -> None:
-            self.connection.run_in_trio(
-                arrived, RabbitMessage(self, method.delivery_tag, body, method.redelivered, properties)
-            )
+            message = RabbitMessage(self, method.delivery_tag, body, method.redelivered, properties)
+            self.connection.run_in_trio(arrived, message)
 
         await self.ask("basic_consume", queue, deliver, consumer_tag=consumer_tag, arguments=dict(arguments))
 

@@ -34,7 +34,7 @@ class RabbitQueue(ReconnectingQueue[RabbitChannel]):
 
     @asynccontextmanager
     async def connect(self, threads: trio.Nursery) -> AsyncIterator[RabbitChannel]:
-        """Connect, find the queue, and open a channel. The server is told of each new token."""
+        """Connect, find the queue, and open a channel. Each new token is sent to the server."""
         token = self._token
         try:
             token = await tokens.current(self._token)

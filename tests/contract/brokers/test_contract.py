@@ -1,4 +1,4 @@
-# What every broker does, the fake included; what is one broker's own is in test_local.py and test_rabbitmq.py.
+# The contract of every broker, also of those in memory. Tests of one broker only are in modules of their own.
 
 import gc
 import os
@@ -35,7 +35,7 @@ async def settle_all(source: Source, consumer: Consumer, count: int) -> list[byt
 
 
 async def ready_again(broker: Broker, queue: str, count: int) -> list[Delivery]:
-    """Take what is in the queue now, with a source of its own, and say that there is no more."""
+    """Take and return all deliveries of a queue, with a source of its own, and check that no more come."""
     async with broker.source(queue) as source, source.consume(2 * count + 1) as consumer:
         deliveries = [await take(consumer) for _ in range(count)]
         await nothing_comes(consumer)
@@ -206,7 +206,7 @@ async def test_no_moment_to_end_consuming_keeps_a_message(broker: Broker, queue:
         assert sorted(delivery.body for delivery in await ready_again(broker, queue, 2)) == [b"a", b"b"]
 
 
-@pytest.mark.parametrize("first", [0, 1])  # in two halves: RabbitMQ 4.0 drops what has come back 20 times
+@pytest.mark.parametrize("first", [0, 1])  # in two halves: RabbitMQ 4.0 drops a message that has come back 20 times
 async def test_no_moment_to_cancel_a_source_keeps_a_message(broker: Broker, queue: str, first: int) -> None:
     await send(broker, queue, b"a", b"b")
     for step in range(first, 30, 2):

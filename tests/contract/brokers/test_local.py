@@ -1,4 +1,4 @@
-# What the local broker does beyond the contract: many processes, and what the disk and the kernel may do to it.
+# The local broker, beyond the contract: many processes, and faults of the disk and the kernel.
 
 import errno
 import os
@@ -98,7 +98,7 @@ async def test_messages_outlive_the_process_that_sent_them(broker: Local) -> Non
 
 async def test_an_idle_consumer_wakes_at_once_when_another_process_sends(broker: Local) -> None:
     async with broker.source("q") as source, source.consume(1) as consumer:
-        assert await consumer.take() is None  # the look at the claims of the dead, so that only the bell is left
+        assert await consumer.take() is None  # looks for claims of dead processes; after it, only the bell can wake
         with process(broker, "send", "a", "1") as child:
             with trio.fail_after(LONG):
                 await consumer.wait()

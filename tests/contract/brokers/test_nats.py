@@ -1,4 +1,4 @@
-# What NATS does beyond the contract: leases, lost connections and servers, refusals, and oms-mqclient on the other side.
+# NATS, beyond the contract: leases, lost connections and servers, refusals, and oms-mqclient on the other side.
 
 import asyncio
 import gc
@@ -37,28 +37,28 @@ def own_server(tmp_path: Path) -> Iterator[NatsServer]:
 
 @pytest.fixture
 def strict(tmp_path: Path) -> Iterator[Nats]:
-    """A server that asks who we are."""
+    """A server that requires a user and a password."""
     with running(NatsServer(tmp_path, NATS_USERS)) as server:
         yield Nats(server)
 
 
-def theirs(broker: Nats, queue: str) -> Any:
+def mqclient_queue(broker: Nats, queue: str) -> Any:
     return Queue("nats", address=f"nats://{broker.server.address}", name=queue, prefetch=10, timeout=2)
 
 
-def send_theirs(broker: Nats, queue: str, events: Sequence[Any]) -> None:
+def send_by_mqclient(broker: Nats, queue: str, events: Sequence[Any]) -> None:
     async def send() -> None:
-        async with theirs(broker, queue).open_pub() as publisher:
+        async with mqclient_queue(broker, queue).open_pub() as publisher:
             for event in events:
                 await publisher.send(event)
 
     asyncio.run(send())
 
 
-def receive_theirs(broker: Nats, queue: str) -> list[Any]:
+def receive_by_mqclient(broker: Nats, queue: str) -> list[Any]:
     async def receive() -> list[Any]:
         found = []
-        async with theirs(broker, queue).open_sub_manual_acking() as subscriber:
+        async with mqclient_queue(broker, queue).open_sub_manual_acking() as subscriber:
             async for message in subscriber.iter_messages():
                 await subscriber.ack(message)
                 found.append(message.data)
@@ -83,10 +83,10 @@ def settings(broker: Nats, incoming: str, outgoing: str, **more: object) -> dict
 def test_oms_mqclient_gets_each_result_of_its_200_events_once(broker: Nats, tmp_path: Path) -> None:
     incoming, outgoing = new_name("in"), new_name("out")
     events = [{"pixel": number} for number in range(200)]
-    send_theirs(broker, incoming, events)
+    send_by_mqclient(broker, incoming, events)
     ended = run_pilot(tmp_path, settings(broker, incoming, outgoing, MAX_CONCURRENT_TASKS=4))
     assert ended.code == 0, ended.stderr
-    assert sorted(receive_theirs(broker, outgoing), key=lambda result: int(result["pixel"])) == events
+    assert sorted(receive_by_mqclient(broker, outgoing), key=lambda result: int(result["pixel"])) == events
     assert broker.counts(incoming) == (0, 0)
     assert_nothing_left(tmp_path)
 
@@ -113,7 +113,7 @@ async def test_a_lease_is_renewed_while_trio_is_busy(broker: Nats, queue: str) -
     async with broker.source(queue) as source, source.consume(2) as consumer, broker.source(queue) as other:
         delivery = await take(consumer)
         async with other.consume(1) as others:
-            time_passes_and_trio_is_stuck(2)
+            block_trio(2)
             await nothing_comes(others, 1)
         assert not source.has_lost(delivery)
         await source.settle(delivery, Settlement.ACK)
@@ -123,7 +123,7 @@ async def test_a_lease_is_renewed_while_trio_is_busy(broker: Nats, queue: str) -
     assert broker.counts(queue) == (0, 0)
 
 
-def time_passes_and_trio_is_stuck(seconds: float) -> None:
+def block_trio(seconds: float) -> None:
     import threading
 
     threading.Event().wait(seconds)
@@ -206,7 +206,7 @@ async def test_a_restart_of_the_server_loses_no_message_and_no_queue(
             await source.settle(delivery, Settlement.ACK)
     assert bodies == [b"ahead", b"rest", b"sent meanwhile"]
     assert broker.counts(queue) == (0, 0)
-    assert len([record for record in caplog.records if record.name == "trio_pilot"]) == 2  # one line a connection
+    assert len([record for record in caplog.records if record.name == "trio_pilot"]) == 2  # one line for each connection
 
 
 async def test_deliveries_that_a_killed_server_forgot_come_again_redelivered(own_server: NatsServer, queue: str) -> None:
@@ -230,7 +230,7 @@ async def test_a_pilot_runs_no_event_again_that_a_killed_server_forgot(own_serve
     broker, directory = Nats(own_server), tmp_path / "pilot"
     directory.mkdir()
     incoming, outgoing = new_name("in"), new_name("out")
-    send_theirs(broker, incoming, range(12))
+    send_by_mqclient(broker, incoming, range(12))
     task = "/bin/sh -c 'sleep 0.5; cp {{INFILE}} {{OUTFILE}}'"
     given = settings(broker, incoming, outgoing, MAX_CONCURRENT_TASKS=4, TASK_ARGS=task)
     with pilot(directory, given) as child:
@@ -241,7 +241,7 @@ async def test_a_pilot_runs_no_event_again_that_a_killed_server_forgot(own_serve
         _, said = await trio.to_thread.run_sync(child.communicate)
     assert child.returncode == 0, said
     assert len(broker.messages(outgoing)) == 12
-    assert sorted(receive_theirs(broker, outgoing)) == list(range(12))
+    assert sorted(receive_by_mqclient(broker, outgoing)) == list(range(12))
     assert broker.counts(incoming) == (0, 0)
 
 
@@ -257,14 +257,14 @@ async def test_a_connection_that_is_reset_is_made_again_at_once_and_in_one_line(
         way.reset()
         await send(broker, queue, b"a")
         await source.settle(await take(consumer), Settlement.ACK)
-    gc.collect()  # asyncio tells of an error that nobody has asked for when it forgets it
+    gc.collect()  # asyncio logs an error that was not retrieved when its task is deleted
     assert [record.name for record in caplog.records] == ["trio_pilot"]
 
 
 async def test_events_of_a_killed_pilot_come_back_after_their_lease(broker: Nats, tmp_path: Path) -> None:
     incoming, outgoing = new_name("in"), new_name("out")
     broker.lease(incoming, 2)
-    send_theirs(broker, incoming, ["a"])
+    send_by_mqclient(broker, incoming, ["a"])
     given = settings(broker, incoming, outgoing, TASK_ARGS="/bin/sleep 30")
     env = {"PATH": str(Path(COMMAND).parent)} | {
         name if name.startswith("_") else f"EWMS_PILOT_{name}": str(value) for name, value in given.items()
@@ -292,7 +292,7 @@ async def test_a_deleted_consumer_is_made_again(broker: Nats, queue: str) -> Non
             await streams.delete_consumer(place_of(queue).stream, place_of(queue).consumer)
 
         broker.ask(delete)
-        again = await take(consumer)  # a new consumer knows nothing of what was delivered
+        again = await take(consumer)  # a new consumer of the stream has no record of deliveries
         assert again.message_id == delivery.message_id
         with pytest.raises(DeliveryLostError):
             await source.settle(delivery, Settlement.ACK)
@@ -387,7 +387,7 @@ async def test_any_message_id_can_be_sent(broker: Nats, queue: str) -> None:
 
 
 async def test_a_message_of_oms_mqclient_keeps_its_id_when_it_failed(broker: Nats, queue: str) -> None:
-    send_theirs(broker, queue, ["a"])
+    send_by_mqclient(broker, queue, ["a"])
     async with broker.source(queue) as source, source.consume(1) as consumer:
         ids = []
         for attempt in range(1, 4):
@@ -419,7 +419,7 @@ async def test_an_idle_consumer_asks_twice_a_minute_and_no_more(broker: Nats, qu
         await source.settle(await take(consumer), Settlement.ACK)
 
 
-async def settle_in_vain(source: Source, delivery: Delivery) -> None:
+async def give_up_settling(source: Source, delivery: Delivery) -> None:
     with trio.move_on_after(0.2) as patience:
         await source.settle(delivery, Settlement.ACK)
     assert patience.cancelled_caught
@@ -435,6 +435,6 @@ async def test_a_cancelled_settlement_is_made_once_the_connection_is_back(broker
         delivery = await take(consumer)
         way.refusing = True
         way.cut()
-        await settle_in_vain(source, delivery)
+        await give_up_settling(source, delivery)
         way.refusing = False
         await eventually(lambda: broker.counts(queue) == (0, 0), "it is settled")

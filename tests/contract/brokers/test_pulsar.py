@@ -1,4 +1,4 @@
-# What is Pulsar's own, without a broker: with the library itself as far as that goes, and with one that stands in for it.
+# Pulsar, beyond the contract: with the library itself where no broker is needed, else with the stand-in for both.
 
 import sys
 import threading
@@ -92,7 +92,7 @@ async def test_a_server_that_is_no_broker_is_one_clear_line_and_no_output(
 
 
 def threads_at_work() -> int:
-    """Count the threads of this process, the library's too, without those that trio keeps for later."""
+    """Return the number of threads of this process, the library's too, without idle threads of trio's."""
     idle = sum(thread.name.startswith("Trio thread") for thread in threading.enumerate())
     return len(list(Path("/proc/self/task").iterdir())) - idle
 
@@ -181,7 +181,9 @@ async def test_a_delivery_that_comes_again_replaces_the_one_before(
     await send(broker, queue, b"a")
     async with broker.source(queue) as source, source.consume(2) as consumer:
         first = await take(consumer)
-        await trio.to_thread.run_sync(pulsar_stand_in.redeliver, queue)  # the library has connected again before we looked
+        await trio.to_thread.run_sync(
+            pulsar_stand_in.redeliver, queue
+        )  # as if the library had connected again between two looks
         second = await take(consumer)
         assert (source.has_lost(first), source.has_lost(second)) == (True, False)
         with pytest.raises(DeliveryLostError):

@@ -1,4 +1,4 @@
-# What RabbitMQ does beyond the contract: kinds of queues, rights, refusals.
+# RabbitMQ, beyond the contract: kinds of queues, rights, refusals.
 
 import threading
 from pathlib import Path
@@ -21,7 +21,7 @@ def broker(rabbitmq: RabbitServer) -> Rabbit:
 
 @pytest.fixture
 def pilot_user(broker: Rabbit) -> str:
-    """Make a user as a token of EWMS's queue service has it: no right to configure."""
+    """Add a user with the rights of a token of EWMS's queue service: none to configure."""
     name = new_name("user")
     broker.server.add_user(name, "secret", configure="^$", write=".*", read=".*")
     return name
@@ -30,7 +30,9 @@ def pilot_user(broker: Rabbit) -> str:
 async def test_a_missing_queue_is_declared_as_a_durable_quorum_queue(broker: Rabbit, queue: str) -> None:
     await send(broker, queue, b"a")
     with broker.channel() as channel:
-        channel.queue_declare(queue, durable=True, arguments={"x-queue-type": "quorum"})  # 406 if it is any other
+        channel.queue_declare(
+            queue, durable=True, arguments={"x-queue-type": "quorum"}
+        )  # error 406 for another kind
     ((properties, _),) = broker.get_all(queue)
     assert properties.delivery_mode == 2
 
@@ -148,7 +150,7 @@ async def test_a_hundred_evictions_cost_no_attempt_even_with_a_delivery_limit(
 ) -> None:
     broker = Rabbit(request.getfixturevalue(version))
     with broker.channel() as channel:
-        arguments = {"x-queue-type": "quorum", "x-delivery-limit": 20}  # as from RabbitMQ 4.0 on where nothing is said
+        arguments = {"x-queue-type": "quorum", "x-delivery-limit": 20}  # the default from RabbitMQ 4.0 on
         channel.queue_declare(queue, durable=True, arguments=arguments)
     await send(broker, queue, b"a")
     for _ in range(100):
@@ -236,7 +238,7 @@ async def test_a_message_too_large_is_refused_and_others_in_flight_arrive(broker
                 for number in range(40):
                     nursery.start_soon(send, number, b"x" * (size if number == 20 else number))
     assert outcomes == {number: "refused" if number == 20 else "sent" for number in range(40)}
-    # Those in flight may have been sent again: at least once it is.
+    # Those in flight may have been sent again: each arrives at least once.
     assert {len(body) for _, body in broker.get_all(queue)} == set(range(40)) - {20}
 
 
@@ -313,7 +315,7 @@ async def test_a_full_consumer_and_one_of_an_empty_queue_do_not_listen_anew(brok
         for _ in range(2):
             delivery = await take(consumer)
             await trio.sleep(0.5)
-            await source.settle(delivery, Settlement.ACK)  # its channel is open
+            await source.settle(delivery, Settlement.ACK)  # raises an error if its channel is closed
         await nothing_comes(consumer, 0.5)
         assert not source.has_lost(delivery)
 
@@ -358,7 +360,7 @@ async def test_a_heartbeat_is_kept_while_trio_is_busy(broker: Rabbit, queue: str
     await send(broker, queue, b"a")
     async with broker.source(queue) as source, source.consume(1) as consumer:
         delivery = await take(consumer)
-        threading.Event().wait(4)  # the Trio thread is stuck
+        threading.Event().wait(4)  # blocks the Trio thread
         await source.settle(delivery, Settlement.ACK)
     assert broker.server.counts(queue) == (0, 0)
 
@@ -368,11 +370,11 @@ async def test_a_connection_is_closed_politely(broker: Rabbit, queue: str, pilot
     async with broker.source(queue, user=pilot_user, token="secret") as source, source.consume(1) as consumer:
         await take(consumer)
 
-    def told() -> list[str]:
-        """Give the lines of the server's log that are of our user's connection."""
+    def log_lines() -> list[str]:
+        """Return the lines of the server's log about the connection of `pilot_user`."""
         lines = [line for log in (broker.server.directory / "log").iterdir() for line in log.read_text().splitlines()]
-        ours = {line.split()[3] for line in lines if f"user '{pilot_user}' authenticated" in line}
-        return [line for line in lines if ours & set(line.split()[3:4])]
+        connections = {line.split()[3] for line in lines if f"user '{pilot_user}' authenticated" in line}
+        return [line for line in lines if connections & set(line.split()[3:4])]
 
-    await eventually(lambda: any("closing AMQP connection" in line for line in told()))
-    assert not [line for line in told() if "closed TCP connection" in line]
+    await eventually(lambda: any("closing AMQP connection" in line for line in log_lines()))
+    assert not [line for line in log_lines() if "closed TCP connection" in line]

@@ -9,8 +9,8 @@ from trio_pilot.testing import FakeBroker, FakeSource
 pytestmark = pytest.mark.mock_clock
 
 
-class Told(PrefetchConsumer):
-    """A consumer of which a test says what arrives, and what of it is lost again."""
+class Controlled(PrefetchConsumer):
+    """A consumer whose deliveries a test makes, and loses."""
 
     def __init__(self) -> None:
         self.lost: list[Delivery] = []
@@ -26,14 +26,14 @@ class Told(PrefetchConsumer):
 
 
 async def test_deliveries_are_taken_in_order_without_those_that_were_lost() -> None:
-    consumer = Told()
+    consumer = Controlled()
     first, lost, last = map(consumer.arrive, ("first", "lost", "last"))
     consumer.lost.append(lost)
     assert [await consumer.take() for _ in range(3)] == [first, last, None]
 
 
 async def test_wait_returns_for_each_change_since_the_last_take() -> None:
-    consumer = Told()
+    consumer = Controlled()
     for change in (consumer.arrive, lambda _: consumer.listen(is_so=True), lambda _: consumer.listen(is_so=False)):
         while await consumer.take():
             pass
@@ -48,7 +48,7 @@ async def test_wait_returns_for_each_change_since_the_last_take() -> None:
 
 
 async def test_an_arrival_wakes_a_waiting_task() -> None:
-    consumer = Told()
+    consumer = Controlled()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(consumer.wait)
         await wait_all_tasks_blocked()

@@ -1,4 +1,4 @@
-"""The work for another thread: when that is woken, and that nothing is forgotten."""
+"""Work for another thread: when the thread is woken, and that all work is done."""
 
 from collections.abc import Callable
 from itertools import product
@@ -9,7 +9,7 @@ from trio_pilot.brokers.thread_bridge import Mailbox
 
 
 class OtherThread:
-    """The thread as it is seen from here: it does what it was woken for, and what it wanted to do later, when told to."""
+    """A thread that runs its wake-ups and its scheduled calls when a test asks for it."""
 
     def __init__(self, batch: int = 1) -> None:
         self.wakes: list[Callable[[], None]] = []
@@ -37,7 +37,7 @@ class OtherThread:
 
 @pytest.fixture
 def thread() -> OtherThread:
-    """Give one that has just done a piece of work, and takes three to be woken."""
+    """A thread that has just done a piece of work, and is woken by three more."""
     thread = OtherThread(batch=3)
     thread.put(0)
     thread.wake_up()
