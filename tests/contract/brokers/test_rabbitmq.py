@@ -30,9 +30,7 @@ def pilot_user(broker: Rabbit) -> str:
 async def test_a_missing_queue_is_declared_as_a_durable_quorum_queue(broker: Rabbit, queue: str) -> None:
     await send(broker, queue, b"a")
     with broker.channel() as channel:
-        channel.queue_declare(
-            queue, durable=True, arguments={"x-queue-type": "quorum"}
-        )  # error 406 for another kind
+        channel.queue_declare(queue, durable=True, arguments={"x-queue-type": "quorum"})  # error 406 for another kind
     ((properties, _),) = broker.get_all(queue)
     assert properties.delivery_mode == 2
 
