@@ -222,9 +222,9 @@ async def test_a_queue_file_of_an_earlier_version_is_brought_up_to_date(broker: 
 
 async def test_a_queue_file_of_a_later_version_is_one_clear_line(broker: Local) -> None:
     await send(broker, b"a")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "SCHEMA_VERSION", 0)
-        error = await failure_of(broker.sink("q"))
+    with closing(sqlite3.connect(broker.file)) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    error = await failure_of(broker.sink("q"))
     assert "another version" in str(error)
     assert broker.rows("SELECT body FROM message") == [(b"a",)]
 
