@@ -1,4 +1,4 @@
-"""Every broker behind one face, for tests that are the same for all of them."""
+"""Brokers by one interface, for tests that all of them pass, and clients of their servers."""
 
 import asyncio
 import json
@@ -60,7 +60,7 @@ class Broker(Protocol):
     def sink(self, queue: str) -> AbstractAsyncContextManager[Sink]: ...
 
     def dead_letters(self, queue: str) -> list[tuple[bytes, str, str]]:
-        """Give body, message id and reason of each."""
+        """Return body, message id and reason of each."""
 
 
 class Fake:
@@ -132,7 +132,7 @@ class Rabbit:
         return [(body, facts.message_id, facts.headers["x-trio-pilot-reason"]) for facts, body in found]
 
     def get_all(self, queue: str) -> list[tuple[Any, bytes]]:
-        """Take all that is ready in a queue: properties and body."""
+        """Take all messages that are ready in a queue; return properties and body of each."""
         with self.channel() as channel:
             found = []
             while (message := channel.basic_get(queue, auto_ack=True))[0] is not None:
@@ -140,16 +140,16 @@ class Rabbit:
             return found
 
     def ready(self, queue: str) -> int:
-        """Tell how many messages are ready in a queue."""
+        """Return the number of messages that are ready in a queue."""
         with self.channel() as channel:
             return int(channel.queue_declare(queue, passive=True).method.message_count)
 
     def counts(self, queue: str) -> tuple[int, int]:
-        """Tell how many messages are ready, and how many delivered and unsettled."""
+        """Return how many messages are ready, and how many are delivered and unsettled."""
         return self.server.counts(queue)
 
     def consumers(self, queue: str) -> int:
-        """Tell how many consumers a queue has."""
+        """Return the number of consumers of a queue."""
         with self.channel() as channel:
             return int(channel.queue_declare(queue, passive=True).method.consumer_count)
 
@@ -159,7 +159,7 @@ class Rabbit:
 
     @contextmanager
     def channel(self) -> Iterator[Any]:
-        """Open a channel of pika's blocking kind, beside what is tested."""
+        """Open a channel of pika's blocking connection, independent of the code under test."""
         with closing(pika.BlockingConnection(pika.ConnectionParameters("127.0.0.1", self.server.port))) as connection:
             yield connection.channel()
 
@@ -192,7 +192,7 @@ class Nats:
         ]
 
     def lease(self, queue: str, seconds: float) -> None:
-        """Make a queue whose leases are short."""
+        """Make a queue with leases of some seconds."""
 
         async def make(streams: Any) -> None:
             place = place_of(queue)
@@ -203,7 +203,7 @@ class Nats:
         self.ask(make)
 
     def messages(self, queue: str) -> list[tuple[dict[str, str], bytes]]:
-        """Read all that is in the stream of a queue, whoever has acknowledged it: headers and body."""
+        """Return headers and body of all messages in the stream of a queue, acknowledged or not."""
 
         async def read(streams: Any) -> list[tuple[dict[str, str], bytes]]:
             place = place_of(queue)
@@ -218,14 +218,14 @@ class Nats:
         return self.ask(read)
 
     def ready(self, queue: str) -> int:
-        """Tell how many messages of a queue nobody has settled; of one that nobody has read, how many there are."""
+        """Return the number of unsettled messages of a queue; where it has no consumer, of all messages."""
         try:
             return sum(self.counts(queue))
         except NotFoundError:
             return len(self.messages(queue))
 
     def counts(self, queue: str) -> tuple[int, int]:
-        """Tell how many messages are ready, and how many delivered and unsettled."""
+        """Return how many messages are ready, and how many are delivered and unsettled."""
 
         async def count(streams: Any) -> tuple[int, int]:
             place = place_of(queue)
@@ -235,7 +235,7 @@ class Nats:
         return self.ask(count)
 
     def ask(self, work: Callable[[Any], Awaitable[T]]) -> T:
-        """Do something with nats-py's JetStream, beside what is tested."""
+        """Use nats-py's JetStream, independent of the code under test."""
 
         async def ask() -> T:
             client = await nats.connect(f"nats://{self.server.address}")
@@ -275,7 +275,7 @@ class Pulsar:
         ]
 
     def _messages(self, queue: str) -> Iterator[Any]:
-        """Take all that is in a topic."""
+        """Take all messages of a topic."""
         with closing(pulsar.Client(self.server, logger=pulsar.FileLogger(pulsar.LoggerLevel.Error, os.devnull))) as client:
             consumer = client.subscribe(
                 queue, SUBSCRIPTION, pulsar.ConsumerType.Shared, initial_position=pulsar.InitialPosition.Earliest
@@ -294,7 +294,7 @@ async def send(broker: Broker, queue: str, *bodies: bytes) -> None:
 
 
 async def take(consumer: Consumer) -> Delivery:
-    """Take the next delivery, however long it takes to come (but not for ever)."""
+    """Take the next delivery; wait for it for LONG at most."""
     with trio.fail_after(LONG):
         while (delivery := await consumer.take()) is None:
             await consumer.wait()
@@ -308,7 +308,7 @@ async def nothing_comes(consumer: Consumer, seconds: float = 0.3) -> None:
 
 
 async def eventually(check: Callable[[], bool], what: str = "") -> None:
-    """Look again and again at what cannot be waited for: another process, or a server."""
+    """Check a condition again and again that cannot be waited for: of another process, or a server."""
     with trio.move_on_after(LONG):
         while not check():  # noqa: ASYNC110 -- there is no event
             await trio.sleep(0.02)
@@ -323,7 +323,7 @@ def leaves(error: BaseException) -> list[BaseException]:
 
 
 async def failure_of(queue: AbstractAsyncContextManager[Source] | AbstractAsyncContextManager[Sink]) -> PilotError:
-    """Open a queue that cannot be used; give the one error that it ends with, which must be a clear line of ours."""
+    """Open a queue that cannot be used; return the one error that it ends with, which must be a PilotError of one line."""
     try:
         with trio.fail_after(LONG):
             async with queue as opened:

@@ -1,4 +1,4 @@
-"""A TCP forwarder that can misbehave, and servers that are no brokers."""
+"""A TCP forwarder with faults, and servers that are not brokers."""
 
 import socket
 import struct
@@ -9,13 +9,13 @@ import trio
 
 
 class Proxy:
-    """Forwards connections to a port; they can be cut, held up, swallowed, and new ones refused."""
+    """Forwards connections to a port; they can be cut, delayed or silenced, and new ones refused."""
 
     def __init__(self, target: int, port: int) -> None:
         self.port = port
         self.refusing = False
-        self.delay = 0.0  # seconds for which what is said is held up
-        self.swallowing = False  # what is said on open connections, and what will be on new ones, goes nowhere
+        self.delay = 0.0  # seconds for which data is delayed
+        self.swallowing = False  # data of all connections, open and new, is dropped
         self.accepted = 0
         self.forwarded = 0  # pieces of data, either way
         self._target = target
@@ -28,18 +28,18 @@ class Proxy:
         return f"127.0.0.1:{self.port}"
 
     def cut(self) -> None:
-        """Cut every connection: both ends see the other's end."""
+        """Close every connection, to both ends."""
         for stream in list(self._open):
             stream.socket.close()
 
     def reset(self) -> None:
-        """Cut every connection with a reset, as a machine does that was started anew."""
+        """Reset every connection, as a machine does that was restarted."""
         for stream in self._open:
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.cut()
 
     def half_open(self) -> None:
-        """Have the server see the other end of every connection, and nobody tell the clients."""
+        """Close every connection to the server only; the clients do not notice."""
         self._half_open |= self._servers
         for stream in list(self._servers):
             stream.socket.close()
@@ -87,7 +87,7 @@ async def proxy(target: int) -> AsyncIterator[Proxy]:
 
 @asynccontextmanager
 async def server(handler: Callable[[trio.SocketStream], Awaitable[None]]) -> AsyncIterator[str]:
-    """Serve something that is no broker; give its address."""
+    """Run a server that is not a broker, and yield its address."""
     async with trio.open_nursery() as nursery:
         (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
         nursery.start_soon(trio.serve_listeners, handler, [listener])
@@ -96,13 +96,13 @@ async def server(handler: Callable[[trio.SocketStream], Awaitable[None]]) -> Asy
 
 
 async def silence(stream: trio.SocketStream) -> None:
-    """Accept, and never answer."""
+    """Accept a connection, and never answer."""
     async with stream:
         await trio.sleep_forever()
 
 
 async def hang_up(stream: trio.SocketStream) -> None:
-    """Accept, and close, as a load balancer does in front of a broker that is down."""
+    """Accept a connection and close it, as a load balancer does in front of a broker that is down."""
     await stream.aclose()
 
 
@@ -121,7 +121,7 @@ async def speak_ssh(stream: trio.SocketStream) -> None:
 
 
 async def speak_amqp_1(stream: trio.SocketStream) -> None:
-    """Answer as a server of another AMQP version does: say which, and hang up."""
+    """Answer as a server of another AMQP version does: with that version, then hang up."""
     async with stream:
         await stream.receive_some()
         await stream.send_all(b"AMQP\x00\x01\x00\x00")

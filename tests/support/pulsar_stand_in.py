@@ -1,4 +1,4 @@
-"""Stands in for pulsar-client and its broker: what our module uses of them, answered by a thread of its own, as there."""
+"""A stand-in for pulsar-client and its broker: the calls that trio-pilot uses, answered by a thread of its own."""
 
 import itertools
 import socket
@@ -42,14 +42,14 @@ class Topic:
 
 
 class StandIn:
-    """A broker: somebody listens at its address, and says nothing."""
+    """A broker. Its address accepts connections, on which nothing is sent."""
 
     def __init__(self) -> None:
         self.lock = RLock()
         self.topics: dict[str, Topic] = {}
         self.clients: list[Client] = []
-        self.refused: dict[str, str] = {}  # topics for which nobody may have a producer, and the error
-        self.is_dead = False  # it answers no questions, and nobody is told
+        self.refused: dict[str, str] = {}  # the error for each topic that may have no producer
+        self.is_dead = False  # it answers no requests, and its connections stay open
         self._listening = socket.create_server(("127.0.0.1", 0), backlog=1000)
         self._callbacks = ThreadPoolExecutor(1)
         self._numbers = itertools.count()
@@ -75,7 +75,7 @@ class StandIn:
     def store(self, name: str, body: bytes, headers: dict[str, str]) -> None:
         with self.lock:
             topic = self.topic(name)
-            if topic.has_subscription:  # else nothing is kept
+            if topic.has_subscription:  # else no message is kept
                 topic.ready.append(Message(f"({next(self._numbers)},0,-1,-1)", body, headers))
                 self.deliver(topic)
 
@@ -88,7 +88,7 @@ class StandIn:
             self.answer(callback, pulsar.Result.Ok, message)
 
     def redeliver(self, name: str) -> None:
-        """Deliver again what is not settled, as to a consumer that has connected anew."""
+        """Deliver unsettled messages again, as to a consumer that has connected again."""
         with self.lock:
             consumers = [one for client in self.clients for one in client.opened if isinstance(one, Consumer)]
             for consumer in consumers:

@@ -1,4 +1,4 @@
-"""Our facts in the headers of a message. Where there is room for text only they are JSON, in one line of ASCII."""
+"""Headers that trio-pilot adds to messages. Where a broker has headers of text only, they are JSON, in one line of ASCII."""
 
 import json
 from collections.abc import Mapping
@@ -8,22 +8,22 @@ from typing import Any
 from trio_pilot.brokers import dead_letters
 
 MESSAGE_ID = f"{dead_letters.PREFIX}message-id"
-FAILURES = f"{dead_letters.PREFIX}failures"  # how often the event has failed before this copy of it was sent
+FAILURES = f"{dead_letters.PREFIX}failures"  # how often the event had failed when this copy of it was sent
 
 
-def attempt(headers: Mapping[str, Any]) -> int:
-    """Tell which try of an event this is, from 1."""
+def attempt_of(headers: Mapping[str, Any]) -> int:
+    """Return the number of this attempt at an event, from 1."""
     failures = headers.get(FAILURES)
     return 1 + failures if isinstance(failures, int) and failures > 0 else 1
 
 
-def said(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Write facts as headers."""
-    return {name: json.dumps(value) for name, value in facts.items()}
+def to_text(headers: Mapping[str, Any]) -> dict[str, str]:
+    """Encode headers as text."""
+    return {name: json.dumps(value) for name, value in headers.items()}
 
 
-def read(headers: Mapping[str, str]) -> dict[str, Any]:
-    """Read headers; those that `said` has not written are text."""
+def from_text(headers: Mapping[str, str]) -> dict[str, Any]:
+    """Decode headers; those that `to_text` has not encoded stay text."""
     return {name: _value(name, text) for name, text in headers.items()}
 
 

@@ -19,7 +19,7 @@ def no_warning(_source: Any, _lease: float) -> str:
     return ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class BrokerKind:
     """A kind of broker."""
 

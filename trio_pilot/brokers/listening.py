@@ -1,4 +1,4 @@
-"""Taking the next event from several queues."""
+"""Taking the next delivery from several queues."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from trio_pilot.brokers import Consumer, Delivery
 
 
 async def first_delivery(consumers: deque[Consumer]) -> Delivery | None:
-    """Take an event that is there, from each consumer in turn."""
+    """Take a delivery that has arrived, from each consumer in turn; None if there is none."""
     for _ in range(len(consumers)):
         consumers.rotate(-1)
         if delivery := await consumers[0].take():
@@ -19,7 +19,7 @@ async def first_delivery(consumers: deque[Consumer]) -> Delivery | None:
 
 
 async def next_delivery(consumers: deque[Consumer], idle_limit: float) -> Delivery | None:
-    """Take the next event, from each consumer in turn; None after `idle_limit` seconds in which all listened in vain."""
+    """Take the next delivery, from each consumer in turn; None once all have listened for `idle_limit` seconds in vain."""
     begun = trio.current_time()
     while True:
         if delivery := await first_delivery(consumers):
@@ -32,7 +32,7 @@ async def next_delivery(consumers: deque[Consumer], idle_limit: float) -> Delive
 
 
 async def _are_idle(consumers: Iterable[Consumer]) -> bool:
-    """Ask all brokers; they are not as soon as something comes."""
+    """Ask all brokers whether their queues are idle; return False as soon as a delivery arrives."""
     answers: list[bool] = []
 
     async def ask() -> None:

@@ -1,11 +1,11 @@
 """The embedded broker: durable queues in one SQLite file, for any number of processes on one machine.
 
 - A message is a row. A consumer claims it by writing its own number into the row; to settle is to delete the row or to clear
-  the claim. Who claims holds a lock on the byte of that number in the bell file: the kernel drops the lock when the process
-  dies, however it dies, and the next consumer that looks gives the dead one's claims back.
-- Nobody polls: whoever makes a message available writes to the bell file after the commit, and idle consumers watch it with
-  inotify(7). A bell that was never rung (its process died between the two) is made up for by a look every few seconds.
-- Everybody who waits for the file at one moment shares one transaction, and so one sync to disk.
+  the claim. A consumer holds a lock on the byte of its number in the bell file: the kernel drops the lock when the process
+  dies, however it dies, and the next consumer that looks releases the claims of the dead one.
+- Nothing polls: a process that makes a message available writes to the bell file after the commit, and idle consumers watch
+  it with inotify(7). A process may die between the two: for that case consumers also look every few seconds.
+- All requests that wait for the file at one moment share one transaction, and so one sync to disk.
 """
 
 import fcntl
@@ -29,7 +29,7 @@ from trio_pilot.brokers import LONGEST_LEASE, Delivery, Patience, QueueAddress, 
 from trio_pilot.brokers.addresses import file_of
 from trio_pilot.errors import BrokerError, DeliveryLostError, map_exceptions
 
-LOOK_INTERVAL = 5.0  # seconds between looks for what no bell announced: claims of the dead, above all
+LOOK_INTERVAL = 5.0  # seconds between looks for messages without a bell: claims of dead processes, above all
 LOOK_INTERVAL_WITHOUT_INOTIFY = 0.2  # fs.inotify.max_user_instances is 128 on most machines
 BUSY_TIMEOUT = 30.0  # seconds to wait for another process's transaction; they take milliseconds
 
@@ -42,7 +42,7 @@ CREATE TABLE IF NOT EXISTS message (
     message_id TEXT NOT NULL,
     attempts INTEGER NOT NULL DEFAULT 0,   -- deliveries that ended badly
     reason TEXT,                           -- why it is a dead letter
-    consumer INTEGER,                      -- who has claimed it
+    consumer INTEGER,                      -- the number of the consumer that has claimed it
     headers TEXT,                          -- a JSON object: the facts of a dead letter
     deliveries INTEGER NOT NULL DEFAULT 0  -- how often it was claimed
 );
@@ -52,7 +52,7 @@ _COLUMNS_OF_2 = """
 ALTER TABLE message ADD COLUMN headers TEXT;
 ALTER TABLE message ADD COLUMN deliveries INTEGER NOT NULL DEFAULT 0;
 """
-UPGRADES = {0: SCHEMA, 1: _COLUMNS_OF_2}  # by the version that is found
+UPGRADES = {0: SCHEMA, 1: _COLUMNS_OF_2}  # by the version of the file
 
 
 @dataclass(slots=True, eq=False)
@@ -77,9 +77,9 @@ class _QueueFile:
         self._thread = trio.CapacityLimiter(1)
 
     async def run(self, work: Callable[[sqlite3.Connection], Any], *, durable: bool = False) -> Any:
-        """Run `work` in a transaction and give what it returns, once it is committed (`durable`: and on disk).
+        """Run `work` in a transaction; return its result once it is committed (`durable`: and on disk).
 
-        Not cancelled halfway, so that nothing is claimed for nobody: it takes BUSY_TIMEOUT at the most.
+        It is not cancelled halfway, so that no claim is left without an owner: it takes BUSY_TIMEOUT at the most.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         request = _Request(work, durable)
@@ -101,7 +101,7 @@ class _QueueFile:
             with _transaction(self._connection):
                 for request in batch:
                     request.result = request.work(self._connection)
-        except Exception as error:  # whatever it was, nobody may wait for ever
+        except Exception as error:  # any error: each request must have an answer
             for request in batch:
                 request.error = error
         for request in batch:
@@ -121,7 +121,7 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 class _Bell:
-    """The file beside the queue file that is written to wake idle consumers, and whose bytes are locked by living ones."""
+    """The file beside the queue file that is written to wake idle consumers, and whose bytes are locked by live ones."""
 
     def __init__(self, path: Path, bell: int) -> None:
         self.path = path
@@ -129,7 +129,7 @@ class _Bell:
         self._bell = bell
 
     def ring(self) -> None:
-        """Wake every idle consumer. A full disk may swallow the ring: they look by themselves, later."""
+        """Wake every idle consumer. If the disk is full, none wakes: they look by themselves, later."""
         try:
             os.pwrite(self._bell, b"!", 0)
         except OSError:
@@ -137,7 +137,7 @@ class _Bell:
 
     @contextmanager
     def watch(self) -> Iterator[inotify_simple.INotify | None]:
-        """Listen to the bell; None where the machine has no inotify instance left."""
+        """Yield a watch of the bell; None where the machine has no inotify instance left."""
         try:
             inotify = inotify_simple.INotify(nonblocking=True)
         except OSError:
@@ -149,15 +149,15 @@ class _Bell:
 
     @contextmanager
     def presence(self) -> Iterator[int]:
-        """Be seen alive, under the number that is given, for as long as this lasts or the process lives."""
+        """Yield a number whose byte is locked as long as this context lasts and the process lives."""
         number = random.randrange(1, 2**62)  # noqa: S311 -- a name, not a secret
         with self._path_of_bell.open("r+b") as file:
-            # Locks of open file descriptions, fcntl(2): they tell two consumers of one process apart.
+            # Locks of open file descriptions, fcntl(2): two consumers of one process have locks of their own.
             fcntl.fcntl(file, fcntl.F_OFD_SETLK, _lock_of_byte(number))
             yield number
 
     def is_alive(self, number: int) -> bool:
-        """Tell whether the consumer of that number still lives."""
+        """Return whether the process of the consumer of that number still lives."""
         answer = fcntl.fcntl(self._bell, fcntl.F_OFD_GETLK, _lock_of_byte(number))
         return int(struct.unpack_from("h", answer)[0]) != fcntl.F_UNLCK
 
@@ -228,7 +228,7 @@ async def open_sink(address: QueueAddress, _patience: Patience | None = None) ->
 
 
 class LocalSource:
-    """An incoming queue in the file; a claimed message stays claimed until it is settled or this process is gone."""
+    """An incoming queue in the file; a claimed message stays claimed until it is settled or this process ends."""
 
     def __init__(self, queue: str, file: _QueueFile, number: int) -> None:
         self.queue = queue
@@ -236,42 +236,42 @@ class LocalSource:
         self.number = number
 
     async def ready(self) -> None:
-        """Be ready at once: opening has checked the file."""
+        """Return at once: the file was checked when it was opened."""
         await trio.lowlevel.checkpoint()
 
     @asynccontextmanager
     async def consume(self, prefetch: int, lease: float = LONGEST_LEASE) -> AsyncIterator["LocalConsumer"]:  # noqa: ARG002
-        """Listen to the queue. Messages are claimed when taken, so that there is never one to give back, and for good."""
+        """Listen to the queue. A message is claimed when it is taken, so that there is never one to give back."""
         with self.file.bell.watch() as inotify:
             yield LocalConsumer(self, inotify)
 
-    def has_lost(self, delivery: Delivery) -> bool:  # noqa: ARG002 -- a claim lasts as long as we do
-        """Never lose a delivery."""
+    def has_lost(self, delivery: Delivery) -> bool:  # noqa: ARG002 -- a claim lasts as long as its process
+        """Return False: no delivery is lost."""
         return False
 
     def held(self, delivery: Delivery) -> AbstractContextManager[None]:  # noqa: ARG002
-        """Have no prefetch, towards which it could count."""
+        """Do nothing: there is no prefetch towards which a delivery could count."""
         return nullcontext()
 
     async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "", error: str = "") -> None:
-        """Settle a delivery. A dead letter is always taken: the file that has the event has room for it."""
+        """Settle a delivery. A dead letter is always stored: the file that has the event has room for it."""
         values = {"position": delivery.tag, "consumer": self.number, "message_id": delivery.message_id}
         if settlement is Settlement.DEAD_LETTER:
             facts = dead_letters.facts(delivery, reason, error)
-            said = json.dumps(dead_letters.headers(facts))
-            values |= {"dead": dead_letter_queue(self.queue), "reason": facts["reason"], "headers": said}
+            headers = json.dumps(dead_letters.headers(facts))
+            values |= {"dead": dead_letter_queue(self.queue), "reason": facts["reason"], "headers": headers}
         if not await self.file.run(partial(_change, _SETTLE[settlement], values)):
             raise DeliveryLostError(f"the queue {self.queue} has taken the event {delivery.message_id} back")
         if settlement is not Settlement.ACK:
             self.file.bell.ring()
 
     def claim(self, connection: sqlite3.Connection) -> tuple[Any, ...] | None:
-        """Claim the next message, in a transaction."""
+        """Claim the next message, in a transaction; return its row, if there is one."""
         rows = connection.execute(_CLAIM, {"queue": self.queue, "consumer": self.number}).fetchall()
         return rows[0] if rows else None
 
     def release_orphaned_claims(self, connection: sqlite3.Connection) -> int:
-        """Give back what consumers have claimed that are no more, counted, in a transaction; tell how many there were."""
+        """Release the claims of dead consumers, counted, in a transaction; return the number of dead consumers."""
         claims = connection.execute(
             "SELECT DISTINCT consumer FROM message WHERE queue = ? AND consumer > 0 AND consumer <> ?",
             (self.queue, self.number),
@@ -288,16 +288,16 @@ UPDATE message SET consumer = :consumer, deliveries = deliveries + 1 WHERE posit
 """
 
 # The id as well: a message that is settled leaves its position to a later one.
-_OURS = "WHERE position = :position AND consumer = :consumer AND message_id = :message_id"
+_CLAIMED = "WHERE position = :position AND consumer = :consumer AND message_id = :message_id"
 # To the end of the queue, so that an event that fails again and again does not stand in the way of the others.
 _LAST = "position = (SELECT max(position) + 1 FROM message)"
 _DEAD = "queue = :dead, reason = :reason, headers = :headers"
 
 _SETTLE = {
-    Settlement.ACK: f"DELETE FROM message {_OURS}",
-    Settlement.RELEASE: f"UPDATE message SET consumer = NULL {_OURS}",
-    Settlement.REJECT: f"UPDATE message SET consumer = NULL, attempts = attempts + 1, {_LAST} {_OURS}",
-    Settlement.DEAD_LETTER: f"UPDATE message SET consumer = NULL, {_DEAD}, {_LAST} {_OURS}",
+    Settlement.ACK: f"DELETE FROM message {_CLAIMED}",
+    Settlement.RELEASE: f"UPDATE message SET consumer = NULL {_CLAIMED}",
+    Settlement.REJECT: f"UPDATE message SET consumer = NULL, attempts = attempts + 1, {_LAST} {_CLAIMED}",
+    Settlement.DEAD_LETTER: f"UPDATE message SET consumer = NULL, {_DEAD}, {_LAST} {_CLAIMED}",
 }
 
 
@@ -318,7 +318,7 @@ class LocalConsumer:
         """Claim the next message, if there is one."""
         source = self._source
         if self._inotify:
-            self._inotify.read(timeout=0)  # a bell that rings after this is heard by `wait`
+            self._inotify.read(timeout=0)  # a bell that rings after this wakes `wait`
         row = await source.file.run(source.claim)
         if row is None and trio.current_time() >= self._look_at:
             self._look_at = trio.current_time() + LOOK_INTERVAL
@@ -340,7 +340,7 @@ class LocalConsumer:
             await trio.lowlevel.wait_readable(self._inotify.fileno())
 
     async def is_idle(self) -> bool:
-        """Be sure: `take` has looked into the file."""
+        """Return True: `take` has looked into the file."""
         await trio.lowlevel.checkpoint()
         return True
 
@@ -353,7 +353,7 @@ class LocalSink:
         self._file = file
 
     async def ready(self) -> None:
-        """Be ready at once: opening has checked the file."""
+        """Return at once: the file was checked when it was opened."""
         await trio.lowlevel.checkpoint()
 
     async def send(self, body: bytes, message_id: str = "") -> None:

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 import trio
 
 from trio_pilot.brokers import Delivery, Patience, QueueAddress, addresses, tokens
-from trio_pilot.brokers.headers import MESSAGE_ID, attempt, read, said
+from trio_pilot.brokers.headers import MESSAGE_ID, attempt_of, from_text, to_text
 from trio_pilot.brokers.kinds import NATS
 from trio_pilot.brokers.nats_connection import NatsAddress, NatsConnection, NatsTimeouts
 from trio_pilot.brokers.nats_errors import GoneError, RefusedError
@@ -116,13 +116,13 @@ class NatsSource(NatsQueue, RequeueingSource[NatsConnection, NatsMessage]):
 
     def delivery(self, message: NatsMessage) -> Delivery:
         """Make the delivery of a message. One without an id is known by its place in its stream."""
-        facts = read(message.headers)
+        facts = from_text(message.headers)
         return Delivery(
             self,
             self.name,
             message.body,
             message_id=str(facts.get(MESSAGE_ID) or facts.get(ONCE) or f"{self.place.stream}.{message.sequence}"),
-            attempt=attempt(facts),
+            attempt=attempt_of(facts),
             tag=message,
             redelivered=message.redelivered,
             headers=facts,
@@ -169,7 +169,7 @@ class NatsSource(NatsQueue, RequeueingSource[NatsConnection, NatsMessage]):
         message: NatsMessage = delivery.tag
         kept = {name: value for name, value in message.headers.items() if not name.lower().startswith(INSTRUCTION)}
         once = f"{self.place.stream}.{message.sequence}.{delivery.attempt}"
-        headers = {**kept, **said({**facts, MESSAGE_ID: delivery.message_id}), ONCE: once}
+        headers = {**kept, **to_text({**facts, MESSAGE_ID: delivery.message_id}), ONCE: once}
         while not message.is_lost:
             connection = await self.connected()
             try:
@@ -256,7 +256,7 @@ class NatsSink(NatsQueue):
 
     async def send(self, body: bytes, message_id: str) -> None:
         """Send a message, on each new connection again until it is confirmed; stored once only."""
-        headers = {**said({MESSAGE_ID: message_id}), ONCE: uuid.uuid4().hex}
+        headers = {**to_text({MESSAGE_ID: message_id}), ONCE: uuid.uuid4().hex}
         try:
             await self.until_done(partial(_publish, self.place, body, headers))
         except TooLargeError as error:

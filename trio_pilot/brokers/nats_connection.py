@@ -91,7 +91,7 @@ class NatsConnection:
         finally:
             self.ended.set()
             for reply in list(self._replies):
-                reply.tell(error=self._error)
+                reply.set(error=self._error)
 
     def hang_up(self) -> None:
         """Make the thread close the connection and end."""
@@ -162,7 +162,7 @@ class NatsConnection:
 
     # In the thread:
 
-    def tell(self, work: Callable[[], object]) -> None:
+    def run_in_trio(self, work: Callable[[], object]) -> None:
         """Run `work` on Trio's side."""
         self._for_trio.put(work)
 
@@ -197,7 +197,7 @@ class NatsConnection:
                 await self.client.connect(**self._options(), error_cb=self._on_error, closed_cb=self._on_close)
             self._was_connected = True
             self._check_tls()
-            self.tell(self.opened.tell)
+            self.run_in_trio(self.opened.set)
         except Exception as error:  # any error: without an answer, `opened` would be waited for without end
             self.fail(error)
 
@@ -233,7 +233,7 @@ class NatsConnection:
         refused = FORBIDDEN.search(str(error))
         askers = self._asking.pop(refused[1], {}) if refused else {}
         for task, reply in askers.items():
-            self.tell(partial(reply.tell, error=RefusedError(text_of(error))))
+            self.run_in_trio(partial(reply.set, error=RefusedError(text_of(error))))
             task.cancel()
         if not askers:
             self.fail(error)
@@ -257,9 +257,9 @@ class NatsConnection:
             except nats.errors.TimeoutError as error:
                 self.fail(error)
             except Exception as error:
-                self.tell(partial(reply.tell, error=translated(error, self.timeouts.answer)))
+                self.run_in_trio(partial(reply.set, error=translated(error, self.timeouts.answer)))
             else:
-                self.tell(partial(reply.tell, value))
+                self.run_in_trio(partial(reply.set, value))
 
     @contextmanager
     def _asks(self, subject: str, reply: Reply) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Errors of NATS: those that last, told from those that another connection may mend."""
+"""Errors of NATS, translated: refusals last, other errors may pass with another connection."""
 
 import nats.errors
 import nats.js.errors
@@ -19,7 +19,7 @@ class RefusedError(Exception):
 
 
 def translated(error: Exception, answer_timeout: float) -> Exception:
-    """Return a BrokerError for a refusal, which lasts, and a LostError for an error that another connection may mend."""
+    """Return a BrokerError for a refusal, which lasts, and a LostError for an error that may pass."""
     text = text_of(error)
     match error:
         case BrokerError() | LostError() | TooLargeError():

@@ -128,7 +128,7 @@ class NatsListener:
         again = facts.num_delivered > 1
         arrival = NatsMessage(facts.sequence.stream, facts.timestamp, again, message.reply, headers, message.data, until)
         self._held.add(arrival)
-        self._connection.tell(partial(self._arrived, arrival))
+        self._connection.run_in_trio(partial(self._arrived, arrival))
 
     def _on_refusal(self, text: str) -> None:
         if "Deleted" in text:

@@ -14,7 +14,7 @@ from typing import Any
 import trio
 
 from trio_pilot.brokers import Delivery, Patience, QueueAddress, addresses, tokens
-from trio_pilot.brokers.headers import MESSAGE_ID, attempt, read, said
+from trio_pilot.brokers.headers import MESSAGE_ID, attempt_of, from_text, to_text
 from trio_pilot.brokers.kinds import PULSAR
 from trio_pilot.brokers.prefetch import PrefetchConsumer
 from trio_pilot.brokers.pulsar_connection import PulsarConnection, PulsarTimeouts
@@ -99,7 +99,7 @@ class PulsarMessage:
     @property
     def is_lost(self) -> bool:
         """Whether the broker is known to have it again."""
-        return self.is_replaced or self.session.closed.is_told
+        return self.is_replaced or self.session.closed.is_set
 
 
 class PulsarSource(PulsarQueue, RequeueingSource[PulsarConnection, PulsarMessage]):
@@ -120,13 +120,13 @@ class PulsarSource(PulsarQueue, RequeueingSource[PulsarConnection, PulsarMessage
 
     def delivery(self, message: PulsarMessage) -> Delivery:
         """Make the delivery of a message. One without an id is known by its place in the topic."""
-        facts = read(message.headers)
+        facts = from_text(message.headers)
         return Delivery(
             self,
             self.name,
             message.body,
             message_id=str(facts.get(MESSAGE_ID) or message.id),
-            attempt=attempt(facts),
+            attempt=attempt_of(facts),
             tag=message,
             redelivered=message.redelivered,
             headers=facts,
@@ -148,7 +148,7 @@ class PulsarSource(PulsarQueue, RequeueingSource[PulsarConnection, PulsarMessage
 
     async def send_copy(self, delivery: Delivery, queue: str, facts: Mapping[str, Any]) -> None:
         """Send a copy of an event to a topic, confirmed."""
-        headers = {**delivery.tag.headers, **said({**facts, MESSAGE_ID: delivery.message_id})}
+        headers = {**delivery.tag.headers, **to_text({**facts, MESSAGE_ID: delivery.message_id})}
         await delivery.tag.session.publish(queue, delivery.body, headers)
 
     def forget(self, message: PulsarMessage) -> None:
@@ -176,7 +176,7 @@ class PulsarConsumer(PrefetchConsumer):
         try:
             await session.look()
         except LostError as error:
-            session.closed.tell(error=error)
+            session.closed.set(error=error)
             return False
         return not self._arrived
 
@@ -207,8 +207,8 @@ class PulsarConsumer(PrefetchConsumer):
 
     def _on_arrival(self, session: PulsarConnection, received: Any, error: Exception | None) -> None:
         if error:
-            session.closed.tell(error=error)
-        if session.closed.is_told:
+            session.closed.set(error=error)
+        if session.closed.is_set:
             return
         redelivered = received.redelivery_count() > 0
         message = PulsarMessage(session, received.message_id(), received.properties(), received.data(), redelivered)
@@ -236,7 +236,7 @@ class PulsarSink(PulsarQueue):
 
     async def send(self, body: bytes, message_id: str) -> None:
         """Send a message, on each new connection again until it is confirmed."""
-        headers = said({MESSAGE_ID: message_id})
+        headers = to_text({MESSAGE_ID: message_id})
         try:
             await self.until_done(lambda session: session.publish(self.name, body, headers))
         except TooLargeError as error:

@@ -100,7 +100,7 @@ class PulsarConnection:
 
     def nack(self, message_id: Any) -> None:
         """Return a message to the broker, which delivers it again, some 100 ms later."""
-        if self.closed.is_told:
+        if self.closed.is_set:
             raise LostError("the connection is lost")
         self.consumer.negative_acknowledge(message_id)
 
@@ -118,24 +118,24 @@ class PulsarConnection:
         reply = Reply()
         self._replies.add(reply)
         try:
-            if self.closed.is_told:
+            if self.closed.is_set:
                 raise LostError("the connection is lost")
-            call(partial(self._answer, reply.tell))
+            call(partial(self._answer, reply.set))
             return await reply.wait()
         finally:
             self._replies.discard(reply)
 
     async def watch(self) -> None:
         """Notice the end of the connection. The library would connect again, with an old token, without a word."""
-        while not self.closed.is_told:
+        while not self.closed.is_set:
             await trio.sleep(self._timeouts.look)
             if not all(one.is_connected() for one in [self.consumer, *self._producers.values()] if one):
-                self.closed.tell(error=LostError("the connection is lost"))
+                self.closed.set(error=LostError("the connection is lost"))
 
     async def close(self) -> None:
         """Close the client: the broker delivers again what it has received and not acknowledged."""
         for reply in list(self._replies):
-            reply.tell(error=LostError("the connection is closed"))
+            reply.set(error=LostError("the connection is closed"))
         with trio.move_on_after(self._timeouts.close, shield=True), suppress(LostError, BrokerError):
             await self._block(self._client.close)
         self._client.shutdown()  # which ends calls that still block
@@ -147,11 +147,11 @@ class PulsarConnection:
         except pulsar.PulsarException as error:
             raise self._translated(type(error).__name__) from error
 
-    def _answer(self, tell: Callback, result: Any, value: Any = None) -> None:
+    def _answer(self, answered: Callback, result: Any, value: Any = None) -> None:
         """Pass on an answer: in a thread of the library, which an exception would end, and the pilot with it."""
         error = None if result == pulsar.Result.Ok else self._translated(result.name)
         with suppress(trio.RunFinishedError):
-            self._trio.run_sync_soon(partial(tell, value, error))
+            self._trio.run_sync_soon(partial(answered, value, error))
 
     def _translated(self, name: str) -> Exception:
         """Return a BrokerError for a refusal, which lasts, and a ConnectError for an error that may pass."""

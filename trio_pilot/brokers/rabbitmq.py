@@ -15,7 +15,7 @@ from typing import Any
 import trio
 
 from trio_pilot.brokers import Delivery, Patience, QueueAddress
-from trio_pilot.brokers.headers import attempt
+from trio_pilot.brokers.headers import attempt_of
 from trio_pilot.brokers.rabbitmq_channel import RabbitChannel, RabbitMessage
 from trio_pilot.brokers.rabbitmq_connection import RabbitConnection, RabbitTimeouts
 from trio_pilot.brokers.rabbitmq_consumer import RabbitConsumer
@@ -81,7 +81,7 @@ class RabbitSource(RabbitQueue, RequeueingSource[RabbitChannel, RabbitMessage]):
             self.name,
             message.body,
             message.message_id or hashlib.sha256(message.body).hexdigest()[:32],
-            attempt(message.headers),
+            attempt_of(message.headers),
             message,
             redelivered=message.redelivered,
             named=message.message_id is not None,

@@ -80,7 +80,7 @@ class RabbitChannel:
     @property
     def is_closed(self) -> bool:
         """Whether Trio's side knows that it is closed."""
-        return self.closed.is_told
+        return self.closed.is_set
 
     async def ask(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Call a method of pika's channel that the server answers, and wait for the answer."""
@@ -142,7 +142,8 @@ class RabbitChannel:
         """Start to consume a queue: `arrived` is called, on Trio's side, with each message."""
 
         def deliver(_channel: object, method: Any, properties: Any, body: bytes) -> None:
-            self.connection.tell(arrived, RabbitMessage(self, method.delivery_tag, body, method.redelivered, properties))
+            message = RabbitMessage(self, method.delivery_tag, body, method.redelivered, properties)
+            self.connection.run_in_trio(arrived, message)
 
         await self.ask("basic_consume", queue, deliver, consumer_tag=consumer_tag, arguments=dict(arguments))
 
@@ -172,7 +173,7 @@ class RabbitChannel:
             self._error = error
             self.connection.forget(self._end)
             for reply in self._waiting:
-                self.connection.tell(partial(reply.tell, error=error))
+                self.connection.run_in_trio(partial(reply.set, error=error))
 
     def _start(self, start: Callable[[Reply], object], reply: Reply) -> None:
         self._waiting.add(reply)
@@ -187,7 +188,7 @@ class RabbitChannel:
 
     def _answer(self, reply: Reply, value: Any = None, error: Exception | None = None) -> None:
         self._waiting.discard(reply)
-        self.connection.tell(reply.tell, value, error)
+        self.connection.run_in_trio(reply.set, value, error)
 
     def _came_back(self, _channel: object, _method: object, properties: Any, _body: bytes) -> None:
         """Note a message for which there was no queue. The server returns it first, and confirms it all the same."""

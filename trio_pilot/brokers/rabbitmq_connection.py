@@ -81,7 +81,7 @@ class RabbitConnection:
         finally:
             self.ended.set()
             for reply in list(self._posted):  # the loop may have stopped before it came to them
-                reply.tell(error=ClosedError(0, "the connection is closed"))
+                reply.set(error=ClosedError(0, "the connection is closed"))
 
     @property
     def version(self) -> tuple[int, ...]:
@@ -121,7 +121,7 @@ class RabbitConnection:
     def post(self, work: Callable[[], object], reply: Reply) -> None:
         """Run `work` in the thread; fail the reply if the thread has ended."""
         if self._pika is None or self.ended.is_set():
-            reply.tell(error=ClosedError(0, "the connection is closed"))
+            reply.set(error=ClosedError(0, "the connection is closed"))
         else:
             self._posted.add(reply)
             self.run(work)
@@ -137,7 +137,7 @@ class RabbitConnection:
 
     # In the thread:
 
-    def tell(self, work: Callable[..., object], *arguments: Any) -> None:
+    def run_in_trio(self, work: Callable[..., object], *arguments: Any) -> None:
         """Run `work` on Trio's side."""
         self._for_trio.put(partial(work, *arguments))
 
@@ -164,7 +164,7 @@ class RabbitConnection:
         try:
             self._pika = pika.SelectConnection(
                 self._parameters,
-                on_open_callback=lambda _: self.tell(self.opened.tell),
+                on_open_callback=lambda _: self.run_in_trio(self.opened.set),
                 on_open_error_callback=lambda _, error: self._end(error),
                 on_close_callback=lambda _, error: self._end(error),
             )
@@ -182,7 +182,7 @@ class RabbitConnection:
     def _update_secret(self, secret: str, reply: Reply) -> None:
         with suppress(pika.exceptions.AMQPError):  # closed in the meantime
             if self._pika:
-                self._pika.update_secret(secret, "renewed", lambda _: self.tell(reply.tell))
+                self._pika.update_secret(secret, "renewed", lambda _: self.run_in_trio(reply.set))
 
     def _blocked(self, _connection: object, frame: Any) -> None:
         self._is_blocked, reason = True, frame.method.reason
@@ -199,7 +199,7 @@ class RabbitConnection:
             foreign = _is_foreign(self._pika, error)
             self._pika.ioloop.stop()
         refusal = BrokerError("does not speak AMQP 0-9-1") if foreign else _translated(error)
-        self.tell(partial(self.opened.tell, error=refusal))
+        self.run_in_trio(partial(self.opened.set, error=refusal))
         for at_end in list(self._at_end):
             at_end(ClosedError(0, text_of(error)))
 

@@ -34,7 +34,7 @@ class RabbitQueue(ReconnectingQueue[RabbitChannel]):
 
     @asynccontextmanager
     async def connect(self, threads: trio.Nursery) -> AsyncIterator[RabbitChannel]:
-        """Connect, find the queue, and open a channel. The server is told of each new token."""
+        """Connect, find the queue, and open a channel. Each new token is sent to the server."""
         token = self._token
         try:
             token = await tokens.current(self._token)
@@ -51,7 +51,7 @@ class RabbitQueue(ReconnectingQueue[RabbitChannel]):
         """Send each new token to the server; if the server does not take it on this connection, connect anew with it."""
         async with move_on_when(connection.ended.wait):
             while True:
-                token = await tokens.another(self._token, token)
+                token = await tokens.changed(self._token, token)
                 try:
                     await connection.update_secret(token)
                 except ClosedError:
@@ -63,7 +63,7 @@ class RabbitQueue(ReconnectingQueue[RabbitChannel]):
 
 def _expired(token: str) -> str:
     end = tokens.expiry(token)
-    return f"; our token expired at {datetime.fromtimestamp(end, UTC):%Y-%m-%d %H:%M:%S} UTC" if end and end < time() else ""
+    return f"; the token expired at {datetime.fromtimestamp(end, UTC):%Y-%m-%d %H:%M:%S} UTC" if end and end < time() else ""
 
 
 async def find(connection: RabbitConnection, queue: str) -> RabbitChannel:
@@ -88,7 +88,7 @@ async def _find_passively(connection: RabbitConnection, queue: str) -> RabbitCha
         await channel.ask("queue_declare", queue, passive=True)
     except ClosedError as error:
         if error.code in (ACCESS_REFUSED, NOT_FOUND):
-            raise BrokerError(f"does not let us use the queue {queue}: {error}") from error
+            raise BrokerError(f"does not let the pilot use the queue {queue}: {error}") from error
         raise
     return channel
 

@@ -45,7 +45,7 @@ class Session(Protocol):
 
     @property
     def closed(self) -> Reply:
-        """Its end: told with the LostError that gives the reason."""
+        """Its end: set to the LostError that gives the reason."""
 
 
 S = TypeVar("S", bound=Session)

@@ -1,4 +1,4 @@
-"""What Trio and the thread of a foreign I/O loop tell each other."""
+"""Communication between Trio and the thread of a foreign I/O loop."""
 
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -9,37 +9,37 @@ import trio
 
 
 class Reply:
-    """What the connection's thread will tell Trio: a value, or an error."""
+    """An answer that Trio waits for: a value, or an error."""
 
     def __init__(self) -> None:
-        self._told = trio.Event()
+        self._answered = trio.Event()
         self._value: Any = None
         self._error: Exception | None = None
 
-    def tell(self, value: Any = None, error: Exception | None = None) -> None:
-        """Answer, on Trio's side; only the first answer counts."""
-        if not self._told.is_set():
+    def set(self, value: Any = None, error: Exception | None = None) -> None:
+        """Set the answer, on Trio's side; only the first one counts."""
+        if not self._answered.is_set():
             self._value, self._error = value, error
-            self._told.set()
+            self._answered.set()
 
     @property
-    def is_told(self) -> bool:
+    def is_set(self) -> bool:
         """Whether there is an answer."""
-        return self._told.is_set()
+        return self._answered.is_set()
 
     async def wait(self) -> Any:
-        """Wait for the answer."""
-        await self._told.wait()
+        """Wait for the answer, and return or raise it."""
+        await self._answered.wait()
         if self._error:
             raise self._error
         return self._value
 
 
 class Mailbox:
-    """Work for another thread, done in order. It is woken for the first piece only: to wake costs as much as the work.
+    """Work for another thread, done in order. Only the first piece wakes the thread: that costs as much as the work.
 
-    Where work may wait, the thread looks again of itself a moment after it has done some, and until then only a `batch` of
-    pieces wakes it, or a `hurry`. What comes one at a time is done at once; of what comes all the time, much at a time.
+    Where work may wait, the thread looks again by itself a moment after it has worked; until then only a `batch` of pieces
+    wakes it, or `hurry`. So a piece that comes alone is done at once, and those that come all the time are done together.
     """
 
     def __init__(
@@ -50,24 +50,24 @@ class Mailbox:
     ) -> None:
         self._wake = wake
         self._batch = batch
-        self._later = later  # to call something in the other thread, from there
+        self._later = later  # schedules a call in the other thread, from there
         self._looks_again = False
         self._work: deque[Callable[[], object]] = deque()
 
     def put(self, work: Callable[[], object]) -> None:
-        """Have `work` done."""
+        """Add a piece of work."""
         self._work.append(work)
         if len(self._work) == (self._batch if self._looks_again else 1):
             self._wake(self.do)
 
     def hurry(self) -> None:
-        """Have what there is done at once."""
+        """Wake the thread for work that is waiting."""
         if self._looks_again:
             self._wake(self.do)
 
     def do(self) -> None:
-        """Do what there is: in the other thread."""
-        while self._work:  # a piece stays until it is done, so that whoever adds one meanwhile need not wake us
+        """Do all work that is waiting: in the other thread."""
+        while self._work:  # a piece stays until it is done, so that one added meanwhile need not wake this thread
             try:
                 self._work[0]()
             finally:
@@ -77,7 +77,7 @@ class Mailbox:
             self._later(self._look)
 
     def _look(self) -> None:
-        self._looks_again = False  # first: what is added from now on wakes us
+        self._looks_again = False  # first: work that is added from now on wakes this thread
         if self._work:
             self.do()
 
@@ -85,14 +85,14 @@ class Mailbox:
 class DrivenConnection(Protocol):
     """A connection with a thread of its own."""
 
-    opened: Reply  # told once it can be used, or why it cannot: the thread does not try for ever
-    ended: trio.Event  # the thread has
+    opened: Reply  # set once it can be used, or cannot: the thread does not try without end
+    ended: trio.Event  # set when the thread has ended
 
     async def drive(self) -> None:
-        """Be the thread, from connect to close."""
+        """Run the thread, from connect to close."""
 
     def hang_up(self) -> None:
-        """Have the thread close the connection, which has a deadline, and end."""
+        """Make the thread close the connection, which has a deadline, and end."""
 
 
 D = TypeVar("D", bound=DrivenConnection)
@@ -100,10 +100,10 @@ D = TypeVar("D", bound=DrivenConnection)
 
 @asynccontextmanager
 async def driven(connection: D, threads: trio.Nursery) -> AsyncIterator[D]:
-    """Connect, with a thread in the nursery `threads`; close the connection and end the thread on every way out.
+    """Connect, with a thread in the nursery `threads`; at the end close the connection, and wait for the thread's end.
 
     Raises:
-        BrokerError: the server is there and refuses us; another try would do no better.
+        BrokerError: the server can be reached and refuses the pilot; another attempt would not help.
         ConnectError: anything else.
     """
     threads.start_soon(connection.drive)

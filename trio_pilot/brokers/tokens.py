@@ -1,6 +1,6 @@
-"""Tokens of brokers: as they are, or `@/FILE` or `@./FILE`, whose content they are. It is read anew when it changes.
+"""Tokens of brokers: as they are, or as the content of a file, `@/FILE` or `@./FILE`, which is read again when it changes.
 
-It is looked at now and then rather than watched: that works on network file systems too, and takes microseconds.
+The file is read now and then rather than watched: that works on network file systems too, and takes microseconds.
 """
 
 import base64
@@ -19,12 +19,12 @@ TIMEOUT = 15.0  # seconds to read a file, on a file system that may hang
 
 
 def is_file(token: str) -> bool:
-    """Tell whether a token is the name of a file that has it."""
+    """Return whether a token is the name of a file that has it."""
     return token.startswith(("@/", "@./"))
 
 
 async def current(token: str) -> str:
-    """Give the token itself.
+    """Return the token itself.
 
     Raises:
         BrokerError: its file cannot be read.
@@ -38,8 +38,8 @@ async def current(token: str) -> str:
         raise TimeoutError(f"{path} has not been read for {TIMEOUT:g} s")
 
 
-async def another(token: str, known: str) -> str:
-    """Wait until the file of a token has another than the `known` one. One that cannot be read is none."""
+async def changed(token: str, known: str) -> str:
+    """Wait until the file of a token has another than the `known` one, and return it. Failures to read it are ignored."""
     while True:
         await trio.sleep(LOOK_INTERVAL)
         with suppress(BrokerError):
@@ -48,7 +48,7 @@ async def another(token: str, known: str) -> str:
 
 
 def claims(token: str) -> Mapping[str, Any]:
-    """Read the claims of a JWT (RFC 7519); of any other token there are none."""
+    """Return the claims of a JWT (RFC 7519); any other token has none."""
     parts = token.split(".")
     with suppress(ValueError, RecursionError):
         found = json.loads(base64.urlsafe_b64decode(parts[1] + "==")) if len(parts) == 3 else {}
@@ -57,6 +57,6 @@ def claims(token: str) -> Mapping[str, Any]:
 
 
 def expiry(token: str) -> float | None:
-    """Give the Unix time from which on a token is no longer good, if it says so."""
+    """Return the Unix time at which a token expires; None if it has no such claim."""
     end = claims(token).get("exp")
     return float(end) if isinstance(end, int | float) else None

@@ -1,4 +1,4 @@
-# What every broker does, the fake included; what is one broker's own is in test_local.py and test_rabbitmq.py.
+# The contract of every broker, also of those in memory. Tests of one broker only are in modules of their own.
 
 import gc
 import os
@@ -35,7 +35,7 @@ async def settle_all(source: Source, consumer: Consumer, count: int) -> list[byt
 
 
 async def ready_again(broker: Broker, queue: str, count: int) -> list[Delivery]:
-    """Take what is in the queue now, with a source of its own, and say that there is no more."""
+    """Take and return all deliveries of a queue, with a source of its own, and check that no more come."""
     async with broker.source(queue) as source, source.consume(2 * count + 1) as consumer:
         deliveries = [await take(consumer) for _ in range(count)]
         await nothing_comes(consumer)
@@ -44,9 +44,7 @@ async def ready_again(broker: Broker, queue: str, count: int) -> list[Delivery]:
     return deliveries
 
 
-async def test_a_sent_message_arrives_with_its_body_its_id_its_queue_and_as_the_first_attempt(
-    broker: Broker, queue: str
-) -> None:
+async def test_a_sent_message_arrives_as_the_first_attempt_with_its_body_and_id(broker: Broker, queue: str) -> None:
     await send(broker, queue, b"hello")
     async with broker.source(queue) as source, source.consume(1) as consumer:
         delivery = await take(consumer)
@@ -55,7 +53,7 @@ async def test_a_sent_message_arrives_with_its_body_its_id_its_queue_and_as_the_
         await source.settle(delivery, Settlement.ACK)
 
 
-async def test_a_queue_is_ready_and_its_consumer_says_since_when_it_listens(broker: Broker, queue: str) -> None:
+async def test_a_consumer_knows_since_when_it_has_been_listening(broker: Broker, queue: str) -> None:
     before = trio.current_time()
     async with broker.sink(queue) as sink, broker.source(queue) as source:
         with trio.fail_after(LONG):
@@ -169,7 +167,7 @@ async def test_a_consumer_that_takes_nothing_keeps_no_more_than_its_prefetch(bro
         await idle.settle(first, Settlement.ACK)
 
 
-async def test_what_is_held_back_does_not_count_towards_the_prefetch(broker: Broker, queue: str) -> None:
+async def test_a_delivery_held_back_does_not_count_towards_the_prefetch(broker: Broker, queue: str) -> None:
     await send(broker, queue, *[b"%d" % number for number in range(10)])
     async with broker.source(queue) as source, source.consume(1) as consumer:
         held = [await take(consumer)]
@@ -184,9 +182,7 @@ async def test_what_is_held_back_does_not_count_towards_the_prefetch(broker: Bro
     assert await ready_again(broker, queue, 0) == []
 
 
-async def test_what_was_not_taken_is_given_back_when_consume_ends_and_what_was_taken_can_still_be_settled(
-    broker: Broker, queue: str
-) -> None:
+async def test_the_end_of_consume_releases_only_what_was_not_taken(broker: Broker, queue: str) -> None:
     await send(broker, queue, b"a", b"b", b"c", b"d")
     async with broker.source(queue) as source:
         async with source.consume(4) as consumer:
@@ -210,10 +206,8 @@ async def test_no_moment_to_end_consuming_keeps_a_message(broker: Broker, queue:
         assert sorted(delivery.body for delivery in await ready_again(broker, queue, 2)) == [b"a", b"b"]
 
 
-@pytest.mark.parametrize("first", [0, 1])  # in two halves: RabbitMQ 4.0 drops what has come back 20 times
-async def test_no_moment_to_cancel_a_source_with_all_that_uses_it_keeps_a_message(
-    broker: Broker, queue: str, first: int
-) -> None:
+@pytest.mark.parametrize("first", [0, 1])  # in two halves: RabbitMQ 4.0 drops a message that has come back 20 times
+async def test_no_moment_to_cancel_a_source_keeps_a_message(broker: Broker, queue: str, first: int) -> None:
     await send(broker, queue, b"a", b"b")
     for step in range(first, 30, 2):
         with trio.move_on_after(step * 0.003):
@@ -237,7 +231,7 @@ async def hold_two(broker: Broker, queue: str) -> None:
                     await source.settle(delivery, Settlement.RELEASE)
 
 
-async def test_what_is_not_settled_comes_back_when_its_source_closes(broker: Broker, queue: str) -> None:
+async def test_unsettled_messages_come_back_when_their_source_closes(broker: Broker, queue: str) -> None:
     await send(broker, queue, b"a", b"b")
     async with broker.source(queue) as source, source.consume(2) as consumer:
         await take(consumer)
@@ -316,7 +310,7 @@ async def test_an_idle_consumer_wakes_at_once_when_a_message_comes_back(broker: 
                 await other.settle(await take(theirs), Settlement.ACK)
 
 
-async def test_settling_twice_is_an_error_and_does_no_harm(broker: Broker, queue: str) -> None:
+async def test_settling_twice_is_an_error_without_consequences(broker: Broker, queue: str) -> None:
     await send(broker, queue, b"a", b"b")
     async with broker.sink(queue) as sink, broker.source(queue) as source, source.consume(3) as consumer:
         other, delivery = await take(consumer), await take(consumer)
@@ -363,7 +357,7 @@ async def test_a_connection_that_is_silent_is_not_taken_for_an_empty_queue(broke
         await source.settle(await take(consumer), Settlement.ACK)
 
 
-async def test_no_thread_no_file_and_no_warning_is_left_after_close(broker: Broker, queue: str) -> None:
+async def test_close_leaves_no_thread_no_file_and_no_warning(broker: Broker, queue: str) -> None:
     await send(broker, queue, b"warm-up")
     files = open_files()
     with warnings.catch_warnings():
@@ -387,7 +381,7 @@ def threads_that_run(*places: str) -> int:
     return sum(any(place in line.filename for line in stack for place in places) for stack in stacks)
 
 
-async def test_queues_of_one_broker_have_nothing_to_do_with_each_other(broker: Broker, queue: str) -> None:
+async def test_queues_of_one_broker_are_independent(broker: Broker, queue: str) -> None:
     other = new_name()
     await send(broker, queue, b"a")
     await send(broker, other, b"b")

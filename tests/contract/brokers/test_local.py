@@ -1,4 +1,4 @@
-# What the local broker does beyond the contract: many processes, and what the disk and the kernel may do to it.
+# The local broker, beyond the contract: many processes, and faults of the disk and the kernel.
 
 import errno
 import os
@@ -98,7 +98,7 @@ async def test_messages_outlive_the_process_that_sent_them(broker: Local) -> Non
 
 async def test_an_idle_consumer_wakes_at_once_when_another_process_sends(broker: Local) -> None:
     async with broker.source("q") as source, source.consume(1) as consumer:
-        assert await consumer.take() is None  # the look at the claims of the dead, so that only the bell is left
+        assert await consumer.take() is None  # looks for claims of dead processes; after it, only the bell can wake
         with process(broker, "send", "a", "1") as child:
             with trio.fail_after(LONG):
                 await consumer.wait()
@@ -108,7 +108,7 @@ async def test_an_idle_consumer_wakes_at_once_when_another_process_sends(broker:
         assert (await take(consumer)).body == b"a-0"
 
 
-async def test_what_a_killed_process_had_claimed_comes_back_counted_within_ten_seconds(broker: Local) -> None:
+async def test_claims_of_a_killed_process_come_back_counted_within_ten_seconds(broker: Local) -> None:
     await send(broker, b"a", b"b", b"c")
     with process(broker, "hold", "2") as child:
         assert child.stdout
@@ -222,9 +222,9 @@ async def test_a_queue_file_of_an_earlier_version_is_brought_up_to_date(broker: 
 
 async def test_a_queue_file_of_a_later_version_is_one_clear_line(broker: Local) -> None:
     await send(broker, b"a")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "SCHEMA_VERSION", 0)
-        error = await failure_of(broker.sink("q"))
+    with closing(sqlite3.connect(broker.file)) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    error = await failure_of(broker.sink("q"))
     assert "another version" in str(error)
     assert broker.rows("SELECT body FROM message") == [(b"a",)]
 
@@ -243,7 +243,7 @@ def tiny_disk(directory: Path, size: str) -> Iterator[None]:
         subprocess.run(["umount", directory], check=True)
 
 
-async def test_a_full_disk_is_one_clear_line_and_loses_nothing_that_was_confirmed(tmp_path: Path) -> None:
+async def test_a_full_disk_is_one_clear_line_and_loses_no_confirmed_message(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     broker = Local(disk / "queues.sqlite")
     with tiny_disk(disk, "1m"):

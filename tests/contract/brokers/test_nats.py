@@ -1,4 +1,4 @@
-# What NATS does beyond the contract: leases, lost connections and servers, refusals, and oms-mqclient on the other side.
+# NATS, beyond the contract: leases, lost connections and servers, refusals, and oms-mqclient on the other side.
 
 import asyncio
 import gc
@@ -37,28 +37,28 @@ def own_server(tmp_path: Path) -> Iterator[NatsServer]:
 
 @pytest.fixture
 def strict(tmp_path: Path) -> Iterator[Nats]:
-    """A server that asks who we are."""
+    """A server that requires a user and a password."""
     with running(NatsServer(tmp_path, NATS_USERS)) as server:
         yield Nats(server)
 
 
-def theirs(broker: Nats, queue: str) -> Any:
+def mqclient_queue(broker: Nats, queue: str) -> Any:
     return Queue("nats", address=f"nats://{broker.server.address}", name=queue, prefetch=10, timeout=2)
 
 
-def send_theirs(broker: Nats, queue: str, events: Sequence[Any]) -> None:
+def send_by_mqclient(broker: Nats, queue: str, events: Sequence[Any]) -> None:
     async def send() -> None:
-        async with theirs(broker, queue).open_pub() as publisher:
+        async with mqclient_queue(broker, queue).open_pub() as publisher:
             for event in events:
                 await publisher.send(event)
 
     asyncio.run(send())
 
 
-def receive_theirs(broker: Nats, queue: str) -> list[Any]:
+def receive_by_mqclient(broker: Nats, queue: str) -> list[Any]:
     async def receive() -> list[Any]:
         found = []
-        async with theirs(broker, queue).open_sub_manual_acking() as subscriber:
+        async with mqclient_queue(broker, queue).open_sub_manual_acking() as subscriber:
             async for message in subscriber.iter_messages():
                 await subscriber.ack(message)
                 found.append(message.data)
@@ -80,13 +80,13 @@ def settings(broker: Nats, incoming: str, outgoing: str, **more: object) -> dict
     }
 
 
-def test_two_hundred_events_of_oms_mqclient_are_done_and_it_gets_each_result_once(broker: Nats, tmp_path: Path) -> None:
+def test_oms_mqclient_gets_each_result_of_its_200_events_once(broker: Nats, tmp_path: Path) -> None:
     incoming, outgoing = new_name("in"), new_name("out")
     events = [{"pixel": number} for number in range(200)]
-    send_theirs(broker, incoming, events)
+    send_by_mqclient(broker, incoming, events)
     ended = run_pilot(tmp_path, settings(broker, incoming, outgoing, MAX_CONCURRENT_TASKS=4))
     assert ended.code == 0, ended.stderr
-    assert sorted(receive_theirs(broker, outgoing), key=lambda result: int(result["pixel"])) == events
+    assert sorted(receive_by_mqclient(broker, outgoing), key=lambda result: int(result["pixel"])) == events
     assert broker.counts(incoming) == (0, 0)
     assert_nothing_left(tmp_path)
 
@@ -107,13 +107,13 @@ async def test_send_receive_and_check_work_with_nats(broker: Nats, tmp_path: Pat
         assert '{"x": 3}' in await command("receive", queue, "--count", "1")
 
 
-async def test_a_delivery_is_ours_however_long_it_takes_and_whatever_trio_does(broker: Nats, queue: str) -> None:
+async def test_a_lease_is_renewed_while_trio_is_busy(broker: Nats, queue: str) -> None:
     broker.lease(queue, 0.6)
     await send(broker, queue, b"long", b"ahead")
     async with broker.source(queue) as source, source.consume(2) as consumer, broker.source(queue) as other:
         delivery = await take(consumer)
         async with other.consume(1) as others:
-            time_passes_and_trio_is_stuck(2)
+            block_trio(2)
             await nothing_comes(others, 1)
         assert not source.has_lost(delivery)
         await source.settle(delivery, Settlement.ACK)
@@ -123,13 +123,13 @@ async def test_a_delivery_is_ours_however_long_it_takes_and_whatever_trio_does(b
     assert broker.counts(queue) == (0, 0)
 
 
-def time_passes_and_trio_is_stuck(seconds: float) -> None:
+def block_trio(seconds: float) -> None:
     import threading
 
     threading.Event().wait(seconds)
 
 
-async def test_an_event_whose_lease_ran_out_comes_again_and_is_known(broker: Nats, queue: str) -> None:
+async def test_an_event_whose_lease_ran_out_comes_again_redelivered(broker: Nats, queue: str) -> None:
     broker.lease(queue, 1)
     await send(broker, queue, b"a")
     async with (
@@ -184,7 +184,7 @@ async def test_a_connection_cut_costs_nothing_while_leases_last(broker: Nats, qu
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-async def test_a_server_that_is_restarted_has_lost_nothing_and_nothing_has_lost_it(
+async def test_a_restart_of_the_server_loses_no_message_and_no_queue(
     own_server: NatsServer, queue: str, number: signal.Signals, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = Nats(own_server)
@@ -206,12 +206,10 @@ async def test_a_server_that_is_restarted_has_lost_nothing_and_nothing_has_lost_
             await source.settle(delivery, Settlement.ACK)
     assert bodies == [b"ahead", b"rest", b"sent meanwhile"]
     assert broker.counts(queue) == (0, 0)
-    assert len([record for record in caplog.records if record.name == "trio_pilot"]) == 2  # one line a connection
+    assert len([record for record in caplog.records if record.name == "trio_pilot"]) == 2  # one line for each connection
 
 
-async def test_what_a_killed_server_does_not_know_to_have_delivered_comes_again_and_is_known(
-    own_server: NatsServer, queue: str
-) -> None:
+async def test_deliveries_that_a_killed_server_forgot_come_again_redelivered(own_server: NatsServer, queue: str) -> None:
     broker = Nats(own_server)
     await send(broker, queue, b"acked", b"taken")
     async with broker.source(queue) as source, source.consume(2) as consumer:
@@ -228,13 +226,11 @@ async def test_what_a_killed_server_does_not_know_to_have_delivered_comes_again_
     assert broker.counts(queue) == (0, 0)
 
 
-async def test_a_pilot_runs_nothing_again_that_a_killed_server_does_not_know_to_have_delivered(
-    own_server: NatsServer, tmp_path: Path
-) -> None:
+async def test_a_pilot_runs_no_event_again_that_a_killed_server_forgot(own_server: NatsServer, tmp_path: Path) -> None:
     broker, directory = Nats(own_server), tmp_path / "pilot"
     directory.mkdir()
     incoming, outgoing = new_name("in"), new_name("out")
-    send_theirs(broker, incoming, range(12))
+    send_by_mqclient(broker, incoming, range(12))
     task = "/bin/sh -c 'sleep 0.5; cp {{INFILE}} {{OUTFILE}}'"
     given = settings(broker, incoming, outgoing, MAX_CONCURRENT_TASKS=4, TASK_ARGS=task)
     with pilot(directory, given) as child:
@@ -245,7 +241,7 @@ async def test_a_pilot_runs_nothing_again_that_a_killed_server_does_not_know_to_
         _, said = await trio.to_thread.run_sync(child.communicate)
     assert child.returncode == 0, said
     assert len(broker.messages(outgoing)) == 12
-    assert sorted(receive_theirs(broker, outgoing)) == list(range(12))
+    assert sorted(receive_by_mqclient(broker, outgoing)) == list(range(12))
     assert broker.counts(incoming) == (0, 0)
 
 
@@ -261,14 +257,14 @@ async def test_a_connection_that_is_reset_is_made_again_at_once_and_in_one_line(
         way.reset()
         await send(broker, queue, b"a")
         await source.settle(await take(consumer), Settlement.ACK)
-    gc.collect()  # asyncio tells of an error that nobody has asked for when it forgets it
+    gc.collect()  # asyncio logs an error that was not retrieved when its task is deleted
     assert [record.name for record in caplog.records] == ["trio_pilot"]
 
 
-async def test_what_a_killed_pilot_had_comes_back_when_its_lease_has_run_out(broker: Nats, tmp_path: Path) -> None:
+async def test_events_of_a_killed_pilot_come_back_after_their_lease(broker: Nats, tmp_path: Path) -> None:
     incoming, outgoing = new_name("in"), new_name("out")
     broker.lease(incoming, 2)
-    send_theirs(broker, incoming, ["a"])
+    send_by_mqclient(broker, incoming, ["a"])
     given = settings(broker, incoming, outgoing, TASK_ARGS="/bin/sleep 30")
     env = {"PATH": str(Path(COMMAND).parent)} | {
         name if name.startswith("_") else f"EWMS_PILOT_{name}": str(value) for name, value in given.items()
@@ -287,7 +283,7 @@ async def run_until_killed(directory: Path, env: dict[str, str], task_status: tr
     await trio.run_process([COMMAND], cwd=directory, env=env, check=False, capture_stderr=True, task_status=task_status)
 
 
-async def test_a_consumer_deleted_meanwhile_is_made_anew(broker: Nats, queue: str) -> None:
+async def test_a_deleted_consumer_is_made_again(broker: Nats, queue: str) -> None:
     await send(broker, queue, b"a")
     async with broker.source(queue) as source, source.consume(2) as consumer:
         delivery = await take(consumer)
@@ -296,7 +292,7 @@ async def test_a_consumer_deleted_meanwhile_is_made_anew(broker: Nats, queue: st
             await streams.delete_consumer(place_of(queue).stream, place_of(queue).consumer)
 
         broker.ask(delete)
-        again = await take(consumer)  # a new consumer knows nothing of what was delivered
+        again = await take(consumer)  # a new consumer of the stream has no record of deliveries
         assert again.message_id == delivery.message_id
         with pytest.raises(DeliveryLostError):
             await source.settle(delivery, Settlement.ACK)
@@ -335,14 +331,14 @@ async def test_a_refusal_is_one_clear_line_at_once_and_names_no_secret(
         assert not token or token not in str(error)
 
 
-async def test_no_secret_goes_to_a_server_without_tls_where_the_address_asks_for_it(strict: Nats, queue: str) -> None:
+async def test_no_secret_is_sent_without_tls_where_the_address_asks_for_it(strict: Nats, queue: str) -> None:
     with trio.fail_after(5):
         error = await failure_of(strict.sink(queue, server=f"tls://pilot:secret@{strict.server.address}"))
     assert "offers no TLS" in str(error)
 
 
 @pytest.mark.parametrize("handler", [silence, hang_up, speak_http, speak_ssh])
-async def test_what_is_no_nats_server_is_told_when_patience_is_over(handler: Any, queue: str, broker: Nats) -> None:
+async def test_a_server_of_another_kind_is_an_error_when_patience_is_over(handler: Any, queue: str, broker: Nats) -> None:
     broker.timeouts = NatsTimeouts(connect=0.5)
     async with server(handler) as address:
         error = await failure_of(broker.sink(queue, patience=lambda seconds: seconds < 1, server=address))
@@ -350,7 +346,7 @@ async def test_what_is_no_nats_server_is_told_when_patience_is_over(handler: Any
     assert "NATS at 127.0.0.1 cannot be reached" in str(error)
 
 
-async def test_a_server_without_jetstream_is_told_of(tmp_path: Path, queue: str) -> None:
+async def test_a_server_without_jetstream_is_a_clear_error(tmp_path: Path, queue: str) -> None:
     plain = NatsServer(tmp_path)
     configuration = tmp_path / "nats.conf"
     configuration.write_text(configuration.read_text().split("jetstream")[0])
@@ -359,7 +355,7 @@ async def test_a_server_without_jetstream_is_told_of(tmp_path: Path, queue: str)
     assert "there is no JetStream (nats-server needs -js)" in str(error)
 
 
-async def test_without_the_right_to_a_dead_letter_queue_a_dead_letter_is_files(strict: Nats, queue: str) -> None:
+async def test_a_dead_letter_without_the_right_to_a_queue_is_two_files(strict: Nats, queue: str) -> None:
     async with strict.sink(queue, user="pilot", token="secret") as sink:
         await sink.send(b"bad", "id-0")
     async with strict.source(queue, user="poor", token="secret") as source, source.consume(1) as consumer:
@@ -370,9 +366,7 @@ async def test_without_the_right_to_a_dead_letter_queue_a_dead_letter_is_files(s
 
 
 @pytest.mark.parametrize("size", [MAX_MESSAGE_SIZE - 10, MAX_MESSAGE_SIZE + 1, MAX_MESSAGE_SIZE + 1_000_000])
-async def test_a_message_too_large_is_refused_and_those_in_flight_with_it_arrive(
-    broker: Nats, queue: str, size: int
-) -> None:
+async def test_a_message_too_large_is_refused_and_others_in_flight_arrive(broker: Nats, queue: str, size: int) -> None:
     async with broker.sink(queue) as sink, trio.open_nursery() as nursery:
         await sink.ready()
         for number in range(10):
@@ -393,7 +387,7 @@ async def test_any_message_id_can_be_sent(broker: Nats, queue: str) -> None:
 
 
 async def test_a_message_of_oms_mqclient_keeps_its_id_when_it_failed(broker: Nats, queue: str) -> None:
-    send_theirs(broker, queue, ["a"])
+    send_by_mqclient(broker, queue, ["a"])
     async with broker.source(queue) as source, source.consume(1) as consumer:
         ids = []
         for attempt in range(1, 4):
@@ -405,7 +399,7 @@ async def test_a_message_of_oms_mqclient_keeps_its_id_when_it_failed(broker: Nat
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a*", ">", "a..b", "a/b"])
-def test_a_queue_that_cannot_be_is_told_of(name: str) -> None:
+def test_an_impossible_queue_name_is_refused(name: str) -> None:
     with pytest.raises(SettingsError, match="NATS can have no queue"):
         place_of(name)
 
@@ -425,13 +419,13 @@ async def test_an_idle_consumer_asks_twice_a_minute_and_no_more(broker: Nats, qu
         await source.settle(await take(consumer), Settlement.ACK)
 
 
-async def settle_in_vain(source: Source, delivery: Delivery) -> None:
+async def give_up_settling(source: Source, delivery: Delivery) -> None:
     with trio.move_on_after(0.2) as patience:
         await source.settle(delivery, Settlement.ACK)
     assert patience.cancelled_caught
 
 
-async def test_who_gave_up_settling_has_settled_once_the_connection_is_back(broker: Nats, queue: str) -> None:
+async def test_a_cancelled_settlement_is_made_once_the_connection_is_back(broker: Nats, queue: str) -> None:
     await send(broker, queue, b"a")
     async with (
         proxy(broker.server.port) as way,
@@ -441,6 +435,6 @@ async def test_who_gave_up_settling_has_settled_once_the_connection_is_back(brok
         delivery = await take(consumer)
         way.refusing = True
         way.cut()
-        await settle_in_vain(source, delivery)
+        await give_up_settling(source, delivery)
         way.refusing = False
         await eventually(lambda: broker.counts(queue) == (0, 0), "it is settled")

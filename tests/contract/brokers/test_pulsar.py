@@ -1,4 +1,4 @@
-# What is Pulsar's own, without a broker: with the library itself as far as that goes, and with one that stands in for it.
+# Pulsar, beyond the contract: with the library itself where no broker is needed, else with the stand-in for both.
 
 import sys
 import threading
@@ -46,12 +46,12 @@ async def until_listening(consumer: Consumer, *, is_so: bool = True) -> None:
         ("pulsar://[::1]:1234", ("pulsar", "::1", 1234)),
     ],
 )
-def test_an_address_is_a_host_a_port_and_whether_there_is_tls(address: str, parts: tuple[str, str, int]) -> None:
+def test_an_address_has_a_scheme_a_host_and_a_port(address: str, parts: tuple[str, str, int]) -> None:
     assert parse_address(address) == parts
 
 
 @pytest.mark.parametrize("address", ["http://host", "pulsar://", "pulsar://host:x", "pulsar://host/topic", "token-x@host"])
-def test_a_wrong_address_is_told_without_what_may_be_a_secret(address: str) -> None:
+def test_the_error_of_a_wrong_address_shows_no_secret(address: str) -> None:
     with pytest.raises(SettingsError, match=r"^a Pulsar address must be \[pulsar\|pulsar\+ssl\]://HOST\[:PORT\]") as told:
         parse_address(address)
     assert "token-x" not in str(told.value)
@@ -65,7 +65,7 @@ def test_without_pulsar_client_the_extra_is_named(monkeypatch: pytest.MonkeyPatc
         open_source(Pulsar("host", Path()).address("q"), little_patience)
 
 
-async def test_where_nobody_listens_it_is_tried_again_for_as_long_as_there_is_patience(tmp_path: Path) -> None:
+async def test_a_refused_connection_is_tried_again_while_there_is_patience(tmp_path: Path) -> None:
     broker = Pulsar(f"pulsar://127.0.0.1:{free_port()}", tmp_path)
     for opened in (broker.source("q", little_patience), broker.sink("q", little_patience)):
         begun = trio.current_time()
@@ -80,7 +80,7 @@ async def test_a_host_that_has_no_address_is_one_clear_line(tmp_path: Path) -> N
     assert "Pulsar at no-such-host.invalid cannot be reached" in str(error)
 
 
-async def test_what_is_no_pulsar_broker_is_one_clear_line_and_the_library_prints_nothing(
+async def test_a_server_that_is_no_broker_is_one_clear_line_and_no_output(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     async with proxies.server(proxies.hang_up) as address:
@@ -92,12 +92,12 @@ async def test_what_is_no_pulsar_broker_is_one_clear_line_and_the_library_prints
 
 
 def threads_at_work() -> int:
-    """Count the threads of this process, the library's too, without those that trio keeps for later."""
+    """Return the number of threads of this process, the library's too, without idle threads of trio's."""
     idle = sum(thread.name.startswith("Trio thread") for thread in threading.enumerate())
     return len(list(Path("/proc/self/task").iterdir())) - idle
 
 
-async def test_a_broker_that_never_answers_does_not_hold_up_who_stops_waiting_and_leaves_no_thread(tmp_path: Path) -> None:
+async def test_a_silent_broker_delays_no_cancellation_and_leaves_no_thread(tmp_path: Path) -> None:
     async with proxies.server(proxies.silence) as address:
         broker, before = Pulsar(f"pulsar://{address}", tmp_path), threads_at_work()
         for opened in (broker.source("q"), broker.sink("q")):
@@ -109,7 +109,7 @@ async def test_a_broker_that_never_answers_does_not_hold_up_who_stops_waiting_an
             await eventually(lambda: threads_at_work() <= before)
 
 
-def test_a_pilot_says_in_one_line_that_there_is_no_broker(tmp_path: Path) -> None:
+def test_a_command_reports_a_missing_broker_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "event.json").write_text("{}")
     env = {"EWMS_PILOT_BROKER": f"pulsar://127.0.0.1:{free_port()}", "EWMS_PILOT_BROKER_PATIENCE": "1"}
     for command in (
@@ -122,7 +122,7 @@ def test_a_pilot_says_in_one_line_that_there_is_no_broker(tmp_path: Path) -> Non
         assert "Traceback" not in done.stderr
 
 
-async def test_the_token_and_the_checks_of_the_broker_s_name_are_given_to_the_library(
+async def test_the_library_gets_the_token_and_checks_the_name_of_the_broker(
     broker: Pulsar, pulsar_stand_in: StandIn, tmp_path: Path
 ) -> None:
     (tmp_path / "token").write_text("one\n")
@@ -134,7 +134,7 @@ async def test_the_token_and_the_checks_of_the_broker_s_name_are_given_to_the_li
     assert not client.is_open
 
 
-async def test_after_a_lost_connection_what_was_unsettled_comes_again_and_only_that_can_be_settled(
+async def test_unsettled_events_come_again_after_a_lost_connection(
     broker: Pulsar, pulsar_stand_in: StandIn, queue: str
 ) -> None:
     await send(broker, queue, b"a", b"b")
@@ -152,7 +152,9 @@ async def test_after_a_lost_connection_what_was_unsettled_comes_again_and_only_t
         await nothing_comes(consumer)
 
 
-async def test_a_broker_that_answers_no_more_is_no_empty_queue(broker: Pulsar, pulsar_stand_in: StandIn, queue: str) -> None:
+async def test_a_broker_that_stops_answering_is_not_taken_for_an_empty_queue(
+    broker: Pulsar, pulsar_stand_in: StandIn, queue: str
+) -> None:
     async with broker.source(queue) as source, source.consume(1) as consumer:
         await source.ready()
         pulsar_stand_in.is_dead = True
@@ -179,7 +181,9 @@ async def test_a_delivery_that_comes_again_replaces_the_one_before(
     await send(broker, queue, b"a")
     async with broker.source(queue) as source, source.consume(2) as consumer:
         first = await take(consumer)
-        await trio.to_thread.run_sync(pulsar_stand_in.redeliver, queue)  # the library has connected again before we looked
+        await trio.to_thread.run_sync(
+            pulsar_stand_in.redeliver, queue
+        )  # as if the library had connected again between two looks
         second = await take(consumer)
         assert (source.has_lost(first), source.has_lost(second)) == (True, False)
         with pytest.raises(DeliveryLostError):
@@ -210,7 +214,7 @@ async def test_an_output_too_large_is_refused_and_the_next_one_is_sent(broker: P
         await sink.send(b"small", "small")
 
 
-async def test_a_dead_letter_that_may_have_no_topic_goes_to_the_directory(
+async def test_a_dead_letter_whose_topic_is_refused_goes_to_the_directory(
     broker: Pulsar, pulsar_stand_in: StandIn, queue: str
 ) -> None:
     pulsar_stand_in.refused[dead_letter_queue(queue)] = "AuthorizationError"
@@ -222,7 +226,7 @@ async def test_a_dead_letter_that_may_have_no_topic_goes_to_the_directory(
     assert (letter.body, letter.facts["reason"]) == (b"bad", "why")
 
 
-async def test_where_no_copy_may_be_sent_an_event_goes_back_without_its_count(
+async def test_a_failed_event_whose_copy_is_refused_goes_back_uncounted(
     broker: Pulsar, pulsar_stand_in: StandIn, queue: str
 ) -> None:
     await send(broker, queue, b"bad")

@@ -1,4 +1,4 @@
-# What RabbitMQ does beyond the contract: kinds of queues, rights, refusals.
+# RabbitMQ, beyond the contract: kinds of queues, rights, refusals.
 
 import threading
 from pathlib import Path
@@ -21,21 +21,21 @@ def broker(rabbitmq: RabbitServer) -> Rabbit:
 
 @pytest.fixture
 def pilot_user(broker: Rabbit) -> str:
-    """Make a user as a token of EWMS's queue service has it: no right to configure."""
+    """Add a user with the rights of a token of EWMS's queue service: none to configure."""
     name = new_name("user")
     broker.server.add_user(name, "secret", configure="^$", write=".*", read=".*")
     return name
 
 
-async def test_a_queue_that_is_not_there_is_declared_as_a_durable_quorum_queue(broker: Rabbit, queue: str) -> None:
+async def test_a_missing_queue_is_declared_as_a_durable_quorum_queue(broker: Rabbit, queue: str) -> None:
     await send(broker, queue, b"a")
     with broker.channel() as channel:
-        channel.queue_declare(queue, durable=True, arguments={"x-queue-type": "quorum"})  # 406 if it is any other
+        channel.queue_declare(queue, durable=True, arguments={"x-queue-type": "quorum"})  # error 406 for another kind
     ((properties, _),) = broker.get_all(queue)
     assert properties.delivery_mode == 2
 
 
-async def test_a_classic_queue_that_is_there_is_used_as_it_is(broker: Rabbit, queue: str) -> None:
+async def test_an_existing_classic_queue_is_used_as_it_is(broker: Rabbit, queue: str) -> None:
     broker.declare(queue, "classic")
     async with broker.sink(queue) as sink, broker.source(queue) as source, source.consume(1) as consumer:
         await sink.send(b"a", "a")
@@ -47,7 +47,7 @@ async def test_a_classic_queue_that_is_there_is_used_as_it_is(broker: Rabbit, qu
         await source.settle(delivery, Settlement.ACK)
 
 
-async def test_who_may_not_declare_can_still_use_a_queue_that_is_there(broker: Rabbit, queue: str, pilot_user: str) -> None:
+async def test_a_user_who_may_not_declare_can_use_an_existing_queue(broker: Rabbit, queue: str, pilot_user: str) -> None:
     broker.declare(queue)
     async with (
         broker.sink(queue, user=pilot_user, token="secret") as sink,
@@ -59,13 +59,13 @@ async def test_who_may_not_declare_can_still_use_a_queue_that_is_there(broker: R
     assert broker.server.counts(queue) == (0, 0)
 
 
-async def test_who_may_not_declare_is_told_that_the_queue_is_not_there(broker: Rabbit, queue: str, pilot_user: str) -> None:
+async def test_a_missing_queue_that_may_not_be_declared_is_named(broker: Rabbit, queue: str, pilot_user: str) -> None:
     error = await failure_of(broker.source(queue, user=pilot_user, token="secret"))
     assert isinstance(error, BrokerError)
     assert queue in str(error)
 
 
-async def test_who_may_not_read_is_told_so(broker: Rabbit, queue: str) -> None:
+async def test_a_queue_that_may_not_be_read_is_named(broker: Rabbit, queue: str) -> None:
     broker.declare(queue)
     user = new_name("user")
     broker.server.add_user(user, "secret", configure="^$", write=".*", read="^$")
@@ -77,7 +77,7 @@ async def test_who_may_not_read_is_told_so(broker: Rabbit, queue: str) -> None:
     assert queue in str(error)
 
 
-async def test_without_the_right_to_a_dead_letter_queue_a_dead_letter_is_a_file_and_a_warning_names_it(
+async def test_a_dead_letter_without_a_queue_is_a_file_that_a_warning_names(
     broker: Rabbit, queue: str, pilot_user: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     await send(broker, queue, b"bad")
@@ -92,7 +92,7 @@ async def test_without_the_right_to_a_dead_letter_queue_a_dead_letter_is_a_file_
     assert broker.server.counts(queue) == (0, 0)
 
 
-async def test_with_no_place_for_a_dead_letter_the_event_goes_back_counted_and_a_line_says_so(
+async def test_a_dead_letter_that_cannot_be_stored_is_requeued_and_logged(
     broker: Rabbit, queue: str, pilot_user: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker.directory = Path("/proc/none")
@@ -105,10 +105,10 @@ async def test_with_no_place_for_a_dead_letter_the_event_goes_back_counted_and_a
         await source.settle(await take(consumer), Settlement.ACK)
     said = [record.message for record in caplog.records if record.name == "trio_pilot"]
     assert len(said) == 3
-    assert all("no dead letters for us" in line for line in said)
+    assert all("cannot store the dead letter" in line for line in said)
 
 
-async def test_who_may_only_read_gives_a_failed_event_back_without_its_count(
+async def test_a_user_who_may_only_read_returns_a_failed_event_uncounted(
     broker: Rabbit, queue: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     user = new_name("user")
@@ -123,7 +123,7 @@ async def test_who_may_only_read_gives_a_failed_event_back_without_its_count(
     assert "goes back without its count" in caplog.text
 
 
-async def test_a_copy_of_an_event_that_failed_is_as_it_was_sent(broker: Rabbit, queue: str) -> None:
+async def test_a_copy_of_a_failed_event_keeps_the_properties_of_its_sender(broker: Rabbit, queue: str) -> None:
     broker.declare(queue)
     sent = pika.BasicProperties(
         message_id="a", headers={"mine": "kept", "CC": [f"{queue}-other"]}, content_type="text/plain", user_id="guest"
@@ -143,12 +143,12 @@ VERSIONS = ["rabbitmq", *(pytest.param(name, marks=pytest.mark.soak) for name in
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-async def test_a_hundred_evictions_cost_no_event_an_attempt_and_a_queue_with_a_limit_keeps_it(
+async def test_a_hundred_evictions_cost_no_attempt_even_with_a_delivery_limit(
     request: pytest.FixtureRequest, queue: str, version: str
 ) -> None:
     broker = Rabbit(request.getfixturevalue(version))
     with broker.channel() as channel:
-        arguments = {"x-queue-type": "quorum", "x-delivery-limit": 20}  # as from RabbitMQ 4.0 on where nothing is said
+        arguments = {"x-queue-type": "quorum", "x-delivery-limit": 20}  # the default from RabbitMQ 4.0 on
         channel.queue_declare(queue, durable=True, arguments=arguments)
     await send(broker, queue, b"a")
     for _ in range(100):
@@ -160,7 +160,7 @@ async def test_a_hundred_evictions_cost_no_event_an_attempt_and_a_queue_with_a_l
 
 
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
-async def test_a_dead_letter_queue_that_is_there_is_used_without_the_right_to_declare_it(
+async def test_an_existing_dead_letter_queue_is_used_without_declaring_it(
     broker: Rabbit, queue: str, pilot_user: str, kind: str
 ) -> None:
     broker.declare(dead_letter_queue(queue), kind)
@@ -173,7 +173,7 @@ async def test_a_dead_letter_queue_that_is_there_is_used_without_the_right_to_de
     assert broker.server.counts(queue) == (0, 0)
 
 
-async def test_a_dead_letter_queue_deleted_meanwhile_is_made_anew(broker: Rabbit, queue: str) -> None:
+async def test_a_deleted_dead_letter_queue_is_declared_again(broker: Rabbit, queue: str) -> None:
     await send(broker, queue, b"a", b"b")
     async with broker.source(queue) as source, source.consume(1) as consumer:
         await source.settle(await take(consumer), Settlement.DEAD_LETTER, "one")
@@ -218,9 +218,7 @@ async def test_a_refusal_is_one_clear_line_at_once_and_names_no_secret(
 
 
 @pytest.mark.parametrize("size", [MAX_MESSAGE_SIZE + 1, MAX_MESSAGE_SIZE + 1_000_000])
-async def test_a_message_too_large_is_refused_and_those_in_flight_with_it_arrive(
-    broker: Rabbit, queue: str, size: int
-) -> None:
+async def test_a_message_too_large_is_refused_and_others_in_flight_arrive(broker: Rabbit, queue: str, size: int) -> None:
     outcomes: dict[int, str] = {}
 
     async with broker.sink(queue) as sink:
@@ -238,7 +236,7 @@ async def test_a_message_too_large_is_refused_and_those_in_flight_with_it_arrive
                 for number in range(40):
                     nursery.start_soon(send, number, b"x" * (size if number == 20 else number))
     assert outcomes == {number: "refused" if number == 20 else "sent" for number in range(40)}
-    # Those in flight may have been sent again: at least once it is.
+    # Those in flight may have been sent again: each arrives at least once.
     assert {len(body) for _, body in broker.get_all(queue)} == set(range(40)) - {20}
 
 
@@ -254,7 +252,7 @@ async def test_an_output_for_a_queue_deleted_meanwhile_is_not_lost(broker: Rabbi
     assert {int(body) for _, body in broker.get_all(queue)} == set(range(10))
 
 
-async def test_a_source_whose_queue_is_deleted_declares_it_anew_and_listens_again(broker: Rabbit, queue: str) -> None:
+async def test_a_source_declares_its_deleted_queue_and_listens_again(broker: Rabbit, queue: str) -> None:
     await send(broker, queue, b"a")
     async with broker.source(queue) as source, source.consume(1) as consumer:
         stale = await take(consumer)
@@ -269,7 +267,7 @@ async def test_a_source_whose_queue_is_deleted_declares_it_anew_and_listens_agai
         await source.settle(delivery, Settlement.ACK)
 
 
-async def test_a_consumer_that_gets_nothing_though_there_is_something_listens_anew(
+async def test_a_consumer_that_gets_none_of_the_messages_listens_anew(
     broker: Rabbit, queue: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker.timeouts = RabbitTimeouts(look=0.2)
@@ -282,7 +280,7 @@ async def test_a_consumer_that_gets_nothing_though_there_is_something_listens_an
     assert "has 1 message(s), and none comes" in caplog.text
 
 
-async def test_a_queue_with_messages_that_do_not_come_is_not_left_as_empty(
+async def test_a_queue_whose_messages_do_not_come_is_not_taken_for_idle(
     broker: Rabbit, queue: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     await send(broker, queue, b"a")
@@ -308,23 +306,19 @@ async def test_a_classic_queue_that_grants_no_lease_is_consumed_without(
         await source.settle(await take(consumer), Settlement.ACK)
 
 
-async def test_a_consumer_that_has_all_it_may_have_or_gets_nothing_because_there_is_none_is_left_alone(
-    broker: Rabbit, queue: str
-) -> None:
+async def test_a_full_consumer_and_one_of_an_empty_queue_do_not_listen_anew(broker: Rabbit, queue: str) -> None:
     broker.timeouts = RabbitTimeouts(look=0.05)
     await send(broker, queue, b"a", b"b")
     async with broker.source(queue) as source, source.consume(1) as consumer:
         for _ in range(2):
             delivery = await take(consumer)
             await trio.sleep(0.5)
-            await source.settle(delivery, Settlement.ACK)  # its channel is open
+            await source.settle(delivery, Settlement.ACK)  # raises an error if its channel is closed
         await nothing_comes(consumer, 0.5)
         assert not source.has_lost(delivery)
 
 
-async def test_a_channel_that_the_server_closes_is_opened_again_and_the_event_comes_again(
-    broker: Rabbit, queue: str
-) -> None:
+async def test_after_the_server_closes_a_channel_its_events_come_again(broker: Rabbit, queue: str) -> None:
     await send(broker, queue, b"a", b"b")
     async with broker.source(queue) as source, source.consume(2) as consumer:
         first, second = await take(consumer), await take(consumer)
@@ -364,7 +358,7 @@ async def test_a_heartbeat_is_kept_while_trio_is_busy(broker: Rabbit, queue: str
     await send(broker, queue, b"a")
     async with broker.source(queue) as source, source.consume(1) as consumer:
         delivery = await take(consumer)
-        threading.Event().wait(4)  # the Trio thread is stuck
+        threading.Event().wait(4)  # blocks the Trio thread
         await source.settle(delivery, Settlement.ACK)
     assert broker.server.counts(queue) == (0, 0)
 
@@ -374,11 +368,11 @@ async def test_a_connection_is_closed_politely(broker: Rabbit, queue: str, pilot
     async with broker.source(queue, user=pilot_user, token="secret") as source, source.consume(1) as consumer:
         await take(consumer)
 
-    def told() -> list[str]:
-        """Give the lines of the server's log that are of our user's connection."""
+    def log_lines() -> list[str]:
+        """Return the lines of the server's log about the connection of `pilot_user`."""
         lines = [line for log in (broker.server.directory / "log").iterdir() for line in log.read_text().splitlines()]
-        ours = {line.split()[3] for line in lines if f"user '{pilot_user}' authenticated" in line}
-        return [line for line in lines if ours & set(line.split()[3:4])]
+        connections = {line.split()[3] for line in lines if f"user '{pilot_user}' authenticated" in line}
+        return [line for line in lines if connections & set(line.split()[3:4])]
 
-    await eventually(lambda: any("closing AMQP connection" in line for line in told()))
-    assert not [line for line in told() if "closed TCP connection" in line]
+    await eventually(lambda: any("closing AMQP connection" in line for line in log_lines()))
+    assert not [line for line in log_lines() if "closed TCP connection" in line]

@@ -9,8 +9,8 @@ from trio_pilot.testing import FakeBroker, FakeSource
 pytestmark = pytest.mark.mock_clock
 
 
-class Told(PrefetchConsumer):
-    """A consumer of which a test says what arrives, and what of it is lost again."""
+class Controlled(PrefetchConsumer):
+    """A consumer whose deliveries a test makes, and loses."""
 
     def __init__(self) -> None:
         self.lost: list[Delivery] = []
@@ -25,15 +25,15 @@ class Told(PrefetchConsumer):
         self._note_listening(is_so=is_so)
 
 
-async def test_what_arrived_is_taken_in_order_but_for_what_was_lost_meanwhile() -> None:
-    consumer = Told()
+async def test_deliveries_are_taken_in_order_without_those_that_were_lost() -> None:
+    consumer = Controlled()
     first, lost, last = map(consumer.arrive, ("first", "lost", "last"))
     consumer.lost.append(lost)
     assert [await consumer.take() for _ in range(3)] == [first, last, None]
 
 
-async def test_no_change_since_the_last_take_is_slept_through() -> None:
-    consumer = Told()
+async def test_wait_returns_for_each_change_since_the_last_take() -> None:
+    consumer = Controlled()
     for change in (consumer.arrive, lambda _: consumer.listen(is_so=True), lambda _: consumer.listen(is_so=False)):
         while await consumer.take():
             pass
@@ -47,8 +47,8 @@ async def test_no_change_since_the_last_take_is_slept_through() -> None:
     assert waiting.cancelled_caught
 
 
-async def test_who_waits_is_woken_by_an_arrival() -> None:
-    consumer = Told()
+async def test_an_arrival_wakes_a_waiting_task() -> None:
+    consumer = Controlled()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(consumer.wait)
         await wait_all_tasks_blocked()

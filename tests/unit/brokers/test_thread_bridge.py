@@ -1,4 +1,4 @@
-"""The work for another thread: when that is woken, and that nothing is forgotten."""
+"""Work for another thread: when the thread is woken, and that all work is done."""
 
 from collections.abc import Callable
 from itertools import product
@@ -9,7 +9,7 @@ from trio_pilot.brokers.thread_bridge import Mailbox
 
 
 class OtherThread:
-    """The thread as it is seen from here: it does what it was woken for, and what it wanted to do later, when told to."""
+    """A thread that runs its wake-ups and its scheduled calls when a test asks for it."""
 
     def __init__(self, batch: int = 1) -> None:
         self.wakes: list[Callable[[], None]] = []
@@ -37,7 +37,7 @@ class OtherThread:
 
 @pytest.fixture
 def thread() -> OtherThread:
-    """Give one that has just done a piece of work, and takes three to be woken."""
+    """A thread that has just done a piece of work, and is woken by three more."""
     thread = OtherThread(batch=3)
     thread.put(0)
     thread.wake_up()
@@ -45,7 +45,7 @@ def thread() -> OtherThread:
     return thread
 
 
-def test_it_is_woken_for_the_first_piece_only() -> None:
+def test_only_the_first_piece_wakes_the_thread() -> None:
     thread = OtherThread()
     for number in range(3):
         thread.put(number)
@@ -55,7 +55,7 @@ def test_it_is_woken_for_the_first_piece_only() -> None:
     assert not thread.plans
 
 
-def test_what_may_wait_is_done_a_batch_at_a_time(thread: OtherThread) -> None:
+def test_work_that_may_wait_is_done_a_batch_at_a_time(thread: OtherThread) -> None:
     thread.put(1)
     thread.put(2)
     assert not thread.wakes
@@ -65,21 +65,21 @@ def test_what_may_wait_is_done_a_batch_at_a_time(thread: OtherThread) -> None:
     assert thread.done == [0, 1, 2, 3]
 
 
-def test_what_makes_no_batch_waits_for_a_moment_only(thread: OtherThread) -> None:
+def test_less_than_a_batch_waits_for_a_moment_only(thread: OtherThread) -> None:
     thread.put(1)
     assert not thread.wakes
     thread.look()
     assert thread.done == [0, 1]
 
 
-def test_what_is_in_a_hurry_is_done_at_once(thread: OtherThread) -> None:
+def test_hurry_gets_the_work_done_at_once(thread: OtherThread) -> None:
     thread.put(1)
     thread.mailbox.hurry()
     thread.wake_up()
     assert thread.done == [0, 1]
 
 
-def test_a_thread_with_nothing_to_do_sleeps_until_it_is_woken(thread: OtherThread) -> None:
+def test_a_thread_without_work_sleeps_until_it_is_woken(thread: OtherThread) -> None:
     thread.look()
     assert not thread.plans
     thread.put(1)
@@ -87,7 +87,7 @@ def test_a_thread_with_nothing_to_do_sleeps_until_it_is_woken(thread: OtherThrea
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
-def test_whatever_comes_after_what_nothing_is_forgotten(batch: int) -> None:
+def test_no_order_of_events_leaves_work_undone(batch: int) -> None:
     for course in product(("put", "put meanwhile", "wake", "look"), repeat=7):
         thread, numbers = OtherThread(batch), iter(range(len(course)))
         for step in course:
