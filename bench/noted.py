@@ -61,10 +61,11 @@ def _note_commands(notes: Notes) -> None:
 def _note_requests(notes: Notes) -> None:
     call = EngineApi.call
 
-    async def noting(api: EngineApi, method: str, path: str, what: str, **how: Any) -> Answer:
+    async def noting(api: EngineApi, request: str, what: str, **how: Any) -> Answer:
+        method, _, path = request.partition(" ")
         query = {name: value for name, value in how.items() if name not in ("body", "seconds", "accepted")}
         notes["requests"].append((method, api.prefix + path, query, how.get("body")))
-        return await call(api, method, path, what, **how)
+        return await call(api, request, what, **how)
 
     _exchange(EngineApi, "call", noting)
 
