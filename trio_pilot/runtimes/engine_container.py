@@ -263,7 +263,7 @@ class _ExitCodeRequest:
             await self._api.ping()
 
     def _params(self) -> Spec:
-        return self._dialect.wait(min(max(self._elapsed() / 100, SHORTEST_INTERVAL), LONGEST_INTERVAL))
+        return self._dialect.wait_query(min(max(self._elapsed() / 100, SHORTEST_INTERVAL), LONGEST_INTERVAL))
 
     def _elapsed(self) -> float:
         return trio.current_time() - self._started_at
