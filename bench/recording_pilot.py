@@ -61,10 +61,11 @@ def _record_commands(recording: Recording) -> None:
 def _record_requests(recording: Recording) -> None:
     call = EngineApi.call
 
-    async def recording_call(api: EngineApi, method: str, path: str, what: str, **how: Any) -> Answer:
+    async def recording_call(api: EngineApi, request: str, what: str, **how: Any) -> Answer:
+        method, _, path = request.partition(" ")
         query = {name: value for name, value in how.items() if name not in ("body", "seconds", "accepted")}
         recording["requests"].append((method, api.prefix + path, query, how.get("body")))
-        return await call(api, method, path, what, **how)
+        return await call(api, request, what, **how)
 
     _replace_method(EngineApi, "call", recording_call)
 

@@ -1,7 +1,7 @@
-"""A runnable apptainer for tests: the one on PATH, else that of Debian's unstable, unpacked into a directory of its own.
+"""An apptainer for tests: the one on PATH, else that of Debian's unstable, unpacked into a directory of its own.
 
-Debian's stable has none. That of unstable needs a newer C library: it gets it beside it, and neither the system's libraries
-nor what dpkg and apt know change. What apt is asked for comes from where the machine's own packages come from.
+Debian's stable has none. That of unstable needs a newer C library, which is put beside it: the libraries of the system, and
+the databases of dpkg and apt, do not change. The packages come from the mirror of the machine's own packages.
 """
 
 import os
@@ -18,22 +18,22 @@ SUITE = "sid"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 PACKAGES = "apptainer", "libc6", "libseccomp2", "libsqlite3-0"
 
-# (program, Debian package): to make it run, to make and mount .sif files, to map users.
+# (program, Debian package): to make apptainer run, to make and mount .sif files, to map users.
 NEEDED = ("patchelf", "patchelf"), ("mksquashfs", "squashfs-tools"), ("squashfuse_ll", "squashfuse"), ("newuidmap", "uidmap")
 
-TIMEOUT = 300.0  # seconds for each step; it takes a few for them all
+TIMEOUT = 300.0  # seconds for each step; all together take a few
 
 
 @contextmanager
 def open_apptainer(*, own: bool = False) -> Iterator[Path]:
-    """Have an apptainer; give the directory that is to be on PATH. All that is our own is in the third directory above."""
+    """Yield the directory of an apptainer, to be put on PATH. All that was unpacked is in the third directory above."""
     if not own and (found := shutil.which("apptainer")):
         yield Path(found).parent
         return
     for program, package in NEEDED:
         need(program, package)
     if os.geteuid() != 0 or not KEYRING.exists():
-        raise UnavailableError("there is no apptainer to be used, and only root on Debian can make one run here")
+        raise UnavailableError("there is no apptainer on PATH, and only root on Debian can unpack one")
     directory = Path(tempfile.mkdtemp(prefix="trio-pilot-apptainer-"))
     try:
         directory.chmod(0o755)  # for tests that are not root
@@ -56,7 +56,7 @@ def _make(directory: Path) -> Path:
 
 
 def _fetch(directory: Path) -> None:
-    """Download packages of another suite, with lists and caches of our own."""
+    """Download packages of another suite, with separate lists and caches."""
     for name in ("lists/partial", "cache/archives/partial"):
         (directory / name).mkdir(parents=True)
     (directory / "status").touch()
@@ -77,14 +77,14 @@ def _fetch(directory: Path) -> None:
 
 
 def _relocate(prefix: Path, libraries: Path) -> None:
-    """Have the programs use those libraries, and find their own files below the prefix, where they look for them."""
+    """Make the programs use those libraries, and find their own files below the prefix."""
     for top in (prefix / "usr", prefix / "usr/lib"):
         for name in ("etc", "var"):
             (top / name).symlink_to(prefix / name)
     [loader] = libraries.glob("ld-linux*.so.*")
     [starter] = prefix.glob("usr/lib/*/apptainer/bin/starter")
     for program in (prefix / "usr/bin/apptainer", starter):
-        # RPATH, not RUNPATH: it is for the libraries that these libraries need, too.
+        # RPATH and not RUNPATH: it also applies to the libraries that these libraries need.
         paths = ["--force-rpath", "--set-rpath", f"{libraries}:{starter.parents[2]}"]
         _call("patchelf", "--set-interpreter", str(loader), *paths, str(program))
     config = prefix / "etc/apptainer/apptainer.conf"

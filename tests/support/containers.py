@@ -15,7 +15,7 @@ def new_container(
     env: Mapping[str, str] | None = None,
     mounts: Iterable[Mount] = (),
 ) -> Container:
-    """Order a container with directories of its own below `directory`."""
+    """Return a container to run, with directories of its own below `directory`."""
     name = str(uuid.uuid4())
     root = directory / name
     (root / "scratch").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The runtimes as a pilot's settings: which one, of which image, with which variables."""
+"""The runtimes as settings of a pilot: name, image and environment variables."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -13,12 +13,12 @@ from tests.support.images import bubblewrap_fault
 
 @dataclass(frozen=True)
 class Containment:
-    """What makes a pilot run its tasks in some runtime."""
+    """The settings that make a pilot run its tasks in a runtime."""
 
     runtime: str
     image: str = "/"
     variables: Mapping[str, str] = field(default_factory=dict)
-    containers: Callable[[], list[str]] = list  # those that an engine has, in any state
+    containers: Callable[[], list[str]] = list  # lists those at the engine, in any state
 
     @property
     def settings(self) -> dict[str, Any]:

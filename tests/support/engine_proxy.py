@@ -1,4 +1,4 @@
-"""A server between a pilot and an engine that keeps back, or loses, what one of them says to the other."""
+"""A server between a pilot and an engine that delays or loses requests and answers."""
 
 import re
 from collections.abc import AsyncIterator
@@ -17,11 +17,11 @@ REQUEST_LINE = re.compile(rb"^(GET|POST|DELETE) (\S+) HTTP/1.1\r\n")
 
 @dataclass(eq=False)
 class Fault:
-    """What becomes of the next request that matches, `METHOD PATH?QUERY`, or of its answer."""
+    """A fault of the next request that matches a pattern, `METHOD PATH?QUERY`, or of its answer."""
 
     pattern: str
-    # fail: it, when released; lose: the answer; hold: the answer, until released; late: the request, until released;
-    # nothing: the answer is an empty list
+    # fail: when released, the answer is an error; lose: the answer is lost; hold: the answer waits until released;
+    # late: the request waits until released; nothing: the answer is an empty list
     how: str
     begun: trio.Event = field(default_factory=trio.Event)
     release: trio.Event = field(default_factory=trio.Event)
@@ -32,23 +32,23 @@ class EngineProxy:
 
     def __init__(self, target: Path, socket: Path) -> None:
         self.socket = socket
-        self.is_patient = False  # keeps connections until there is an engine to take them
-        self.refused = 0  # connections, for want of an engine
+        self.is_patient = False  # keeps connections until an engine accepts them
+        self.refused = 0  # connections, because there was no engine
         self.requests: list[str] = []
         self._target = target
         self._faults: list[Fault] = []
 
     def next(self, pattern: str, how: str) -> Fault:
-        """Have something go wrong with the next request like this."""
+        """Cause a fault of the next request that matches a pattern."""
         self._faults.append(fault := Fault(pattern, how))
         return fault
 
     def count(self, start: str) -> int:
-        """Tell how many requests there were that start like this."""
+        """Return the number of requests that begin like this."""
         return sum(request.startswith(start) for request in self.requests)
 
     def has_had(self, pattern: str) -> bool:
-        """Tell whether there was such a request."""
+        """Return whether there was a request that matches a pattern."""
         return any(re.search(pattern, request) for request in self.requests)
 
     async def forward(self, client: trio.SocketStream) -> None:

@@ -1,6 +1,6 @@
-"""Container engines that tests need: private ones, with a socket and directories of their own, and nothing left behind.
+"""Private container engines for tests, with sockets and directories of their own.
 
-An engine lives in a PID and mount namespace of its own: whatever it has started or mounted is gone with that.
+An engine runs in a PID and mount namespace of its own: all that it has started or mounted ends with that.
 """
 
 import http.client
@@ -26,10 +26,10 @@ STOP_TIMEOUT = 20.0
 API_TIMEOUT = 60.0
 
 IMAGE = "busybox:local"
-# What an image says beside its files: this one's tasks are at home in their scratch directory, which is at /tmp.
+# The configuration of the image: the home of its tasks is their scratch directory, at /tmp.
 IMAGE_CHANGES = ("WORKDIR /tmp", "ENV PATH=/bin", "ENV HOME=/tmp", "ENV TMPDIR=/tmp")
 
-# For Debian's podman as root without CAP_SYS_RESOURCE, where cgroups are half v1 and half v2; crun would refuse those.
+# For Debian's podman as root without CAP_SYS_RESOURCE, with some cgroups of v1 and some of v2, which crun refuses.
 CONTAINERS_CONF = """
 [containers]
 default_ulimits = ["nofile=20000:20000", "nproc=32768:32768"]
@@ -42,7 +42,7 @@ events_logger = "none"
 
 CONTAINERS_CONF_ROOTLESS = CONTAINERS_CONF[CONTAINERS_CONF.index("netns") :]
 
-# Docker trusts all that is at 127.0.0.1.
+# Docker trusts every registry at 127.0.0.1.
 REGISTRIES_CONF = """
 unqualified-search-registries = ["localhost"]
 [[registry]]
@@ -50,39 +50,39 @@ location = "127.0.0.1:{}"
 insecure = true
 """
 
-SOMEBODY = 23456  # a user
+SOMEBODY = 23456  # a user id
 
-# The first process of the namespaces: it reaps, and leaves when it is killed with its parent.
+# The first process of the namespaces: it reaps, and ends with its parent.
 KEEPER = "mount -t tmpfs tmpfs /dev/shm && echo ready && sleep infinity & wait"
 
 
 class Engine:
-    """A daemon that runs containers, and the namespaces that it lives in."""
+    """A daemon that runs containers, in namespaces of its own."""
 
     def __init__(self, name: str, directory: Path, command: Sequence[str], importing: str, preparation: str = ":") -> None:
         self.name = name
         self.directory = directory
         self.socket = directory / f"{name}.sock"
-        self.registry_port = free_port()  # of a registry that it would trust
+        self.registry_port = free_port()  # of a registry that it trusts
         (directory / "registries.conf").write_text(REGISTRIES_CONF.format(self.registry_port))
         self._command = command
-        self._importing = importing  # what to ask of it to import IMAGE
-        self._preparation = preparation  # of the namespaces, for a shell
+        self._importing = importing  # the path of the request that imports IMAGE
+        self._preparation = preparation  # a shell's commands to prepare the namespaces
         self._log = directory / "output.log"
         self._keeper: subprocess.Popen[bytes] | None = None
         self._daemon: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start the daemon, and wait until it answers."""
         self.launch()
         self.wait_until_ready()
 
     def launch(self) -> None:
-        """Start it. From the main thread: its life is tied to the thread that starts it."""
+        """Start the daemon. Call this from the main thread: the daemon ends with the thread that starts it."""
         if self._keeper is None:
             self._keeper = self._make_namespaces()
         for stale in (self.directory / "pid", self.directory / "exec/containerd/containerd.pid"):
-            stale.unlink(missing_ok=True)  # a killed one leaves them, and its successor waits for who has the number
+            stale.unlink(missing_ok=True)  # a killed one leaves them, and its successor waits for the process of that number
         init = Path(f"/proc/{self._keeper.pid}/task/{self._keeper.pid}/children").read_text().split()[0]
         entering = ["nsenter", "--target", init, "--mount", "--pid", "--", "setpriv", "--pdeathsig", "KILL"]
         with self._log.open("ab") as log:
@@ -110,12 +110,12 @@ class Engine:
         raise UnavailableError(f"{self.name} does not start: {self._log.read_text(errors='replace')[-2000:]}")
 
     def kill(self) -> None:
-        """End the daemon at once; what it has started lives on, as far as it does."""
+        """Kill the daemon; its containers may survive."""
         self._signal(signal.SIGKILL)
         self._wait()
 
     def terminate(self) -> None:
-        """End the daemon as an administrator does."""
+        """Stop the daemon as an administrator does."""
         self._signal(signal.SIGTERM)
         self._wait()
 
@@ -124,10 +124,10 @@ class Engine:
 
     def thaw(self) -> None:
         assert self._daemon
-        os.killpg(self._daemon.pid, signal.SIGCONT)  # nsenter has stopped with it
+        os.killpg(self._daemon.pid, signal.SIGCONT)  # nsenter was stopped with it
 
     def close(self) -> None:
-        """End the daemon and all that it has ever started."""
+        """End the daemon and all that it has started."""
         if self._keeper:
             end_namespace(self._keeper)
         if self._daemon:
@@ -135,23 +135,23 @@ class Engine:
         self._daemon = self._keeper = None
 
     def containers(self, *states: str) -> list[str]:
-        """List the containers that are there for a pilot, in any state or one of these."""
+        """List the containers of pilots, in any state or one of these."""
         filters = urllib.parse.quote(json.dumps({"label": [LABEL], **({"status": states} if states else {})}))
         found: list[dict[str, Any]] = json.loads(self.api("GET", f"/v1.40/containers/json?all=1&filters={filters}"))
         return sorted(name.removeprefix("/") for container in found for name in container["Names"])
 
     def has_image(self, name: str) -> str | None:
-        """Give the id of an image, if it is there."""
+        """Return the id of an image; None if it is not there."""
         images = json.loads(self.api("GET", "/v1.40/images/json"))
         return next((image["Id"] for image in images if name in (image["RepoTags"] or ())), None)
 
     def load(self, archive: IO[bytes]) -> None:
-        """Make the image of a tar archive."""
+        """Import an image from a tar archive."""
         changes = "".join(f"&changes={urllib.parse.quote(change)}" for change in IMAGE_CHANGES)
         self.api("POST", self._importing + changes, archive)
 
     def api(self, method: str, path: str, body: IO[bytes] | None = None) -> bytes:
-        """Ask it something."""
+        """Send a request; return the content of the answer."""
         with closing(UnixConnection(self.socket, API_TIMEOUT)) as connection:
             connection.request(method, path, body, {"Content-Type": "application/x-tar"} if body else {})
             answer = connection.getresponse()
@@ -171,7 +171,7 @@ class Engine:
         assert keeper.stdout
         with keeper.stdout as said:
             if said.readline() != b"ready\n":
-                raise UnavailableError("an engine needs namespaces of its own, and they cannot be made here")
+                raise UnavailableError("an engine needs namespaces of its own, which cannot be made here")
         return keeper
 
     def _signal(self, number: signal.Signals) -> None:
@@ -194,7 +194,7 @@ def docker(root: Path, *more: str) -> Iterator[Engine]:
             *("dockerd", "-H", f"unix://{directory}/docker.sock", "--pidfile", f"{directory}/pid"),
             *("--data-root", f"{directory}/data", "--exec-root", f"{directory}/exec"),
             *("--exec-opt", "native.cgroupdriver=cgroupfs"),
-            # The bridge would change this machine's iptables.
+            # A bridge would change this machine's iptables.
             *("--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-masq=false", "--userland-proxy=false"),
             *more,
         ]
@@ -221,7 +221,7 @@ def podman(root: Path) -> Iterator[Engine]:
 
 @contextmanager
 def rootless_podman(root: Path) -> Iterator[Engine]:
-    """Run podman's service for a user, who is known in its namespaces only."""
+    """Run podman's service as a user who exists in its namespaces only."""
     for program, package in (("podman", "podman"), ("runc", "runc"), ("newuidmap", "uidmap"), ("catatonit", "catatonit")):
         need(program, package)
     with _directory("podman") as directory:
@@ -249,7 +249,7 @@ def rootless_podman(root: Path) -> Iterator[Engine]:
 @contextmanager
 def _directory(name: str) -> Iterator[Path]:
     if os.geteuid() != 0:
-        raise UnavailableError(f"a private {name} takes root")
+        raise UnavailableError(f"a private {name} needs root")
     directory = Path(tempfile.mkdtemp(prefix=f"trio-pilot-{name}-"))
     try:
         yield directory

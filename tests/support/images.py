@@ -17,18 +17,18 @@ from trio_pilot.runtimes import Options
 
 @functools.cache
 def bubblewrap_fault() -> str | None:
-    """Install bubblewrap where that is possible; say why it does not work."""
+    """Return the reason why bubblewrap does not work; install it first where that is possible."""
     from trio_pilot.runtimes import bubblewrap
 
     if shutil.which("bwrap") is None:
         _apt_install("bubblewrap")
-    with ThreadPoolExecutor(1) as pool:  # we may be in a Trio run already
+    with ThreadPoolExecutor(1) as pool:  # a Trio run may be active already
         return pool.submit(trio.run, bubblewrap.fault, Options()).result()
 
 
 @functools.cache
 def busybox() -> str | None:
-    """Find a busybox that needs no libraries; install it where that is possible."""
+    """Return the path of a busybox that needs no libraries, if any; install it first where that is possible."""
     if not Path("/bin/busybox").exists():
         _apt_install("busybox-static")
     found = shutil.which("busybox")
@@ -45,7 +45,7 @@ def _apt_install(package: str) -> None:
 
 
 def make_image(directory: Path) -> Path:
-    """Make a small image: a directory with a busybox, and the rest of what images have."""
+    """Make a small image: a directory with a busybox, and the usual directories."""
     program = busybox()
     if program is None:
         pytest.skip("there is no static busybox, and it cannot be installed")

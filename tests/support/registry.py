@@ -1,4 +1,4 @@
-"""A registry of one private image, with faults, for engines that pull from it: by the OCI Distribution Specification."""
+"""A registry of one private image, by the OCI Distribution Specification, with faults, for engines that pull from it."""
 
 import base64
 import gzip
@@ -22,7 +22,7 @@ LAYER = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 
 
 class Registry(ThreadingHTTPServer):
-    """Serves the image made of a directory, to who has logged in."""
+    """Serves an image made of a directory to clients with the right credentials."""
 
     daemon_threads = True
 
@@ -30,20 +30,20 @@ class Registry(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.image = f"127.0.0.1:{port}/{NAME}:1"
         self.blobs: dict[str, bytes] = {}
-        self.refusals = 0  # so many requests for the image are answered by 429 before one is good
-        self.stalling = threading.Event()  # while it is set, layers come to a stop in the middle
+        self.refusals = 0  # the number of requests for the image that are answered by 429 before one succeeds
+        self.stalling = threading.Event()  # while it is set, the transfer of layers stops in the middle
         self.stalled = threading.Event()
         self.manifest = self._make(root)
 
     def replace(self, root: Path) -> None:
-        """Have another image of the same name, which differs by its id."""
+        """Replace the image by one with the same name and another id."""
         self.manifest = self._make(root)
 
     def _make(self, root: Path) -> bytes:
         layer = io.BytesIO()
         with tarfile.open(fileobj=layer, mode="w") as tar:
             tar.add(root, ".")
-            tar.addfile(tarfile.TarInfo(uuid.uuid4().hex))  # no engine has this layer, and so passes it over
+            tar.addfile(tarfile.TarInfo(uuid.uuid4().hex))  # a file that makes the layer new, so that no engine skips it
         rootfs = {"type": "layers", "diff_ids": [_digest(layer.getvalue())]}
         settings = {"Cmd": ["true"], "Env": ["PATH=/bin"], "WorkingDir": "/tmp"}
         config = json.dumps({"architecture": "amd64", "os": "linux", "config": settings, "rootfs": rootfs}).encode()
@@ -104,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content[middle:])
 
     def log_message(self, *_: object) -> None:
-        """Be silent."""
+        """Log nothing."""
 
 
 @contextmanager

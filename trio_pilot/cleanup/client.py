@@ -51,7 +51,7 @@ async def open_guardian() -> AsyncIterator["GuardianClient"]:
     client = GuardianClient()
     client.start()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(client.keep)
+        nursery.start_soon(client.keep_running)
         try:
             yield client
         finally:
@@ -64,7 +64,7 @@ class GuardianClient:
 
     def __init__(self) -> None:
         self._watched: list[str] = []
-        self._outlives_us = False
+        self._outlives_pilot = False
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -91,9 +91,9 @@ class GuardianClient:
 
     def outlive_us(self) -> None:
         """Let the guardian stay after the end of this pilot, to remove what it could not remove."""
-        self._outlives_us = True
+        self._outlives_pilot = True
 
-    async def keep(self) -> None:
+    async def keep_running(self) -> None:
         """Start another guardian whenever one has ended, until cancelled."""
         while True:
             await self._ended()
@@ -107,7 +107,7 @@ class GuardianClient:
 
     async def dismiss(self) -> None:
         """End the guardian, and wait until it has ended; if it is to outlive the pilot, only close its pipe."""
-        if self._outlives_us and self._process and self._process.stdin:
+        if self._outlives_pilot and self._process and self._process.stdin:
             spare(self._process.pid)
             self._process.stdin.close()
             return

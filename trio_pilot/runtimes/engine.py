@@ -61,7 +61,7 @@ async def _choose_version(api: EngineApi, dialect: Dialect) -> None:
     try:
         api.prefix = dialect.prefix(await api.ping())
     except NodeError as error:
-        raise NodeError(f"{error}: {dialect.cure}") from error
+        raise NodeError(f"{error}: {dialect.advice}") from error
 
 
 @asynccontextmanager
@@ -187,7 +187,7 @@ class EngineRuntime:
             with open_log(container.stderr) as stderr:
                 stderr.write(os.fsencode(f"{line}\n"))
             return cannot_run(line)
-        is_suspect = code == KILLED and container.limits.memory is not None and not self._dialect.tells_of_memory
+        is_suspect = code == KILLED and container.limits.memory is not None and not self._dialect.reports_out_of_memory
         return Exit(code, out_of_memory=state.is_out_of_memory or is_suspect)
 
     async def _remove_cancelled(self, at_engine: EngineContainer) -> None:

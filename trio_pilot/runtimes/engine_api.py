@@ -96,8 +96,7 @@ class EngineApi:
 
     async def call(
         self,
-        method: str,
-        path: str,
+        request: str,
         what: str,
         *,
         body: Any = None,
@@ -108,8 +107,7 @@ class EngineApi:
         """Send a request and return the answer.
 
         Args:
-            method: the HTTP method.
-            path: the path below the version of the API.
+            request: the HTTP method and, after a space, the path below the version of the API.
             what: what the engine is asked to do, for error messages.
             body: the body, sent as JSON.
             seconds: the time limit; None for that of all requests.
@@ -121,6 +119,7 @@ class EngineApi:
             EngineSlowError: the engine does not answer in time.
             EngineAwayError: the engine is not there, or the connection was lost.
         """
+        method, _, path = request.partition(" ")
         target = self.prefix + path + (f"?{urlencode(params)}" if params else "")
         with self._mapped_errors(what), trio.fail_after(self.timeouts.request if seconds is None else seconds):
             answer = Answer(*await self._connections.ask(method, target, _json(body)))

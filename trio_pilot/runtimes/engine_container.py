@@ -78,10 +78,10 @@ class EngineContainer:
         await _with_grace(lambda: self._outages.retry(lambda: self._create(spec)), self._timeouts.create_grace)
 
     async def _create(self, spec: Spec) -> None:
-        path, what = "/containers/create", "make the container"
+        request, what = "POST /containers/create", "make the container"
         self._unanswered_creates += 1
         try:
-            answer = await self._api.call("POST", path, what, body=spec, name=self.name)
+            answer = await self._api.call(request, what, body=spec, name=self.name)
             self._outages.log_warnings(answer.read(lambda created: list(created.get("Warnings") or [])))
         except EngineRefusedError as error:
             # It may exist already, created by a request whose answer was lost.
@@ -125,7 +125,7 @@ class EngineContainer:
         self._may_run = True
         while True:
             try:
-                await self._call("POST", "/start", "make the container")
+                await self._post("start", "make the container")
             except EngineUnreachableError as error:
                 await self._outages.wait_until_back(error)
             except EngineRefusedError as error:
@@ -163,8 +163,8 @@ class EngineContainer:
 
     async def state(self) -> ContainerState | None:
         """Return the state of the container; None if it does not exist."""
-        path, what = f"/containers/{self.name}/json", "inspect a container"
-        answer = await self._outages.retry(lambda: self._api.call("GET", path, what, accepted=[NOT_FOUND]))
+        request, what = f"GET /containers/{self.name}/json", "inspect a container"
+        answer = await self._outages.retry(lambda: self._api.call(request, what, accepted=[NOT_FOUND]))
         return None if answer.status == NOT_FOUND else answer.read(ContainerState.of)
 
     async def fetch_logs(self) -> None:
@@ -199,22 +199,22 @@ class EngineContainer:
         seconds = str(math.ceil(grace))
         with suppress(NodeError):
             if grace > 0:
-                await self._call("POST", "/stop", "stop a container", math.inf, t=seconds, timeout=seconds)
+                await self._post("stop", "stop a container", math.inf, t=seconds, timeout=seconds)
             else:
-                await self._call("POST", "/kill", "kill a container")
+                await self._post("kill", "kill a container")
         self._may_run = False
 
     async def _try_to_remove(self) -> int | None:
         # Without a `timeout`, podman would first send SIGTERM and wait for 10 s.
-        path = f"/containers/{self.name}"
+        request = f"DELETE /containers/{self.name}"
         params: dict[str, Any] = {"force": "1", "v": "1", "timeout": "0"}
         with suppress(NodeError):
-            answer = await self._api.call("DELETE", path, "remove a container", accepted=[NOT_FOUND, CONFLICT], **params)
+            answer = await self._api.call(request, "remove a container", accepted=[NOT_FOUND, CONFLICT], **params)
             return DONE if answer.status < 300 else answer.status
         return None
 
-    async def _call(self, method: str, path: str, what: str, seconds: float | None = None, **params: Any) -> None:
-        await self._api.call(method, f"/containers/{self.name}{path}", what, seconds=seconds, **params)
+    async def _post(self, action: str, what: str, seconds: float | None = None, **params: Any) -> None:
+        await self._api.call(f"POST /containers/{self.name}/{action}", what, seconds=seconds, **params)
 
 
 class _ExitCodeRequest:
@@ -252,8 +252,8 @@ class _ExitCodeRequest:
         both.cancel()
 
     async def _ask(self, params: Spec) -> None:
-        path, what = f"/containers/{self._name}/wait", "wait for a container"
-        answer = await self._api.call("POST", path, what, seconds=math.inf, **params)
+        request, what = f"POST /containers/{self._name}/wait", "wait for a container"
+        answer = await self._api.call(request, what, seconds=math.inf, **params)
         self._code = answer.read(self._dialect.exit_code)
 
     async def _ping(self, params: Spec) -> None:
@@ -263,7 +263,7 @@ class _ExitCodeRequest:
             await self._api.ping()
 
     def _params(self) -> Spec:
-        return self._dialect.wait(min(max(self._elapsed() / 100, SHORTEST_INTERVAL), LONGEST_INTERVAL))
+        return self._dialect.wait_query(min(max(self._elapsed() / 100, SHORTEST_INTERVAL), LONGEST_INTERVAL))
 
     def _elapsed(self) -> float:
         return trio.current_time() - self._started_at

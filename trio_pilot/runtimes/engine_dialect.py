@@ -38,16 +38,16 @@ class Dialect:
     name: str
     variable: str  # the environment variable that names its socket
     socket: Callable[[], Path]  # its socket if that variable is not set
-    cure: str  # what to do about an engine that does not answer
+    advice: str  # what to do about an engine that does not answer
     prefix: Callable[[Mapping[str, str]], str]
     """The version of the API, from the headers of the answer to a ping. Raises NodeError if it is too old."""
     pull_prefix: str | None  # the prefix of the path for pulling images, if it is another one
     spec: Callable[[CreateRequest], Spec]  # the body of a create request
-    wait: Callable[[float], Mapping[str, str]]
+    wait_query: Callable[[float], Mapping[str, str]]
     """The query of a request to wait for a container's end; the engine may notice it so many seconds late."""
     exit_code: Callable[[Any], int]  # from the answer to that request
     ends_its_containers: bool  # when it is stopped, or killed and started again
-    tells_of_memory: bool  # whether its field OOMKilled is reliable
+    reports_out_of_memory: bool  # whether its field OOMKilled is reliable
 
 
 def labels(request: CreateRequest) -> Mapping[str, str]:

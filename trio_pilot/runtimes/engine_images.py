@@ -60,8 +60,8 @@ def tagged(image: str) -> str:
 
 async def find_image(outages: EngineOutages, name: str) -> str | None:
     """Return the id of an image; None if the engine does not have it."""
-    path, what = f"/images/{quote(name, safe='/:@')}/json", f"look for the image {name}"
-    answer = await outages.retry(lambda: outages.api.call("GET", path, what, accepted=[NOT_FOUND]))
+    request, what = f"GET /images/{quote(name, safe='/:@')}/json", f"look for the image {name}"
+    answer = await outages.retry(lambda: outages.api.call(request, what, accepted=[NOT_FOUND]))
     return None if answer.status == NOT_FOUND else answer.read(lambda image: str(image["Id"]))
 
 

@@ -104,7 +104,7 @@ def _network(network: str) -> Spec:
     return {"netns": {"nsmode": "bridge"}, "networks": {network: {}}}
 
 
-def _wait(interval: float) -> Mapping[str, str]:
+def _wait_query(interval: float) -> Mapping[str, str]:
     return {"condition": "exited", "interval": f"{int(interval * 1000)}ms"}
 
 
@@ -118,12 +118,12 @@ PODMAN = Dialect(
     name="podman",
     variable="CONTAINER_HOST",
     socket=default_socket,
-    cure=f"start it ({SYSTEMCTL} start podman.socket), or name its socket in CONTAINER_HOST",
+    advice=f"start it ({SYSTEMCTL} start podman.socket), or name its socket in CONTAINER_HOST",
     prefix=prefix,
     pull_prefix="/v1.40",
     spec=spec,
-    wait=_wait,
+    wait_query=_wait_query,
     exit_code=_exit_code,
     ends_its_containers=False,
-    tells_of_memory=False,  # podman does not notice it where some control groups are of version 1 and some of version 2
+    reports_out_of_memory=False,  # not where some control groups are of version 1 and some of version 2
 )

@@ -73,7 +73,7 @@ async def output(options: Options, container: Container) -> str:
 
 
 def docker_archive(file: Path, root: Path, **config: Any) -> str:
-    """Make what `docker save` makes; give the name of it as an image."""
+    """Make an archive as `docker save` does; return its name as an image."""
     layer = io.BytesIO()
     with tarfile.open(fileobj=layer, mode="w") as tar:
         tar.add(root, arcname=".")
@@ -133,7 +133,7 @@ async def test_a_plain_container_runs_its_arguments_without_the_entrypoint(
     assert await output(options, replace(container, plain=True)) == "<alone>"
 
 
-async def test_an_unpacked_docker_image_has_its_entrypoint_whatever_the_words(
+async def test_an_unpacked_docker_image_has_its_entrypoint_for_any_arguments(
     subject: Subject, options: Options, archive: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = subject.directory / "home"
@@ -163,7 +163,7 @@ async def test_a_file_made_of_a_docker_image_has_its_entrypoint(subject: Subject
     assert not options.build_directory.exists()
 
 
-async def test_an_archive_that_has_changed_is_unpacked_anew(subject: Subject, options: Options, archive: str) -> None:
+async def test_an_archive_that_has_changed_is_unpacked_again(subject: Subject, options: Options, archive: str) -> None:
     assert await output(options, new_container(subject.directory, SAY, image=archive)) == ENTERED
     docker_archive(Path(archive.partition(":")[2]), Path(subject.image), Env=VARIABLES)
     assert await output(options, new_container(subject.directory, SAY, image=archive)) == SAID
@@ -190,11 +190,11 @@ async def test_unpacking_that_is_cancelled_leaves_nothing(
     async with apptainer.open_runtime(options) as runtime:
         with trio.fail_after(PATIENCE), trio.move_on_after(moment):
             await runtime.prepare(archive)
-    assert {entry.suffix for entry in options.build_directory.glob("*/*")} <= {".lock", ""}  # a lock, and a whole image
+    assert {entry.suffix for entry in options.build_directory.glob("*/*")} <= {".lock", ""}  # a lock, and a complete image
     assert await output(options, new_container(subject.directory, SAY, image=archive)) == ENTERED
 
 
-async def test_what_a_killed_pilot_has_half_unpacked_is_removed(subject: Subject, options: Options, archive: str) -> None:
+async def test_an_unfinished_image_of_a_killed_pilot_is_removed(subject: Subject, options: Options, archive: str) -> None:
     assert await output(options, new_container(subject.directory, SAY, image=archive)) == ENTERED
     (finished,) = (entry for entry in options.build_directory.glob("*/*") if entry.is_dir())
     half = finished.rename(finished.with_name(f"{finished.name}.building-0"))
@@ -203,7 +203,7 @@ async def test_what_a_killed_pilot_has_half_unpacked_is_removed(subject: Subject
     assert not half.exists()
 
 
-async def test_what_a_killed_pilot_has_half_unpacked_of_another_image_is_removed_unless_it_lives(
+async def test_other_unfinished_images_are_removed_unless_their_lock_is_held(
     subject: Subject, options: Options, archive: str
 ) -> None:
     assert await output(options, new_container(subject.directory, SAY, image=archive)) == ENTERED
@@ -227,7 +227,7 @@ async def test_what_a_killed_pilot_has_half_unpacked_of_another_image_is_removed
         ("{directory}/text", "^the image {} is of no format that apptainer knows: .*image format not recognized$"),
     ],
 )
-async def test_an_image_that_is_none_is_the_nodes_fault(subject: Subject, options: Options, image: str, line: str) -> None:
+async def test_what_is_not_an_image_is_the_nodes_fault(subject: Subject, options: Options, image: str, line: str) -> None:
     image = image.replace("{directory}", str(subject.directory))
     (subject.directory / "text").write_text("Bootstrap: localimage\nFrom: /\n%setup\n touch /never\n")
     with pytest.raises(NodeError, match=line.replace("{}", image)):
@@ -237,12 +237,12 @@ async def test_an_image_that_is_none_is_the_nodes_fault(subject: Subject, option
 
 @pytest.mark.usefixtures("subject")
 @pytest.mark.parametrize("image", ["", "/"])
-async def test_the_machines_own_root_is_no_image(image: str, tmp_path: Path) -> None:
+async def test_the_root_of_the_machine_is_not_an_image_for_apptainer(image: str, tmp_path: Path) -> None:
     with pytest.raises(NodeError, match=r"^apptainer takes no .* as an image: name one, or choose another runtime$"):
         await end_of(OPTIONS, new_container(tmp_path, ["true"], image=image))
 
 
-async def test_a_directory_in_which_nothing_can_run_is_no_image(subject: Subject) -> None:
+async def test_a_directory_in_which_nothing_can_run_is_not_an_image(subject: Subject) -> None:
     image = subject.directory / "empty"
     image.mkdir()
     with pytest.raises(NodeError, match=f"^apptainer can make no container of the image {image}: .*/dev doesn't exist"):
@@ -250,7 +250,7 @@ async def test_a_directory_in_which_nothing_can_run_is_no_image(subject: Subject
 
 
 @pytest.mark.parametrize("image", ["docker-archive:/no/such.tar", "busybox:latest", "/etc/passwd"])
-async def test_an_image_to_be_unpacked_must_be_allowed(subject: Subject, image: str) -> None:
+async def test_an_image_other_than_a_directory_must_be_allowed(subject: Subject, image: str) -> None:
     with pytest.raises(NodeError, match=f"^the image {image} must be an unpacked directory.*_MUST_BE_PRESENT=false"):
         await end_of(OPTIONS, new_container(subject.directory, ["true"], image=image))
 
@@ -258,7 +258,7 @@ async def test_an_image_to_be_unpacked_must_be_allowed(subject: Subject, image: 
 @needs_root
 @pytest.mark.usefixtures("subject")
 @pytest.mark.parametrize("spoil", [lambda path: os.chown(path, 65534, 0), lambda path: path.chmod(0o777)])
-async def test_images_in_a_directory_of_somebody_else_are_not_used(options: Options, archive: str, spoil: Any) -> None:
+async def test_images_in_a_directory_of_another_user_are_not_used(options: Options, archive: str, spoil: Any) -> None:
     async with apptainer.open_runtime(options) as runtime:
         await runtime.prepare(archive)
         (parent,) = options.build_directory.iterdir()
@@ -268,7 +268,7 @@ async def test_images_in_a_directory_of_somebody_else_are_not_used(options: Opti
             await runtime.prepare(archive)
 
 
-# What arrives.
+# Arguments, variables and mounts.
 
 
 @pytest.mark.parametrize(
@@ -284,19 +284,19 @@ async def test_directories_of_any_name_are_mounted(subject: Subject, name: str) 
 
 
 @pytest.mark.parametrize("name", ["cr\r\nlf", os.fsdecode(b"\xff")])
-async def test_a_name_that_cannot_be_passed_on_is_the_nodes_fault(subject: Subject, name: str) -> None:
+async def test_a_directory_name_that_apptainer_cannot_take_is_the_nodes_fault(subject: Subject, name: str) -> None:
     (source := subject.directory / name).mkdir()
     with pytest.raises(NodeError, match=r"^apptainer cannot mount .*: name them in UTF-8, without CR$"):
         await end_of(OPTIONS, subject.container("true", mounts=[Mount(source, "/data")]))
 
 
-async def test_a_variable_whose_name_no_shell_has_is_the_nodes_fault(subject: Subject) -> None:
+async def test_a_variable_name_that_no_shell_allows_is_the_nodes_fault(subject: Subject) -> None:
     with pytest.raises(NodeError, match=r"^apptainer cannot set a variable named 'a-b': use"):
         await end_of(OPTIONS, subject.container("true", env={"a-b": "1"}))
 
 
 @pytest.mark.parametrize("shell", ["/bin/sh", "bash", "busybox sh"])
-def test_words_are_put_right_by_any_shell(shell: str) -> None:
+def test_any_shell_restores_arguments_and_variables(shell: str) -> None:
     if not shutil.which(shell.split()[0]):
         pytest.skip(f"there is no {shell.split()[0]}")
     words = [*AWKWARD, "\n\n", ".", "\x7f\x01"]
@@ -310,21 +310,21 @@ def test_words_are_put_right_by_any_shell(shell: str) -> None:
     assert not [name for name in variables if name.startswith(apptainer_quoting.PREFIX) or name == "word"]
 
 
-async def test_secrets_that_a_shell_puts_right_are_on_no_command_line(subject: Subject) -> None:
+async def test_secrets_that_a_shell_restores_are_on_no_command_line(subject: Subject) -> None:
     container = subject.container("sh", "-c", "cat /proc/1/cmdline /proc/$$/cmdline", env={"TOKEN": "a-secret\r\n"})
     assert "a-secret" not in await output(OPTIONS, container)
 
 
-# What is out of reach.
+# Isolation.
 
 
-async def test_a_task_cannot_set_what_is_the_kernels(subject: Subject) -> None:
+async def test_a_task_cannot_change_settings_of_the_kernel(subject: Subject) -> None:
     script = "cd /proc/sys/vm && value=$(cat swappiness) && echo $value > swappiness && echo written"
     container = subject.container("sh", "-c", f"{script}; test ! -e /sys/kernel")
     assert await output(OPTIONS, container) == ""
 
 
-async def test_what_an_image_has_in_run_is_not_seen(subject: Subject) -> None:
+async def test_the_run_directory_of_an_image_is_hidden(subject: Subject) -> None:
     image = subject.directory / "other"
     shutil.copytree(subject.image, image, symlinks=True)
     (image / "run").mkdir(exist_ok=True)
@@ -334,7 +334,7 @@ async def test_what_an_image_has_in_run_is_not_seen(subject: Subject) -> None:
     assert not (image / "run/mine.pid").exists()
 
 
-# What went wrong.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -346,19 +346,19 @@ async def test_what_an_image_has_in_run_is_not_seen(subject: Subject) -> None:
         "some of its own\nFATAL:   container creation failed: of its own",
     ],
 )
-async def test_a_payload_that_speaks_as_apptainer_does_ended_by_itself(subject: Subject, line: str) -> None:
+async def test_a_payload_that_prints_errors_like_apptainer_is_a_payload(subject: Subject, line: str) -> None:
     container = subject.container("sh", "-c", f"echo '{line}' >&2; exit 255")
     assert await end_of(OPTIONS, container) == Exit(255)
 
 
-async def test_apptainer_that_stops_to_work_is_the_nodes_fault(
+async def test_an_apptainer_that_no_longer_works_is_the_nodes_fault(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = tmp_path / "broken"
     script = (
         f'[ ! -e {broken} ] || {{ echo "FATAL:   no space left" >&2; exit 255; }}; exec {shutil.which("apptainer")} "$@"'
     )
-    pretend(tmp_path, monkeypatch, "apptainer", script)
+    make_program(tmp_path, monkeypatch, "apptainer", script)
     async with apptainer.open_runtime(OPTIONS) as runtime:
         await runtime.prepare(subject.image)
         broken.touch()
@@ -366,7 +366,7 @@ async def test_apptainer_that_stops_to_work_is_the_nodes_fault(
             await runtime.run(subject.container("true"))
 
 
-async def test_with_debugging_on_all_is_as_without(subject: Subject) -> None:
+async def test_debugging_does_not_change_exits_and_reasons(subject: Subject) -> None:
     options = replace(OPTIONS, debug=True)
     assert await end_of(options, container := subject.container("no-such-command")) == Exit(127)
     assert error_summary(container.stderr) == "no-such-command: No such file or directory"
@@ -391,11 +391,11 @@ async def test_with_debugging_on_all_is_as_without(subject: Subject) -> None:
         ("", None),
     ],
 )
-def test_what_apptainer_says_is_told_from_what_a_payload_says(said: str, reason: str | None) -> None:
+def test_errors_of_apptainer_are_distinguished_from_those_of_a_payload(said: str, reason: str | None) -> None:
     assert fatal(said) == reason
 
 
-async def test_a_program_that_has_no_interpreter_is_not_there(subject: Subject) -> None:
+async def test_a_program_without_its_interpreter_is_not_found(subject: Subject) -> None:
     program = subject.directory / "bin/program"
     program.parent.mkdir()
     program.write_text("#!/no/such/interpreter\n")
@@ -404,10 +404,10 @@ async def test_a_program_that_has_no_interpreter_is_not_there(subject: Subject) 
     assert await end_of(OPTIONS, container) == Exit(127)
 
 
-# Whether it works at all.
+# The check whether it works.
 
 
-def pretend(directory: Path, monkeypatch: pytest.MonkeyPatch, name: str, script: str) -> None:
+def make_program(directory: Path, monkeypatch: pytest.MonkeyPatch, name: str, script: str) -> None:
     (directory / "programs").mkdir()
     program = directory / "programs" / name
     program.write_text(f"#!/bin/sh\n{script}\n")
@@ -416,18 +416,18 @@ def pretend(directory: Path, monkeypatch: pytest.MonkeyPatch, name: str, script:
 
 
 @pytest.mark.usefixtures("subject")
-async def test_there_is_no_fault_where_it_works() -> None:
+async def test_apptainer_has_no_fault_where_it_works() -> None:
     assert await apptainer.fault(OPTIONS) is None
 
 
-async def test_it_is_taken_by_itself_for_a_directory(subject: Subject) -> None:
+async def test_auto_chooses_apptainer_for_a_directory(subject: Subject) -> None:
     assert (await choose("auto", subject.image, OPTIONS)).name == "apptainer"
 
 
 @pytest.mark.usefixtures("subject")
-async def test_singularity_is_another_name_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_apptainer_may_be_named_singularity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = shutil.which("apptainer")
-    pretend(tmp_path, monkeypatch, "singularity", f'exec {real} "$@"')
+    make_program(tmp_path, monkeypatch, "singularity", f'exec {real} "$@"')
     assert await apptainer.fault(OPTIONS) is None
 
 
@@ -450,14 +450,14 @@ async def test_singularity_is_another_name_of_it(tmp_path: Path, monkeypatch: py
         ),
     ],
 )
-async def test_what_is_wrong_with_it_is_said(
+async def test_the_fault_of_apptainer_is_its_own_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, script: str, fault: str
 ) -> None:
-    pretend(tmp_path, monkeypatch, name, script)
+    make_program(tmp_path, monkeypatch, name, script)
     assert fault in str(await apptainer.fault(OPTIONS))
 
 
-async def test_where_it_is_not_it_is_said_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_missing_apptainer_is_an_error_that_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     line = "there is no apptainer on PATH: install it"
     assert line in str(await apptainer.fault(OPTIONS))
@@ -466,21 +466,21 @@ async def test_where_it_is_not_it_is_said_what_helps(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.usefixtures("subject")
-async def test_it_needs_no_directory_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_apptainer_needs_no_directory_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
     assert await apptainer.fault(replace(OPTIONS, data_parent=tmp_path)) is None
 
 
-async def test_one_that_hangs_is_no_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(tmp_path, monkeypatch, "apptainer", "sleep 1000")
+async def test_an_apptainer_that_hangs_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_program(tmp_path, monkeypatch, "apptainer", "sleep 1000")
     assert await apptainer.fault(OPTIONS, 0.2) == "apptainer has not made a container in 0.2 s"
 
 
-# How it can be found, and ended.
+# How its processes are found and ended.
 
 
 def names_below(pids: Iterable[int]) -> set[str]:
-    """Give the names of living processes, and of those below them."""
+    """Return the names of running processes, and of those below them."""
     found: set[str] = set()
     for pid in pids:
         facts = stat_of(pid)
@@ -493,7 +493,7 @@ def names_below(pids: Iterable[int]) -> set[str]:
 
 
 @pytest.mark.parametrize("payload", ["sleep 1000", "exec env -i sh -c 'sleep 1000; true'"])
-async def test_all_that_is_of_a_container_is_found_from_outside(subject: Subject, payload: str) -> None:
+async def test_all_processes_of_a_container_are_found_from_outside(subject: Subject, payload: str) -> None:
     marked, before = Marked(subject, "sh", "-c", f"{READY}; {payload}"), own_children()
 
     def names() -> set[str]:
@@ -508,7 +508,7 @@ async def test_all_that_is_of_a_container_is_found_from_outside(subject: Subject
         assert names() & {"starter", "appinit", "sleep"} == set()
 
 
-async def test_a_task_lives_for_longer_than_the_threads_of_trio(subject: Subject) -> None:
+async def test_a_task_outlives_the_threads_of_trio(subject: Subject) -> None:
     assert await end_of(OPTIONS, subject.container("sleep", "12")) == Exit(0)
 
 
@@ -525,15 +525,15 @@ async def test_a_limit_of_memory_without_control_groups_is_the_payloads_alone(su
     assert "memory" in error_summary(container.stderr)
 
 
-async def test_limits_bind_the_payload_and_leave_apptainer_its_own(subject: Subject) -> None:
+async def test_limits_are_for_the_payload_and_not_for_apptainer(subject: Subject) -> None:
     limits = Limits(memory=128 * 2**20, cpus=1, pids=10)
     script = "for number in $(seq 9); do sleep 0.2 & done; wait"
     assert await end_of(OPTIONS, replace(subject.container("sh", "-c", script), limits=limits)) == Exit(0)
 
 
-# Those who are not root.
+# Users other than root.
 
-# A subset of the contract that tries what is different for them; and for files, which they mount by FUSE or unpack.
+# Parts of the contract that are different for them; and for files, which they mount by FUSE or unpack.
 DIFFERENT = "exit_code or mount or capabilities or environment or daemons or scratch or image or sees or cancelled_at"
 FILES_DIFFER = "0-apptainer or daemons_are_gone_when_a_task_is_cancelled or cancelled_at or image_that_is_not_there"
 
@@ -541,13 +541,15 @@ WITH_FUSE = ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /dev/fuse && e
 
 
 def contract(directory: Path, chosen: str, prefix: Sequence[object] = ()) -> str:
-    """Hold an unprivileged user's apptainer against the contract of all runtimes."""
+    """Run a part of the contract suite with the apptainer of an unprivileged user."""
     command = [
         *(*prefix, *UNPRIVILEGED, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
         *(f"--basetemp={directory}/nested", "tests/contract/runtimes/test_contract.py", "-k", chosen),
     ]
-    ours = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}  # with a report that is root's
-    env = {**ours, "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/nonexistent", "TRIO_PILOT_NO_SKIP": "1"}
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"
+    }  # whose report belongs to root
+    env = {**environment, "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/nonexistent", "TRIO_PILOT_NO_SKIP": "1"}
     done = subprocess.run(
         list(map(str, command)),
         cwd=ROOT,
@@ -562,7 +564,7 @@ def contract(directory: Path, chosen: str, prefix: Sequence[object] = ()) -> str
 
 
 @pytest.fixture
-def everybodys(request: pytest.FixtureRequest) -> Iterator[Path]:
+def open_directory(request: pytest.FixtureRequest) -> Iterator[Path]:
     request.getfixturevalue("subject")  # which puts apptainer on PATH
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o777)
@@ -570,28 +572,28 @@ def everybodys(request: pytest.FixtureRequest) -> Iterator[Path]:
 
 
 @needs_root
-def test_the_contract_holds_for_an_unprivileged_user(everybodys: Path) -> None:
-    assert " passed" in contract(everybodys, f"apptainer-directory and ({DIFFERENT})")
+def test_the_contract_holds_for_an_unprivileged_user(open_directory: Path) -> None:
+    assert " passed" in contract(open_directory, f"apptainer-directory and ({DIFFERENT})")
 
 
 @needs_root
-def test_an_unprivileged_user_without_fuse_unpacks_files(everybodys: Path) -> None:
+def test_an_unprivileged_user_without_fuse_unpacks_files(open_directory: Path) -> None:
     if Path("/dev/fuse").exists() and Path("/dev/fuse").stat().st_mode & stat.S_IWOTH:
         pytest.skip("any user may use FUSE here")
-    assert " passed" in contract(everybodys, f"apptainer-sif and ({FILES_DIFFER})")
-    assert list(everybodys.glob("nested/*/images/*/*/bin"))
+    assert " passed" in contract(open_directory, f"apptainer-sif and ({FILES_DIFFER})")
+    assert list(open_directory.glob("nested/*/images/*/*/bin"))
 
 
 def helpers() -> set[str]:
-    """List the programs that keep a .sif file mounted."""
+    """List the processes that keep a .sif file mounted."""
     return {comm.parent.name for comm in Path("/proc").glob("[0-9]*/comm") if comm.read_text().startswith("squashfuse")}
 
 
 @needs_root
-def test_an_unprivileged_user_mounts_files_by_fuse_and_leaves_no_helper(everybodys: Path) -> None:
-    fuse, before = everybodys / "fuse", helpers()
+def test_an_unprivileged_user_mounts_files_by_fuse_and_leaves_no_helper(open_directory: Path) -> None:
+    fuse, before = open_directory / "fuse", helpers()
     os.mknod(fuse, stat.S_IFCHR | 0o666, os.makedev(10, 229))
     fuse.chmod(0o666)
-    assert " passed" in contract(everybodys, f"apptainer-sif and ({FILES_DIFFER})", [*WITH_FUSE, fuse])
-    assert not list(everybodys.glob("nested/*/images"))
+    assert " passed" in contract(open_directory, f"apptainer-sif and ({FILES_DIFFER})", [*WITH_FUSE, fuse])
+    assert not list(open_directory.glob("nested/*/images"))
     assert helpers() <= before

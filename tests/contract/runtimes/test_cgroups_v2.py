@@ -1,4 +1,4 @@
-"""Control groups of version 2, in a Linux of their own: User Mode Linux, a kernel that is a process, on this very root."""
+"""Control groups of version 2, in User Mode Linux: a kernel that is a process, with the root of this machine."""
 
 import json
 import os
@@ -20,9 +20,9 @@ from tests.support.users import AS_ROOT, UNPRIVILEGED
 
 BOOT_TIMEOUT = 120.0  # seconds; it takes 5
 SUITE = "sid"  # kernels before 6.13 panic on a CPU with AMX: they cannot set the registers of their processes
-HERE = "/mnt"  # where the kernel sees this machine's root
+HERE = "/mnt"  # where that kernel sees this machine's root
 
-# All that it writes to is its own: the root of this machine is read-only to it.
+# It writes to directories of its own only: the root of this machine is read-only to it.
 INIT = textwrap.dedent("""\
     #!/bin/sh
     export HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin PYTHONDONTWRITEBYTECODE=1
@@ -108,7 +108,7 @@ KILLED = textwrap.dedent("""\
         subprocess.Popen([sys.executable, __file__, str(own())])
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def guard(pilot):
+    def clean_up(pilot):
         wait(lambda: pilot.is_dead)
         before = [str(path) for path in HERE.rglob("trio-pilot-*")]
         found = {"before": before, "swept": cgroups.sweep(lambda one: one == pilot)}
@@ -118,15 +118,15 @@ KILLED = textwrap.dedent("""\
         print("FOUND", HERE.name, json.dumps(found), flush=True)
         Path("/run/swept").touch()
 
-    guard(Identity.parse(sys.argv[1])) if sys.argv[1:] else live()
+    clean_up(Identity.parse(sys.argv[1])) if sys.argv[1:] else live()
 """)
 
 
 @pytest.fixture(scope="session")
 def linux(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
-    """Boot it, and collect what was found in each of its groups."""
+    """Boot it, and return what was found in each of its groups."""
     if not AS_ROOT:
-        pytest.skip("its processes are root's, who can do no more in it than this user outside")
+        pytest.skip("it needs root: root inside can do no more than this user outside")
     assert bubblewrap_fault() is None
     try:
         kernel = debian(SUITE, "user-mode-linux")
@@ -146,7 +146,7 @@ def linux(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
 
 
 def boot(kernel: Path, init: Path) -> str:
-    """Boot a kernel of another Debian, which needs its own libraries, on this machine's root; give what it says."""
+    """Boot a kernel of another Debian, with its own libraries, on this machine's root; return what it prints."""
     outside = ["--ro-bind", str(kernel), "/", "--bind", "/", HERE, "--dev-bind", "/dev", "/dev", "--proc", "/proc"]
     root = ["root=/dev/root", "rootfstype=hostfs", f"rootflags={HERE}", "ro", f"init={init}"]
     done = subprocess.run(
@@ -181,7 +181,7 @@ def test_limits_are_enforced_by_groups_of_version_2(linux: Mapping[str, Any], wh
     assert ended["all"] == {"code": 42, "out_of_memory": False, "stdout": "", "stderr": ""}
 
 
-def test_the_payload_is_in_a_group_of_its_own_of_which_a_container_sees_nothing(linux: Mapping[str, Any]) -> None:
+def test_a_container_cannot_see_the_group_of_its_payload(linux: Mapping[str, Any]) -> None:
     place = linux["alone"]["process"]["where"]["stdout"].strip()
     assert place.startswith("0::/alone/trio-pilot-")
     assert place.endswith("/payload")
@@ -195,7 +195,7 @@ def test_a_pilot_leaves_its_group_as_it_was(linux: Mapping[str, Any], where: str
     assert linux[where]["controllers"].strip() == ""
 
 
-def test_others_in_the_group_are_left_alone_and_rlimits_taken(linux: Mapping[str, Any]) -> None:
+def test_rlimits_are_used_if_other_processes_are_in_the_group(linux: Mapping[str, Any]) -> None:
     how = linux["together"]["how"]
     assert how["memory"].startswith("rlimit, the address space of each process for itself (no control group can be made in")
     assert "others are in it too, such as process" in how["memory"]

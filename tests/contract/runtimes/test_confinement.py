@@ -1,4 +1,4 @@
-"""Limits of containers that are child processes: with control groups, as this machine has them, and with none."""
+"""Limits of containers that are child processes: with the control groups of this machine, and without any."""
 
 import json
 import os
@@ -35,7 +35,7 @@ from trio_pilot.runtimes.confinement import NOT_ENFORCED, OpenGroups
 OPTIONS = Options(kill_grace=0.3)
 MOMENTS = [number / 1000 for number in range(25)]  # seconds; bubblewrap is ready after 10 ms
 
-PYTHON = str(Path(sys.executable).resolve())  # that of a virtual environment may be in /tmp: not in a container
+PYTHON = str(Path(sys.executable).resolve())  # that of a virtual environment may be in /tmp, which a container does not see
 
 SMALL = 64 * 2**20  # bytes
 ALLOCATE = ("dd", "if=/dev/zero", "of=/dev/null", "bs=200M", "count=1")
@@ -109,14 +109,14 @@ async def output(runtime: Runtime, container: Container) -> bytes:
 
 @children
 @in_groups
-async def test_a_task_that_needs_more_memory_than_it_may_have_ends_out_of_memory(subject: Subject, runtime: Runtime) -> None:
+async def test_a_task_that_exceeds_its_memory_ends_out_of_memory(subject: Subject, runtime: Runtime) -> None:
     assert await end_of(runtime, limited(subject, *ALLOCATE, memory=SMALL)) == Exit(137, out_of_memory=True)
     assert await end_of(runtime, limited(subject, *ALLOCATE, memory=8 * SMALL)) == Exit(0)
 
 
 @children
 @in_groups
-async def test_a_task_that_gets_by_without_what_was_killed_is_no_failure(subject: Subject, runtime: Runtime) -> None:
+async def test_a_task_that_survives_the_kill_of_a_child_can_succeed(subject: Subject, runtime: Runtime) -> None:
     script = f"{' '.join(ALLOCATE)}; exit "
     assert await end_of(runtime, limited(subject, "sh", "-c", script + "0", memory=SMALL)) == Exit(0)
     assert await end_of(runtime, limited(subject, "sh", "-c", script + "3", memory=SMALL)) == Exit(3, out_of_memory=True)
@@ -124,7 +124,7 @@ async def test_a_task_that_gets_by_without_what_was_killed_is_no_failure(subject
 
 @children
 @in_groups
-async def test_a_task_has_no_more_processes_than_it_may(subject: Subject, runtime: Runtime) -> None:
+async def test_a_task_cannot_exceed_its_number_of_processes(subject: Subject, runtime: Runtime) -> None:
     container = limited(subject, *MANY, pids=10)
     assert (await end_of(runtime, container)).code != 0
     assert b"fork" in container.stderr.read_bytes()
@@ -132,14 +132,14 @@ async def test_a_task_has_no_more_processes_than_it_may(subject: Subject, runtim
 
 @children
 @in_groups
-async def test_what_a_runtime_adds_is_not_counted_as_the_tasks(subject: Subject, runtime: Runtime) -> None:
+async def test_processes_of_the_runtime_do_not_count(subject: Subject, runtime: Runtime) -> None:
     script = "for number in $(seq 9); do sleep 0.2 & done; wait"
     assert await end_of(runtime, limited(subject, "sh", "-c", script, pids=10)) == Exit(0)
 
 
 @children
 @in_groups
-async def test_a_task_has_no_more_of_the_cpus_than_it_may(subject: Subject, runtime: Runtime) -> None:
+async def test_a_task_cannot_exceed_its_cpu_time(subject: Subject, runtime: Runtime) -> None:
     def is_throttled() -> bool:
         return any(
             "nr_throttled" in line and int(line.split()[1]) >= 5 for group in groups_in("cpu") for line in told(group)
@@ -149,8 +149,8 @@ async def test_a_task_has_no_more_of_the_cpus_than_it_may(subject: Subject, runt
         return (group / "cpu.stat").read_text().splitlines()
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(runtime.run, limited(subject, *SPIN, cpus=0.05))  # which it has on any machine
-        await until(is_throttled, "nobody is held back")
+        nursery.start_soon(runtime.run, limited(subject, *SPIN, cpus=0.05))  # less than any machine has
+        await until(is_throttled, "the task is not throttled")
         nursery.cancel_scope.cancel()
 
 
@@ -168,16 +168,14 @@ async def test_cancelled_at_any_moment_no_group_is_left(subject: Subject, runtim
 
 @in_groups
 @pytest.mark.parametrize("subject", ["process"], indirect=True)
-async def test_who_hides_in_a_session_of_his_own_without_an_environment_is_known_by_his_group(
-    subject: Subject, runtime: Runtime
-) -> None:
+async def test_a_process_without_marker_and_session_is_found_by_its_group(subject: Subject, runtime: Runtime) -> None:
     naptime = f"1000.{time.time_ns()}"
     script = f"setsid env -i sleep {naptime} & until pgrep -f 'sleep {naptime}' > /dev/null; do sleep 0.01; done"
     assert await end_of(runtime, limited(subject, "sh", "-c", script, pids=20)) == Exit(0)
     assert not [pid for pid in own_children() if command_line(pid) == ["sleep", naptime]]
 
 
-# A container may mount a hierarchy of control groups in a user namespace of its own, and owns what it sees there.
+# A container can mount a hierarchy of control groups in a user namespace of its own, and owns what it sees there.
 RAISE = textwrap.dedent("""
     import ctypes, os
     libc = ctypes.CDLL(None)
@@ -201,12 +199,12 @@ async def test_a_container_cannot_raise_its_limits(subject: Subject, runtime: Ru
     assert "mounted" in container.stdout.read_text()
 
 
-# With neither.
+# Without control groups.
 
 
 @children
 @without_groups
-async def test_without_control_groups_memory_cannot_be_had(subject: Subject, runtime: Runtime) -> None:
+async def test_without_control_groups_an_allocation_over_the_limit_fails(subject: Subject, runtime: Runtime) -> None:
     container = limited(subject, *ALLOCATE, memory=SMALL)
     assert await end_of(runtime, container) == Exit(1)
     assert b"memory" in container.stderr.read_bytes()
@@ -281,7 +279,7 @@ def run_unprivileged(directory: Path, runtime: str, *args: str, **limit: object)
 
 
 @pytest.mark.parametrize("runtime_name", ["process", "bubblewrap"])
-def test_a_user_who_may_make_no_control_groups_has_rlimits(
+def test_rlimits_are_used_for_a_user_who_cannot_make_control_groups(
     request: pytest.FixtureRequest, open_directory: Path, runtime_name: str
 ) -> None:
     if runtime_name == "bubblewrap":
@@ -304,7 +302,7 @@ def bubblewrap_works() -> None:
         pytest.skip(f"bubblewrap does not work here: {fault}")
 
 
-# With either.
+# With and without control groups.
 
 
 @children
@@ -325,7 +323,7 @@ async def test_limits_change_nothing_else(subject: Subject, runtime: Runtime) ->
 @children
 @with_either
 @pytest.mark.parametrize("command", ["no-such-command", "/no/such/command", "-n", "two\nlines"])
-async def test_a_command_that_is_not_there_is_the_tasks_fault(subject: Subject, runtime: Runtime, command: str) -> None:
+async def test_with_limits_a_missing_command_is_the_tasks_fault(subject: Subject, runtime: Runtime, command: str) -> None:
     container = limited(subject, command, "argument", memory=8 * SMALL)
     assert await end_of(runtime, container) == Exit(127)
     assert error_summary(container.stderr).endswith(": No such file or directory")
@@ -334,7 +332,7 @@ async def test_a_command_that_is_not_there_is_the_tasks_fault(subject: Subject, 
 
 @children
 @with_either
-async def test_a_command_that_is_not_executable_is_the_tasks_fault(subject: Subject, runtime: Runtime) -> None:
+async def test_with_limits_a_command_not_executable_is_the_tasks_fault(subject: Subject, runtime: Runtime) -> None:
     container = limited(subject, subject.a_plain_file, memory=8 * SMALL)
     assert await end_of(runtime, container) == Exit(126)
     assert error_summary(container.stderr).endswith(f"{subject.a_plain_file}: Permission denied")
@@ -344,7 +342,7 @@ async def test_a_command_that_is_not_executable_is_the_tasks_fault(subject: Subj
 @with_either
 @pytest.mark.parametrize("code", [125, 126, 127])
 @pytest.mark.parametrize("line", ["no", "trio-pilot: no"])
-async def test_what_a_shell_ends_with_may_be_the_tasks_own(subject: Subject, runtime: Runtime, code: int, line: str) -> None:
+async def test_exit_codes_of_a_shell_may_be_the_tasks_own(subject: Subject, runtime: Runtime, code: int, line: str) -> None:
     container = limited(subject, "sh", "-c", f"echo '{line}' >&2; exit {code}", pids=50)
     assert await end_of(runtime, container) == Exit(code)
     assert error_summary(container.stderr) == line
@@ -364,7 +362,7 @@ async def test_limits_that_cannot_be_set_are_the_nodes_fault(subject: Subject, b
 
 @children
 @without_groups
-async def test_what_is_not_enforced_is_said_once(
+async def test_a_limit_that_is_not_enforced_is_logged_once(
     subject: Subject, runtime: Runtime, caplog: pytest.LogCaptureFixture
 ) -> None:
     if os.geteuid():
@@ -385,7 +383,7 @@ async def test_without_limits_there_is_neither_a_shell_nor_a_group(tmp_path: Pat
         assert list(tops_of(own())) == []
 
 
-# What dead pilots have left.
+# What dead pilots left.
 
 PILOT = """
 import subprocess, sys
@@ -414,7 +412,7 @@ def pilot_with_a_container() -> Iterator[tuple[int, Path]]:
 
 
 @in_groups
-def test_the_groups_of_some_pilots_are_swept_and_no_others() -> None:
+def test_only_the_groups_of_the_given_pilots_are_swept() -> None:
     with pilot_with_a_container() as (number, top), pilot_with_a_container() as (other, others):
         (pid,) = map(int, (top / "container/payload/cgroup.procs").read_text().split())
         assert cgroups.sweep(lambda pilot: pilot.is_dead and pilot.pid in (number, other)) == 0

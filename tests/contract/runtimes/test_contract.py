@@ -40,7 +40,7 @@ async def runtime(subject: Subject) -> AsyncIterator[Runtime]:
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     if "subject" in request.fixturenames:
-        request.getfixturevalue("subject")  # an engine is started once, and there to stay
+        request.getfixturevalue("subject")  # an engine is started once, and runs to the end of all tests
     before, files = own_children(), open_files()
     yield
     assert new_children(before) == []
@@ -63,7 +63,7 @@ async def output(runtime: Runtime, container: Container) -> bytes:
 
 @all_of_them
 @pytest.mark.parametrize("code", [0, 1, 2, 42, 125, 126, 127, 128, 137, 254, 255])
-async def test_the_exit_code_is_the_payloads(subject: Subject, runtime: Runtime, code: int) -> None:
+async def test_the_exit_code_is_that_of_the_payload(subject: Subject, runtime: Runtime, code: int) -> None:
     assert await run(runtime, subject.container("sh", "-c", f"exit {code}")) == code
 
 
@@ -76,7 +76,7 @@ async def test_death_by_a_signal_is_128_and_its_number(subject: Subject, runtime
 
 @real_ones
 @pytest.mark.parametrize("command", ["no-such-command", "/no/such/command", "two\nlines", "{a plain file}/x"])
-async def test_a_command_that_is_not_there_is_127_with_a_reason(subject: Subject, runtime: Runtime, command: str) -> None:
+async def test_a_missing_command_ends_with_127_and_a_reason(subject: Subject, runtime: Runtime, command: str) -> None:
     command = command.replace("{a plain file}", subject.a_plain_file)
     container = subject.container(command, "argument")
     assert await run(runtime, container) == 127
@@ -86,9 +86,7 @@ async def test_a_command_that_is_not_there_is_127_with_a_reason(subject: Subject
 
 @real_ones
 @pytest.mark.parametrize("command", ["{a plain file}", "/etc"])
-async def test_a_command_that_is_not_executable_is_126_with_a_reason(
-    subject: Subject, runtime: Runtime, command: str
-) -> None:
+async def test_a_command_not_executable_ends_with_126_and_a_reason(subject: Subject, runtime: Runtime, command: str) -> None:
     command = command.replace("{a plain file}", subject.a_plain_file)
     container = subject.container(command)
     assert await run(runtime, container) == 126
@@ -97,23 +95,21 @@ async def test_a_command_that_is_not_executable_is_126_with_a_reason(
 
 @real_ones
 async def test_a_pinned_container_runs_on_its_cpus_and_this_process_on_all(subject: Subject, runtime: Runtime) -> None:
-    ours = os.sched_getaffinity(0)
+    allowed = os.sched_getaffinity(0)
     container = subject.container("sh", "-c", "sed -n 's/Cpus_allowed_list:.//p' /proc/self/status")
-    assert await output(runtime, replace(container, pinned=(max(ours),))) == f"{max(ours)}\n".encode()
-    assert os.sched_getaffinity(0) == ours
+    assert await output(runtime, replace(container, pinned=(max(allowed),))) == f"{max(allowed)}\n".encode()
+    assert os.sched_getaffinity(0) == allowed
 
 
 @real_ones
-async def test_a_plain_container_tells_a_command_that_works_from_one_that_is_not_there(
-    subject: Subject, runtime: Runtime
-) -> None:
+async def test_a_plain_container_can_check_whether_a_command_is_there(subject: Subject, runtime: Runtime) -> None:
     assert await run(runtime, replace(subject.container("true"), plain=True)) == 0
     missing = replace(subject.container("no-such-command"), plain=True)
     assert await run(runtime, missing) == 127
     assert error_summary(missing.stderr).endswith(": No such file or directory")
 
 
-# What goes in and comes out.
+# Input and output.
 
 
 @real_ones
@@ -144,12 +140,12 @@ async def test_no_shell_sees_the_arguments(subject: Subject, runtime: Runtime) -
 
 
 @real_ones
-async def test_there_is_nothing_to_read_on_stdin(subject: Subject, runtime: Runtime) -> None:
+async def test_stdin_is_empty(subject: Subject, runtime: Runtime) -> None:
     assert await output(runtime, subject.container("cat")) == b""
 
 
 @real_ones
-async def test_much_output_is_no_trouble(subject: Subject, runtime: Runtime) -> None:
+async def test_a_large_stdout_is_complete(subject: Subject, runtime: Runtime) -> None:
     container = subject.container("dd", "if=/dev/zero", "bs=1048576", "count=64")
     assert await run(runtime, container) == 0
     assert container.stdout.stat().st_size == 64 * 2**20
@@ -183,15 +179,13 @@ async def test_values_of_variables_arrive_exactly(subject: Subject, runtime: Run
 
 
 @real_ones
-async def test_a_task_may_set_what_the_runtime_sets(subject: Subject, runtime: Runtime) -> None:
+async def test_a_task_may_replace_variables_of_the_runtime(subject: Subject, runtime: Runtime) -> None:
     env = {"HOME": "/etc", "PATH": "/bin:/usr/bin"}
     assert await output(runtime, subject.container("sh", "-c", 'echo "$HOME $PATH"', env=env)) == b"/etc /bin:/usr/bin\n"
 
 
 @real_ones
-async def test_the_scratch_directory_is_home_and_for_temporary_files_and_where_a_task_starts(
-    subject: Subject, runtime: Runtime
-) -> None:
+async def test_the_scratch_directory_is_home_tmpdir_and_working_directory(subject: Subject, runtime: Runtime) -> None:
     container = subject.container("sh", "-c", 'pwd; echo "$HOME"; echo "$TMPDIR"; echo data > file; echo more > $HOME/other')
     assert (await output(runtime, container)).decode().split() == [subject.seen(container)] * 3
     assert (container.scratch / "file").read_text() == "data\n"
@@ -202,8 +196,8 @@ async def test_the_scratch_directory_is_home_and_for_temporary_files_and_where_a
 
 
 @contextmanager
-def somebody(secret: str) -> Iterator[None]:
-    """Have another process about, which has a secret in its environment and its command line."""
+def other_process(secret: str) -> Iterator[None]:
+    """Run another process with a secret in its environment and its command line."""
     command = [sys.executable, "-c", "import time; time.sleep(1000)", secret]
     other = subprocess.Popen(command, env={"SECRET": secret})
     try:
@@ -215,7 +209,7 @@ def somebody(secret: str) -> Iterator[None]:
 
 @isolating_ones
 async def test_a_task_sees_no_processes_but_its_own(subject: Subject, runtime: Runtime) -> None:
-    with somebody("a-secret-of-others"):
+    with other_process("a-secret-of-others"):
         script = "cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline | tr '\\0' '\\n'; echo /proc/[0-9]*"
         said = (await output(runtime, subject.container("sh", "-c", script))).decode()
     assert "a-secret" not in said
@@ -238,11 +232,11 @@ async def test_a_task_has_no_capabilities_and_cannot_undo_its_isolation(subject:
 
 @isolating_ones
 async def test_a_task_inherits_no_file_descriptors(subject: Subject, runtime: Runtime) -> None:
-    # It might write to the pipe by which bubblewrap tells how it ended, say.
+    # It could write to the pipe for bubblewrap's status, for example.
     said = await output(runtime, subject.container("ls", "-l", "/proc/self/fd"))
     links = dict(line.split()[-3::2] for line in said.decode().splitlines() if " -> " in line)
     assert links.pop("0") == "/dev/null"
-    del links["1"], links["2"]  # its outputs, which may be pipes
+    del links["1"], links["2"]  # stdout and stderr, which may be pipes
     assert all(re.fullmatch(r"/proc/\d+/fd", link) for link in links.values()), links  # what `ls` itself has open
 
 
@@ -269,13 +263,13 @@ async def test_the_envfile_with_the_pilots_tokens_is_hidden(tmp_path: Path, monk
             assert await output(runtime, container) == b"ewms_htcondor_envfile.sh\n"
 
 
-async def test_empty_directories_of_an_image_are_made_rather_than_mounted(tmp_path: Path, image: Path) -> None:
+async def test_empty_directories_of_an_image_are_made_and_not_mounted(tmp_path: Path, image: Path) -> None:
     if fault := bubblewrap_fault():
         pytest.skip(f"bubblewrap does not work here: {fault}")
     options = bubblewrap.root_options(image, ())
     assert options[options.index("/home") - 1] == "--dir"
     assert str(image / "home") not in options
-    assert "--dir" not in bubblewrap.root_options(Path("/"), ())  # something may be mounted there yet
+    assert "--dir" not in bubblewrap.root_options(Path("/"), ())  # something may yet be mounted there
     async with bubblewrap.open_runtime(OPTIONS) as runtime:
         script = "ls -d /home /home/* /etc/*; touch /home/new || echo no"
         container = new_container(tmp_path, ["sh", "-c", script], image=str(image))
@@ -375,7 +369,7 @@ async def test_a_task_directory_that_is_gone_is_the_nodes_fault(subject: Subject
         await run(runtime, container)
 
 
-def test_what_bubblewrap_says_is_read_in_any_pieces() -> None:
+def test_the_status_of_bubblewrap_is_read_in_any_pieces() -> None:
     said = b'{ "child-pid": 42, "pid-namespace": 4026531836 }\n{ "exit-code": 3 }\n'
     for cut in range(len(said)):
         with bubblewrap.StatusPipe() as status:
@@ -401,16 +395,16 @@ class Marked:
         return self.container.scratch / name
 
     def processes(self) -> list[int]:
-        """List those of the container, as far as they are still there; podman's monitor of it is podman's, and ends soon."""
+        """List the processes of the container that exist, apart from podman's monitor, which ends soon."""
         found = {*processes_with(self._mark), *processes_with(self.container.name)}
         return sorted(pid for pid in found if command_line(pid)[:1] not in ([], ["/usr/bin/conmon"]))
 
     def sleepers(self) -> list[int]:
-        """List those that sleep for good: no shell's children that come and go."""
+        """List those that sleep without an end: not the children of shells that come and go."""
         return [pid for pid in self.processes() if command_line(pid) == ["sleep", "1000"]]
 
     async def run_and_cancel(self, runtime: Runtime, when: Callable[[], bool]) -> float:
-        """Run it, cancel it when it is time to, and tell how long that takes."""
+        """Run the container, cancel it when a condition holds, and return how many seconds that takes."""
         with trio.fail_after(PATIENCE):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(runtime.run, self.container)
@@ -425,7 +419,7 @@ FOR_EVER = "while :; do sleep 0.05; done"
 
 
 @all_of_them
-async def test_a_container_that_is_cancelled_beforehand_is_not_started(subject: Subject, runtime: Runtime) -> None:
+async def test_a_container_that_is_cancelled_before_it_runs_is_not_started(subject: Subject, runtime: Runtime) -> None:
     container = subject.container("sleep", "1000")
     with trio.CancelScope() as scope:
         scope.cancel()
@@ -447,7 +441,7 @@ async def test_cancelled_at_any_moment_nothing_is_left(subject: Subject, runtime
 
 
 @real_ones
-async def test_a_task_that_ends_politely_on_sigterm_may(subject: Subject, runtime: Runtime) -> None:
+async def test_a_task_may_handle_sigterm(subject: Subject, runtime: Runtime) -> None:
     marked = Marked(subject, "sh", "-c", f"trap 'echo bye > bye; exit 0' TERM; {READY}; {FOR_EVER}")
     await marked.run_and_cancel(runtime, marked.file("ready").exists)
     assert marked.file("bye").read_text() == "bye\n"
@@ -455,7 +449,7 @@ async def test_a_task_that_ends_politely_on_sigterm_may(subject: Subject, runtim
 
 
 @real_ones
-async def test_a_task_that_dies_of_sigterm_is_gone_at_once(subject: Subject) -> None:
+async def test_a_task_that_dies_of_sigterm_is_gone_without_a_wait(subject: Subject) -> None:
     async with subject.open(Options(1000.0)) as runtime:
         marked = Marked(subject, "sh", "-c", f"{READY}; exec sleep 1000")
         took = await marked.run_and_cancel(runtime, marked.file("ready").exists)
@@ -472,14 +466,14 @@ async def test_a_task_that_ignores_sigterm_is_killed_after_the_grace(subject: Su
 
 
 @real_ones
-async def test_a_task_that_was_stopped_is_killed_too(subject: Subject, runtime: Runtime) -> None:
+async def test_a_task_that_is_stopped_by_sigstop_is_killed(subject: Subject, runtime: Runtime) -> None:
     marked = Marked(subject, "sh", "-c", f"{READY}; kill -STOP $$; sleep 1000")
     await marked.run_and_cancel(runtime, marked.file("ready").exists)
     assert marked.processes() == []
 
 
 @real_ones
-async def test_without_a_grace_a_task_is_killed_at_once(subject: Subject) -> None:
+async def test_without_a_kill_grace_a_task_is_killed_at_once(subject: Subject) -> None:
     async with subject.open(Options(0.0)) as runtime:
         marked = Marked(subject, "sh", "-c", f"trap 'echo bye > bye; exit 0' TERM; {READY}; {FOR_EVER}")
         await marked.run_and_cancel(runtime, marked.file("ready").exists)
@@ -487,7 +481,7 @@ async def test_without_a_grace_a_task_is_killed_at_once(subject: Subject) -> Non
     assert marked.processes() == []
 
 
-# Two daemons, double-forked, each in a session of its own, one with a child of its own, both deaf to SIGTERM; and a child.
+# Two daemons, double-forked, each in a session of its own, one with a child, both ignoring SIGTERM; and a child of the task.
 DAEMONS = """
 trap '' TERM
 (setsid sh -c 'touch one; sleep 1000; :' &)
@@ -515,7 +509,7 @@ async def test_daemons_are_gone_when_a_task_is_cancelled(subject: Subject, runti
 
 
 @real_ones
-async def test_daemons_are_gone_when_a_task_is_not_done_in_time(subject: Subject, runtime: Runtime) -> None:
+async def test_daemons_are_gone_when_a_task_times_out(subject: Subject, runtime: Runtime) -> None:
     marked = Marked(subject, "sh", "-c", DAEMONS + FOR_EVER)
     with trio.move_on_after(1.0) as scope:
         await runtime.run(marked.container)
@@ -551,7 +545,7 @@ async def test_ending_one_container_leaves_the_others_alone(subject: Subject, ru
 
 
 @all_of_them
-async def test_twenty_at_once(subject: Subject, runtime: Runtime) -> None:
+async def test_twenty_containers_run_at_once(subject: Subject, runtime: Runtime) -> None:
     codes: dict[int, int] = {}
 
     async def one(number: int) -> None:
@@ -569,10 +563,10 @@ async def test_neither_file_descriptors_nor_zombies_grow(subject: Subject, runti
     scripts: Iterable[str] = itertools.cycle(
         ["exit 0", "exit 1", "(setsid sleep 1000 &); exit 0", "(setsid true &); exit 0"]
     )
-    async with trio.open_nursery() as nursery:  # an engine is asked to remove one while it is asked to make the next
+    async with trio.open_nursery() as nursery:  # an engine removes one while it creates the next
         for _ in range(2):
             nursery.start_soon(run, runtime, subject.container("true"))
-    await run(runtime, subject.container("true"))  # while those two may still be removed, each by a connection
+    await run(runtime, subject.container("true"))  # while those two may still be removed, on a connection each
     files, children = open_files(), own_children()
     for script in itertools.islice(scripts, subject.repetitions()):
         await run(runtime, subject.container("sh", "-c", script))
@@ -580,8 +574,8 @@ async def test_neither_file_descriptors_nor_zombies_grow(subject: Subject, runti
     assert new_children(children) == []
 
 
-async def test_tasks_live_for_longer_than_the_threads_of_trio(tmp_path: Path, image: Path) -> None:
-    # PR_SET_PDEATHSIG is tied to the thread that spawned, and Trio's worker threads end after 10 idle seconds.
+async def test_tasks_outlive_the_threads_of_trio(tmp_path: Path, image: Path) -> None:
+    # PR_SET_PDEATHSIG is bound to the thread that has spawned, and Trio's worker threads end after 10 idle seconds.
     if fault := bubblewrap_fault():
         pytest.skip(f"bubblewrap does not work here: {fault}")
     codes: list[int] = []
@@ -604,10 +598,10 @@ async def test_tasks_live_for_longer_than_the_threads_of_trio(tmp_path: Path, im
     assert trio.current_time() - begun >= 40
 
 
-# What the fake alone does.
+# The fake alone.
 
 
-async def test_the_fake_takes_its_time_to_kill(autojump_clock: trio.testing.MockClock, tmp_path: Path) -> None:
+async def test_the_fake_takes_time_to_kill(autojump_clock: trio.testing.MockClock, tmp_path: Path) -> None:
     runtime = FakeRuntime(pretend, kill_seconds=0.5)
     with trio.move_on_after(10):
         await runtime.run(new_container(tmp_path, ["sleep", "1000"]))

@@ -1,4 +1,4 @@
-"""What goes wrong between a pilot and an engine, or with the engine itself."""
+"""Faults of engines, and of the connection between a pilot and an engine."""
 
 import base64
 import json
@@ -56,7 +56,7 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
         request.getfixturevalue(name)
     before, files = own_children(), open_files()
     yield
-    # An engine may be another by now.
+    # The engine may have been restarted.
     assert [one for one in new_children(before) if "unshare --pid" not in one and "nsenter --target" not in one] == []
     assert open_files() <= files, "file descriptors are left open"
 
@@ -98,7 +98,7 @@ async def end_of(runtime: Runtime, container: Container) -> Exit:
         return await runtime.run(container)
 
 
-# Answers that are lost, and that do not come.
+# Answers that are lost, or do not come.
 
 REQUESTS = {
     "image": r"^GET .*/images/",
@@ -116,13 +116,13 @@ SHORT = ("sh", "-c", "echo once >> times; sleep 0.5; echo said; echo more >&2")
 
 @at_both
 @pytest.mark.parametrize("request_", ["create", "start", "wait", "logs", "remove"])
-async def test_an_answer_that_is_lost_costs_neither_the_result_nor_a_second_run(
+async def test_a_lost_answer_costs_neither_the_result_nor_a_second_run(
     subject: Subject, runtime: Runtime, proxy: EngineProxy, request_: str
 ) -> None:
     container = subject.container(*SHORT)
     lost = proxy.next(REQUESTS[request_], "lose")
     assert await end_of(runtime, container) == Exit(0)
-    await until(lost.begun.is_set)  # it is removed beside the next one
+    await until(lost.begun.is_set)  # it is removed in the background
     assert container.stdout.read_text() == "said\n"
     assert container.stderr.read_text() == "more\n"
     assert (container.scratch / "times").read_text() == "once\n"
@@ -130,9 +130,7 @@ async def test_an_answer_that_is_lost_costs_neither_the_result_nor_a_second_run(
 
 @at_both
 @pytest.mark.parametrize("request_", ["image", "create", "wait"])
-async def test_an_answer_that_no_engine_gives_is_the_nodes_fault(
-    subject: Subject, proxy: EngineProxy, request_: str
-) -> None:
+async def test_an_answer_of_another_form_is_the_nodes_fault(subject: Subject, proxy: EngineProxy, request_: str) -> None:
     async with subject.open(OPTIONS) as runtime:
         proxy.next(REQUESTS[request_], "nothing")
         with pytest.raises(NodeError, match=r"the engine's answer is not as expected: b'\[\]'"):
@@ -140,7 +138,7 @@ async def test_an_answer_that_no_engine_gives_is_the_nodes_fault(
 
 
 @at_both
-async def test_a_failure_is_one_though_the_engine_does_not_say_how_it_is(
+async def test_a_failure_is_reported_even_without_the_containers_state(
     subject: Subject, runtime: Runtime, proxy: EngineProxy
 ) -> None:
     proxy.next(REQUESTS["inspect"], "nothing")
@@ -148,9 +146,7 @@ async def test_a_failure_is_one_though_the_engine_does_not_say_how_it_is(
 
 
 @at_both
-async def test_what_a_container_says_is_asked_for_once_if_the_disk_does_not_take_it(
-    subject: Subject, proxy: EngineProxy, runtime: Runtime
-) -> None:
+async def test_logs_are_requested_once_if_the_disk_is_full(subject: Subject, proxy: EngineProxy, runtime: Runtime) -> None:
     container = subject.container("sh", "-c", "echo said; exit 3")
     container.stdout.symlink_to("/dev/full")
     with pytest.raises(NodeError, match=r"^cannot write what a container says: .*No space left on device"):
@@ -160,7 +156,7 @@ async def test_what_a_container_says_is_asked_for_once_if_the_disk_does_not_take
 
 @at_both
 @pytest.mark.parametrize("code", [0, 3])
-async def test_what_nobody_wants_to_hear_is_asked_for_of_a_failure_only(
+async def test_logs_that_are_not_needed_are_requested_for_failures_only(
     subject: Subject, runtime: Runtime, proxy: EngineProxy, code: int
 ) -> None:
     container = replace(subject.container("sh", "-c", f"echo said; exit {code}"), heard=False)
@@ -182,19 +178,19 @@ async def test_cancelled_at_any_stage_nothing_is_left(
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(runtime.run, container)
-            if request_ in ("wait", "stop"):  # podman says nothing at all until there is something to say
+            if request_ in ("wait", "stop"):  # podman sends no part of an answer before the container has ended
                 await until(lambda: proxy.count("POST") >= 3 and (container.scratch / "ready").exists())
             else:
                 await held.begun.wait()
             nursery.cancel_scope.cancel()
     assert proxy.has_had(REQUESTS[request_])
     await until(lambda: not here.containers())
-    await until(lambda: not processes_with(container.name))  # podman's monitor is the last
+    await until(lambda: not processes_with(container.name))  # podman's monitor ends last
 
 
 @with_timeouts(create_grace=0.1)
 @at_both
-async def test_a_create_that_comes_late_leaves_nothing(
+async def test_a_create_request_that_is_executed_late_leaves_nothing(
     subject: Subject, here: Engine, runtime: Runtime, proxy: EngineProxy
 ) -> None:
     late = proxy.next(REQUESTS["create"], "late")
@@ -204,7 +200,7 @@ async def test_a_create_that_comes_late_leaves_nothing(
         nursery.cancel_scope.cancel()
         with trio.CancelScope(shield=True):
             await until(lambda: proxy.count("DELETE"))
-        late.release.set()  # it was looked for once, in vain
+        late.release.set()  # it was looked for once, and not found
     assert here.containers() == []
     assert proxy.count("DELETE") >= 3
 
@@ -215,7 +211,7 @@ async def test_a_create_that_comes_late_leaves_nothing(
 async def test_a_container_that_cannot_be_removed_is_removed_later(
     subject: Subject, here: Engine, runtime: Runtime, proxy: EngineProxy, code: int
 ) -> None:
-    lost = proxy.next(REQUESTS["remove"], "late")  # and never
+    lost = proxy.next(REQUESTS["remove"], "late")  # and never released
     assert await end_of(runtime, subject.container("sh", "-c", f"exit {code}")) == Exit(code)
     await until(lost.begun.is_set)
     assert len(here.containers()) == 1
@@ -223,7 +219,7 @@ async def test_a_container_that_cannot_be_removed_is_removed_later(
 
 
 @at_both
-async def test_what_is_removed_beside_the_tasks_is_gone_when_the_runtime_is_closed(
+async def test_background_removals_are_done_when_the_runtime_is_closed(
     subject: Subject, here: Engine, proxy: EngineProxy
 ) -> None:
     late = proxy.next(REQUESTS["remove"], "late")
@@ -250,7 +246,7 @@ async def test_a_container_that_has_failed_is_removed_at_once(subject: Subject, 
 
 
 @at_both
-async def test_no_more_than_some_containers_are_removed_beside_the_tasks(
+async def test_the_number_of_background_removals_is_limited(
     subject: Subject, here: Engine, runtime: Runtime, proxy: EngineProxy
 ) -> None:
     late = [proxy.next(REQUESTS["remove"], "late") for _ in range(MOST_REMOVALS)]
@@ -261,7 +257,7 @@ async def test_no_more_than_some_containers_are_removed_beside_the_tasks(
         one.release.set()
 
 
-# What the containers are.
+# The containers.
 
 
 @at_both
@@ -276,7 +272,7 @@ async def test_an_image_may_be_given_by_its_id(
 
 
 @at_both
-async def test_a_container_says_whose_it_is(subject: Subject, here: Engine, runtime: Runtime) -> None:
+async def test_a_container_has_the_label_of_its_pilot(subject: Subject, here: Engine, runtime: Runtime) -> None:
     container = subject.container("sh", "-c", "touch ready; until test -e enough; do sleep 0.01; done")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(runtime.run, container)
@@ -286,7 +282,7 @@ async def test_a_container_says_whose_it_is(subject: Subject, here: Engine, runt
 
 
 @at_both
-async def test_limits_are_the_engines(subject: Subject, runtime: Runtime) -> None:
+async def test_limits_are_set_by_the_engine(subject: Subject, runtime: Runtime) -> None:
     groups = "/sys/fs/cgroup"
     script = f"cat {groups}/memory/memory.limit_in_bytes {groups}/pids/pids.max {groups}/cpu/cpu.cfs_quota_us"
     script_v2 = f"cat {groups}/memory.max {groups}/pids.max; cut -d' ' -f1 {groups}/cpu.max"
@@ -297,13 +293,13 @@ async def test_limits_are_the_engines(subject: Subject, runtime: Runtime) -> Non
 
 
 @at_both
-async def test_death_for_want_of_memory_is_told(subject: Subject, runtime: Runtime) -> None:
+async def test_a_container_that_exceeds_its_memory_ends_out_of_memory(subject: Subject, runtime: Runtime) -> None:
     container = replace(subject.container("tail", "/dev/zero"), limits=Limits(memory=64 * 2**20))
     assert await end_of(runtime, container) == Exit(137, out_of_memory=True)
 
 
 @at_both
-async def test_death_by_sigkill_is_not_for_want_of_memory(subject: Subject, runtime: Runtime) -> None:
+async def test_death_by_sigkill_alone_is_not_out_of_memory(subject: Subject, runtime: Runtime) -> None:
     assert await end_of(runtime, subject.container("sh", "-c", "kill -9 $$")) == Exit(137)
 
 
@@ -328,7 +324,7 @@ async def test_a_task_cannot_undo_its_isolation(subject: Subject, runtime: Runti
 
 
 @at_both
-async def test_of_very_much_output_the_end_is_kept(subject: Subject, runtime: Runtime) -> None:
+async def test_the_end_of_a_very_large_log_is_kept(subject: Subject, runtime: Runtime) -> None:
     container = subject.container("sh", "-c", "dd if=/dev/zero bs=1M count=250 >&2; echo the end >&2; exit 3")
     assert await end_of(runtime, container) == Exit(3)
     assert error_summary(container.stderr).endswith("the end")
@@ -350,19 +346,19 @@ async def test_an_engine_that_is_not_there_is_a_fault(
             pass
 
 
-# An engine that is restarted, away, or stands still.
+# An engine that is restarted, away, or frozen.
 
 
 @pytest.fixture
 def own_docker(image: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """Run a dockerd for one test alone; when it is killed, its successor kills its containers."""
+    """Run a dockerd for one test alone; if it is killed, its successor kills its containers."""
     with of_one_test(engines.docker(image), monkeypatch) as own:
         yield own
 
 
 @pytest.fixture
 def lasting_docker(image: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """Run a dockerd for one test alone, whose containers live on when it does not."""
+    """Run a dockerd for one test alone, whose containers survive it."""
     with of_one_test(engines.docker(image, "--live-restore"), monkeypatch) as own:
         yield own
 
@@ -379,7 +375,7 @@ def of_one_test(opening: AbstractContextManager[Engine], monkeypatch: pytest.Mon
 
 
 class Task:
-    """A container that is told what to do, and its end."""
+    """A container with a script, and its end."""
 
     def __init__(self, directory: Path, script: str) -> None:
         self.container = new_container(directory, ["sh", "-c", f"touch ready; {script}"], image=IMAGE)
@@ -407,7 +403,7 @@ async def running(
         await runtime.prepare(IMAGE)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(task.run, runtime)
-            await until(lambda: task.file("ready").exists() and at.containers("running"))  # and it knows
+            await until(lambda: task.file("ready").exists() and at.containers("running"))  # and the engine has noticed
             yield runtime
 
 
@@ -427,7 +423,7 @@ async def test_a_container_that_outlives_its_engine_is_waited_for_again(
     assert task.container.stdout.read_text() == "said\n"
 
 
-async def test_a_success_is_one_though_the_engine_was_away(lasting_docker: Engine, tmp_path: Path) -> None:
+async def test_a_success_counts_although_the_engine_was_away(lasting_docker: Engine, tmp_path: Path) -> None:
     task = Task(tmp_path, f"{UNTIL_ENOUGH}; touch done")
     async with running(task, lasting_docker):
         lasting_docker.kill()
@@ -438,7 +434,7 @@ async def test_a_success_is_one_though_the_engine_was_away(lasting_docker: Engin
     assert task.end == Exit(0)
 
 
-async def test_a_failure_while_the_engine_was_away_is_the_nodes(lasting_docker: Engine, tmp_path: Path) -> None:
+async def test_a_failure_while_the_engine_was_away_is_a_lost_container(lasting_docker: Engine, tmp_path: Path) -> None:
     task = Task(tmp_path, f"{UNTIL_ENOUGH}; touch done; exit 3")
     async with running(task, lasting_docker):
         lasting_docker.kill()
@@ -460,10 +456,10 @@ async def test_a_container_that_is_gone_with_its_engine_is_lost(own_docker: Engi
     assert after.end == Exit(4)
 
 
-async def test_a_restart_that_nobody_sees_but_by_its_end_is_seen(
+async def test_a_restart_behind_a_waiting_socket_is_noticed(
     own_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As with systemd, which keeps connections for the next engine: it answers as if nothing had been.
+    # As with systemd, which keeps connections for the next engine: it answers as if nothing had happened.
     task = Task(tmp_path, "sleep 1000")
     async with engine_proxy(own_docker.socket, tmp_path) as proxy:
         monkeypatch.setenv("DOCKER_HOST", f"unix://{proxy.socket}")
@@ -475,7 +471,7 @@ async def test_a_restart_that_nobody_sees_but_by_its_end_is_seen(
     assert isinstance(task.end, ContainerLostError)
 
 
-async def test_what_an_engine_that_is_being_stopped_refuses_is_lost(
+async def test_a_refusal_by_an_engine_that_shuts_down_is_a_lost_container(
     own_docker: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused = Task(tmp_path, "exit 4")
@@ -487,14 +483,14 @@ async def test_what_an_engine_that_is_being_stopped_refuses_is_lost(
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(refused.run, runtime)
                 await fault.begun.wait()
-                own_docker.terminate()  # which it was about
+                own_docker.terminate()  # as it was about to
                 fault.release.set()
                 await until(lambda: proxy.refused)
                 own_docker.start()
     assert isinstance(refused.end, ContainerLostError)
 
 
-async def test_what_comes_while_an_engine_is_away_waits_for_it(own_docker: Engine, tmp_path: Path) -> None:
+async def test_a_new_container_waits_for_an_engine_that_is_away(own_docker: Engine, tmp_path: Path) -> None:
     waiting = Task(tmp_path, "exit 4")
     async with docker.open_runtime(OPTIONS) as runtime, trio.open_nursery() as nursery:
         await runtime.prepare(IMAGE)
@@ -518,7 +514,7 @@ async def test_an_engine_that_is_away_for_too_long_is_the_nodes_fault(own_docker
     assert "docker has not been back for 0.5 s (EWMS_PILOT_ENGINE_PATIENCE), is its daemon running?" in str(task.end)
 
 
-async def test_a_container_ends_as_it_does_though_its_engine_stands_still(own_docker: Engine, tmp_path: Path) -> None:
+async def test_the_exit_code_survives_a_frozen_engine(own_docker: Engine, tmp_path: Path) -> None:
     task = Task(tmp_path, f"{UNTIL_ENOUGH}; exit 3")
     async with running(task, own_docker):
         own_docker.freeze()
@@ -529,7 +525,7 @@ async def test_a_container_ends_as_it_does_though_its_engine_stands_still(own_do
     assert task.end == Exit(3)
 
 
-async def test_an_engine_that_stands_still_for_too_long_is_the_nodes_fault(own_docker: Engine, tmp_path: Path) -> None:
+async def test_an_engine_that_is_frozen_for_too_long_is_the_nodes_fault(own_docker: Engine, tmp_path: Path) -> None:
     timeouts = EngineTimeouts(first_ping=0.1, ping=0.2, removal=0.5)
     task = Task(tmp_path, UNTIL_ENOUGH)
     async with running(task, own_docker, replace(OPTIONS, engine_patience=0.5), timeouts):
@@ -541,9 +537,7 @@ async def test_an_engine_that_stands_still_for_too_long_is_the_nodes_fault(own_d
     assert "has not been back for 0.5 s" in str(task.end)
 
 
-async def test_a_deadline_that_passes_while_the_engine_stands_still_is_no_fault_of_the_containers(
-    own_docker: Engine, tmp_path: Path
-) -> None:
+async def test_a_timeout_while_the_engine_is_frozen_is_a_lost_container(own_docker: Engine, tmp_path: Path) -> None:
     timeouts = EngineTimeouts(ping=0.2, removal=0.5)
     first, second = (Task(tmp_path / name, "true") for name in ("first", "second"))
     async with docker.open_runtime(replace(OPTIONS, engine_patience=2), timeouts) as runtime:
@@ -560,9 +554,7 @@ async def test_a_deadline_that_passes_while_the_engine_stands_still_is_no_fault_
     assert "has not been back for 2 s" in str(second.end)
 
 
-async def test_a_deadline_that_passes_while_the_engine_is_gone_is_no_fault_of_the_containers(
-    lasting_docker: Engine, tmp_path: Path
-) -> None:
+async def test_a_timeout_while_the_engine_is_gone_is_a_lost_container(lasting_docker: Engine, tmp_path: Path) -> None:
     task, next_one = Task(tmp_path / "one", UNTIL_ENOUGH), Task(tmp_path / "next", "true")
     async with docker.open_runtime(OPTIONS, EngineTimeouts(removal=0.5)) as runtime:
         await runtime.prepare(IMAGE)
@@ -570,7 +562,7 @@ async def test_a_deadline_that_passes_while_the_engine_is_gone_is_no_fault_of_th
             nursery.start_soon(task.run, runtime)
             await until(task.file("ready").exists)
             lasting_docker.kill()
-            await trio.sleep(0.2)  # that is seen
+            await trio.sleep(0.2)  # the outage is noticed
             nursery.cancel_scope.cancel()
         lasting_docker.start()
         await next_one.run(runtime)
@@ -579,7 +571,7 @@ async def test_a_deadline_that_passes_while_the_engine_is_gone_is_no_fault_of_th
     assert next_one.end == Exit(0)
 
 
-async def test_an_engine_that_stands_still_does_not_hold_the_pilot(own_docker: Engine, tmp_path: Path) -> None:
+async def test_a_frozen_engine_does_not_delay_the_end_of_a_pilot(own_docker: Engine, tmp_path: Path) -> None:
     timeouts = EngineTimeouts(removal=0.5, last_removal=0.5)
     task = Task(tmp_path, UNTIL_ENOUGH)
     with trio.fail_after(PATIENCE), trio.CancelScope() as scope:
@@ -608,13 +600,11 @@ async def test_what_a_pilot_could_not_remove_is_removed_after_its_end(own_docker
         await until(lambda: not own_docker.containers())
         await until(lambda: not pilots.data.exists())
         await until(lambda: not command_line(guardian))
-        with suppress(ChildProcessError):  # it may have become ours
+        with suppress(ChildProcessError):  # it may have become a child of this process
             await trio.to_thread.run_sync(os.waitpid, guardian, 0)
 
 
-async def test_a_container_that_could_not_be_removed_is_as_soon_as_the_engine_goes_on(
-    own_docker: Engine, tmp_path: Path
-) -> None:
+async def test_a_container_is_removed_as_soon_as_the_engine_is_back(own_docker: Engine, tmp_path: Path) -> None:
     task = Task(tmp_path, "sleep 1000")
     async with docker.open_runtime(OPTIONS, EngineTimeouts(removal=0.5)) as runtime:
         async with trio.open_nursery() as nursery:
@@ -638,16 +628,16 @@ async def test_twenty_events_go_through_docker(own_docker: Engine, tmp_path: Pat
 
 
 @pytest.fixture
-def everybodys() -> Iterator[Path]:
-    """Give a directory that any user can reach; pytest's are for one alone."""
+def open_directory() -> Iterator[Path]:
+    """Make a directory that any user can reach; pytest's are for one user."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
         Path(directory).chmod(0o755)
         yield Path(directory)
 
 
-async def test_a_users_own_podman_does_the_same(image: Path, everybodys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = "id -u; touch ready; "
-    ended, endless = (new_container(everybodys, ["sh", "-c", script + end], image=IMAGE) for end in ("exit 3", "sleep 1000"))
+async def test_a_rootless_podman_runs_containers(image: Path, open_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts = (f"id -u; touch ready; {end}" for end in ("exit 3", "sleep 1000"))
+    ended, endless = (new_container(open_directory, ["sh", "-c", script], image=IMAGE) for script in scripts)
     for container in (ended, endless):
         container.scratch.chmod(0o777)
     with of_one_test(engines.rootless_podman(image), monkeypatch) as own:
@@ -686,7 +676,7 @@ def log_in(server: Registry, directory: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @at_both
-async def test_an_image_of_a_registry_where_nobody_has_logged_in_cannot_be_had(runtime: Runtime, private: Registry) -> None:
+async def test_an_image_of_a_private_registry_needs_a_login(runtime: Runtime, private: Registry) -> None:
     with trio.fail_after(PATIENCE), pytest.raises(NodeError, match=f"the image {private.image} could not be pulled"):
         await runtime.prepare(private.image)
 
@@ -694,7 +684,7 @@ async def test_an_image_of_a_registry_where_nobody_has_logged_in_cannot_be_had(r
 @with_timeouts(first_pause=0.01)
 @at_both
 @pytest.mark.usefixtures("login")
-async def test_an_image_is_pulled_from_a_registry_that_wants_patience_and_a_login(
+async def test_an_image_is_pulled_with_a_login_and_despite_a_rate_limit(
     subject: Subject, runtime: Runtime, private: Registry
 ) -> None:
     private.refusals = 1
@@ -707,9 +697,7 @@ async def test_an_image_is_pulled_from_a_registry_that_wants_patience_and_a_logi
 
 @at_both
 @pytest.mark.usefixtures("login")
-async def test_a_pull_that_is_cancelled_ends_at_once_and_can_be_done_again(
-    here: Engine, runtime: Runtime, private: Registry
-) -> None:
+async def test_a_cancelled_pull_ends_at_once_and_can_be_repeated(here: Engine, runtime: Runtime, private: Registry) -> None:
     private.stalling.set()
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
@@ -724,7 +712,7 @@ async def test_a_pull_that_is_cancelled_ends_at_once_and_can_be_done_again(
 
 
 @pytest.mark.parametrize("how", ["kill", "terminate"])
-async def test_a_pull_in_which_the_engine_is_restarted_is_done_again(
+async def test_a_pull_is_repeated_after_a_restart_of_the_engine(
     own_docker: Engine, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     with registry(image, own_docker.registry_port) as server, trio.fail_after(PATIENCE):
@@ -739,7 +727,7 @@ async def test_a_pull_in_which_the_engine_is_restarted_is_done_again(
     assert own_docker.has_image(server.image)
 
 
-# An image that somebody removes, or replaces, while a pilot has nothing to do.
+# An image that is removed or replaced while a pilot is idle.
 
 
 def count(proxy: EngineProxy, what: str) -> int:
@@ -749,7 +737,7 @@ def count(proxy: EngineProxy, what: str) -> int:
 @at_both
 @pytest.mark.parametrize("is_replaced", [False, True])
 @pytest.mark.usefixtures("login")
-async def test_an_image_that_was_removed_is_pulled_again_once_for_all_tasks(
+async def test_a_removed_image_is_pulled_again_once_for_all_tasks(
     subject: Subject,
     here: Engine,
     runtime: Runtime,
@@ -776,7 +764,7 @@ async def test_an_image_that_was_removed_is_pulled_again_once_for_all_tasks(
 
 @at_both
 @pytest.mark.usefixtures("login")
-async def test_an_image_that_was_removed_and_cannot_be_had_again_is_the_nodes_fault(
+async def test_a_removed_image_that_cannot_be_pulled_is_the_nodes_fault(
     subject: Subject, here: Engine, runtime: Runtime, private: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await runtime.prepare(private.image)
@@ -787,7 +775,7 @@ async def test_an_image_that_was_removed_and_cannot_be_had_again_is_the_nodes_fa
 
 
 @at_both
-async def test_a_container_that_is_refused_for_another_reason_is_asked_for_once(
+async def test_a_create_request_refused_for_another_reason_is_not_repeated(
     subject: Subject, runtime: Runtime, proxy: EngineProxy
 ) -> None:
     proxy.next(REQUESTS["create"], "fail").release.set()

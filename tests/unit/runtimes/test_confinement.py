@@ -34,14 +34,14 @@ OTHERS = """\
 
 
 def found(directory: Path, mounts: str, groups: str) -> Mapping[str, tuple[str, bool]]:
-    """Give the group found for each controller, and whether it is of version 2."""
+    """Return the group found for each controller, and whether it is of version 2."""
     (directory / "mountinfo").write_bytes(os.fsencode(OTHERS + mounts))
     (directory / "cgroup").write_bytes(os.fsencode(groups))
     places = hierarchies(directory)
     return {name: (str(place.here), place.unified) for place in places for name in place.controllers}
 
 
-def test_in_version_1_each_controller_has_its_own_place(tmp_path: Path) -> None:
+def test_in_version_1_each_controller_has_its_own_group(tmp_path: Path) -> None:
     groups = "4:memory:/user/me\n3:cpu,cpuacct:/\n2:pids:/user.slice\n1:name=systemd:/x\n0::/x\n"
     assert found(tmp_path, V1, groups) == {
         "memory": ("/sys/fs/cgroup/memory/user/me", False),
@@ -57,7 +57,7 @@ def test_in_version_1_each_controller_has_its_own_place(tmp_path: Path) -> None:
         ("/docker/abc", "/docker/abc", ""),
         ("/docker/abc", "/docker/abc/a job", "a job"),
         ("/", "/caf\udce9", "caf\udce9"),
-        ("/", "/job/trio-pilot-another/pilot", "job"),  # of a pilot that did not go back
+        ("/", "/job/trio-pilot-another/pilot", "job"),  # of a pilot that has not moved back
     ],
 )
 def test_in_version_2_the_controllers_are_those_that_the_group_has(tmp_path: Path, root: str, path: str, here: str) -> None:
@@ -70,19 +70,17 @@ def test_in_version_2_the_controllers_are_those_that_the_group_has(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("root", "path"), [("/docker/abc", "/docker/xyz"), ("/", "/../../other")])
-def test_a_group_that_cannot_be_seen_is_none(tmp_path: Path, root: str, path: str) -> None:
+def test_a_group_outside_of_the_mount_is_not_found(tmp_path: Path, root: str, path: str) -> None:
     (tmp_path / "cgroup.controllers").write_text("memory\n")
     assert found(tmp_path, V2.format(root=root, mount=tmp_path), f"0::{path}\n") == {}
 
 
-def test_where_there_is_nothing_nothing_is_found(tmp_path: Path) -> None:
+def test_without_mounts_or_groups_no_hierarchy_is_found(tmp_path: Path) -> None:
     assert hierarchies(tmp_path) == []
     assert found(tmp_path, "", "0::/\n") == {}
 
 
-def test_what_is_mounted_in_the_place_of_control_groups_is_not_taken_for_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_file_system_is_not_taken_for_control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = Hierarchy(tmp_path, tmp_path, frozenset({"memory"}), unified=False)
     monkeypatch.setattr(cgroups, "hierarchies", lambda: [place])
     groups = cgroups.Groups()
@@ -105,7 +103,7 @@ def test_what_is_mounted_in_the_place_of_control_groups_is_not_taken_for_them(
         (cgroups.pids(10), {"pids.max": "10"}, {"pids.max": "10"}),
     ],
 )
-def test_a_limit_is_written_as_its_controller_says_it(
+def test_a_limit_is_written_in_the_format_of_its_controller(
     tmp_path: Path, setting: cgroups.Setting, v1: Mapping[str, str], v2: Mapping[str, str]
 ) -> None:
     for unified, expected in ((False, v1), (True, v2)):
@@ -116,7 +114,7 @@ def test_a_limit_is_written_as_its_controller_says_it(
         assert {file.name: file.read_text() for file in group.iterdir()} == expected
 
 
-def test_a_machine_that_does_not_count_swap_limits_memory_without_it(tmp_path: Path) -> None:
+def test_memory_is_limited_on_a_machine_that_does_not_count_swap(tmp_path: Path) -> None:
     cgroups.memory(2**30).write(tmp_path, unified=True)
     assert [file.name for file in tmp_path.iterdir()] == ["memory.max"]
 
@@ -134,7 +132,7 @@ def test_a_limit_of_the_pilot_itself_is_not_raised(monkeypatch: pytest.MonkeyPat
     assert steps == ["ulimit -v 1048576", "{ ulimit -u 7 2> /dev/null || ulimit -p 7; }"]
 
 
-def test_cpus_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpus_are_assigned_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 2, 4, 6})
     means = Means(NoGroups())
     assert [means.some_cpus(0.5) for _ in range(3)] == [[0], [2], [4]]
@@ -167,7 +165,7 @@ async def test_check_has_nothing_to_tell_without_limits() -> None:
         await check_limits(Settings(runtime="process"))
 
 
-def test_who_runs_in_the_same_group_is_told_by_descent() -> None:
+def test_relatives_are_found_by_descent() -> None:
     assert is_relative(os.getpid())
     assert is_relative(os.getppid())
     stranger = next(pid for pid in itertools.count(2) if not Path(f"/proc/{pid}").exists())

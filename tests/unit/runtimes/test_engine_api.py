@@ -18,7 +18,7 @@ def answer(content: bytes) -> Answer:
 
 @pytest.mark.parametrize("find", [ContainerState.of, DOCKER.exit_code, PODMAN.exit_code])
 @pytest.mark.parametrize("content", [b"", b"<html>", b"\xff", b"null", b"[]", b"{}", b'"text"', b'{"State": null}'])
-def test_an_answer_that_is_other_than_it_should_be_is_the_nodes_fault(find: Callable[[Any], object], content: bytes) -> None:
+def test_an_answer_of_another_form_is_the_nodes_fault(find: Callable[[Any], object], content: bytes) -> None:
     with pytest.raises(NodeError, match=r"^the engine's answer is not as expected: b"):
         answer(content).read(find)
 

@@ -20,7 +20,7 @@ def order(options: Options, limits: Limits = NO_LIMITS) -> CreateRequest:
     return CreateRequest(container, "trio-pilot-name", "sha256:0", options)
 
 
-def test_a_container_says_whose_it_is_and_where_word_of_that_is_left(tmp_path: Path) -> None:
+def test_labels_name_the_pilot_and_its_data_directory(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(".")
     ordered = order(Options(data_parent=tmp_path / "link"))
     labels = {"trio-pilot.pilot": str(own()), "trio-pilot.data": f"{tmp_path}/ewms-pilot-data", "trio-pilot.event": "name"}
@@ -28,22 +28,22 @@ def test_a_container_says_whose_it_is_and_where_word_of_that_is_left(tmp_path: P
 
 
 @pytest.mark.parametrize(("said", "prefix"), [("1.40", "/v1.40"), ("1.41", "/v1.41"), ("1.51", "/v1.51"), ("2.0", "/v1.51")])
-def test_the_lower_version_of_dockers_and_ours_is_spoken(said: str, prefix: str) -> None:
+def test_the_newest_version_that_both_sides_support_is_used(said: str, prefix: str) -> None:
     assert docker.prefix({"api-version": said}) == prefix
 
 
-def test_a_docker_that_is_too_old_is_told_so() -> None:
+def test_a_docker_that_is_too_old_is_an_error() -> None:
     with pytest.raises(NodeError, match=r"^docker is too old: it speaks API version 1\.39, and 1\.40 "):
         docker.prefix({"api-version": "1.39"})
 
 
 @pytest.mark.parametrize("headers", [{}, {"api-version": "new"}])
-def test_what_is_no_docker_is_told_so(headers: dict[str, str]) -> None:
+def test_a_server_other_than_docker_is_an_error(headers: dict[str, str]) -> None:
     with pytest.raises(NodeError, match=r"^this is no docker"):
         docker.prefix(headers)
 
 
-def test_a_podman_that_is_too_old_and_a_docker_are_told_so() -> None:
+def test_a_podman_that_is_too_old_and_a_docker_are_errors() -> None:
     assert podman.prefix({"libpod-api-version": "5.2.1"}) == "/v4.0.0/libpod"
     with pytest.raises(NodeError, match=r"^podman is too old: it is version 3\.4\.4"):
         podman.prefix({"libpod-api-version": "3.4.4"})
@@ -60,7 +60,7 @@ def test_a_podman_that_is_too_old_and_a_docker_are_told_so() -> None:
         ("mine", {"nsmode": "bridge"}, {"mine": {}}),
     ],
 )
-def test_a_network_is_a_mode_of_podmans_or_the_name_of_one(network: str, mode: object, named: object) -> None:
+def test_a_network_is_a_mode_of_podman_or_the_name_of_a_network(network: str, mode: object, named: object) -> None:
     spec = podman.spec(order(Options(network=network)))
     assert spec["netns"] == mode
     assert spec.get("networks") == named
@@ -69,7 +69,7 @@ def test_a_network_is_a_mode_of_podmans_or_the_name_of_one(network: str, mode: o
 @pytest.mark.parametrize(
     ("spec", "entrypoint", "command"), [(docker.spec, "Entrypoint", "Cmd"), (podman.spec, "entrypoint", "command")]
 )
-def test_a_plain_container_has_its_arguments_in_the_place_of_the_images_entrypoint(
+def test_a_plain_container_replaces_the_entrypoint_of_its_image(
     spec: Callable[[CreateRequest], Mapping[str, Any]], entrypoint: str, command: str
 ) -> None:
     as_usual = order(Options())
@@ -78,7 +78,7 @@ def test_a_plain_container_has_its_arguments_in_the_place_of_the_images_entrypoi
     assert (spec(plain)[entrypoint], command in spec(plain)) == (("true",), False)
 
 
-def test_what_is_not_wanted_is_not_said() -> None:
+def test_options_that_are_not_set_are_not_sent() -> None:
     said = docker.spec(order(Options()))
     assert said["NetworkDisabled"] is False
     assert not {"ShmSize", "Memory", "MemorySwap", "NanoCpus", "PidsLimit"} & said["HostConfig"].keys()
@@ -96,7 +96,7 @@ def test_memory_is_limited_together_with_swap() -> None:
     }
 
 
-def test_a_socket_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_can_name_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("DOCKER_HOST", "CONTAINER_HOST", "XDG_RUNTIME_DIR"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr("os.geteuid", lambda: 1234)

@@ -69,7 +69,7 @@ async def test_a_request_comes_in_one_piece(tmp_path: Path) -> None:
     assert body == b'{"Image": "one"}'
 
 
-async def test_requests_at_once_have_a_connection_each(tmp_path: Path) -> None:
+async def test_concurrent_requests_have_a_connection_each(tmp_path: Path) -> None:
     server = Server(*[ANSWER] * 6)
     async with talking_to(server, tmp_path) as connections:
         for _ in range(2):
@@ -79,7 +79,7 @@ async def test_requests_at_once_have_a_connection_each(tmp_path: Path) -> None:
     assert sorted(number for number, _ in server.asked) == [1, 1, 2, 2, 3, 3]
 
 
-async def test_a_connection_that_was_lost_meanwhile_is_replaced(tmp_path: Path) -> None:
+async def test_a_connection_that_was_closed_meanwhile_is_replaced(tmp_path: Path) -> None:
     server = Server(ANSWER, ANSWER, hangs_up_after=1)
     async with talking_to(server, tmp_path) as connections:
         await connections.ask("GET", "/", b"")
@@ -106,7 +106,7 @@ async def test_a_connection_that_the_engine_wants_to_close_is_closed(tmp_path: P
         (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "illegal status line"),
     ],
 )
-async def test_who_hangs_up_or_speaks_otherwise_is_lost(tmp_path: Path, answer: bytes, error: str) -> None:
+async def test_an_answer_that_is_cut_off_or_not_http_is_a_lost_connection(tmp_path: Path, answer: bytes, error: str) -> None:
     async with talking_to(Server(answer, ANSWER, hangs_up_after=1), tmp_path) as connections:
         with pytest.raises(trio.BrokenResourceError, match=error):
             await connections.ask("GET", "/", b"")
@@ -114,7 +114,7 @@ async def test_who_hangs_up_or_speaks_otherwise_is_lost(tmp_path: Path, answer: 
 
 
 @pytest.mark.parametrize("answer", [b"", ANSWER[:-1]])
-async def test_who_is_cancelled_hangs_up(tmp_path: Path, answer: bytes) -> None:
+async def test_a_cancelled_request_closes_its_connection(tmp_path: Path, answer: bytes) -> None:
     server = Server(answer)
     async with talking_to(server, tmp_path) as connections:
         async with trio.open_nursery() as nursery:
@@ -125,6 +125,6 @@ async def test_who_is_cancelled_hangs_up(tmp_path: Path, answer: bytes) -> None:
         await server.ended.wait()
 
 
-async def test_where_nobody_listens_there_is_no_connection(tmp_path: Path) -> None:
+async def test_a_socket_without_a_server_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(NoConnectionError, match="No such file"):
         await EngineConnections(tmp_path / "socket").ask("GET", "/", b"")

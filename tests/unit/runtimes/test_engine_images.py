@@ -28,7 +28,7 @@ async def send(stream: trio.SocketStream, status: str, body: bytes) -> None:
 
 
 def lines(*said: object, end: bytes = b"0\r\n\r\n") -> Reply:
-    """Reply with a stream of JSON, in pieces that are no lines."""
+    """Reply with a stream of JSON, in pieces other than lines."""
     text = b"".join(json.dumps(one).encode() + b"\r\n" for one in said)
 
     async def reply(stream: trio.SocketStream) -> None:
@@ -53,7 +53,7 @@ async def silence(_stream: trio.SocketStream) -> None:
 
 
 class FakeEngine:
-    """Has no image until a pull has gone to its end."""
+    """An engine that has no image until a pull is complete."""
 
     def __init__(self, replies: Iterable[Reply]) -> None:
         self.heads: list[bytes] = []
@@ -62,7 +62,7 @@ class FakeEngine:
 
     @property
     def asked(self) -> list[str]:
-        """List what it was asked, but for pings: such is the price of a connection that closes just as it is used again."""
+        """List the requests other than pings, which depend on when a connection is closed."""
         lines = [head.split(b" HTTP/1.1")[0].decode() for head in self.heads]
         return [line for line in lines if line != "GET /_ping"]
 
@@ -113,7 +113,7 @@ async def test_an_image_that_is_not_there_is_pulled(tmp_path: Path) -> None:
     assert engine.asked == [look, "POST /images/create?fromImage=debian%3A12", look, look]
 
 
-async def test_a_private_image_is_pulled_as_who_has_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_private_image_is_pulled_with_the_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))
     (tmp_path / "auth.json").write_text(json.dumps({"auths": {"here:5000": {"auth": b64encode(b"me:a:b").decode()}}}))
     async with fake(tmp_path, lines(DONE)) as (engine, outages):
@@ -138,21 +138,21 @@ def test_a_name_without_a_tag_means_the_latest(image: str, name: str) -> None:
     assert tagged(image) == name
 
 
-async def test_an_image_whose_name_no_engine_can_be_told_is_not_asked_for(tmp_path: Path) -> None:
+async def test_an_image_name_that_is_not_utf_8_is_an_error(tmp_path: Path) -> None:
     async with fake(tmp_path) as (engine, outages):
         with pytest.raises(NodeError, match=r"^the image 'a\\udcff' must have a name in UTF-8: "):
             await prepare(outages, "a\udcff")
     assert engine.asked == []
 
 
-async def test_what_may_be_an_id_and_is_none_means_the_latest(tmp_path: Path) -> None:
+async def test_a_name_that_looks_like_an_id_may_be_a_name(tmp_path: Path) -> None:
     async with fake(tmp_path, lines(DONE)) as (engine, outages):
         assert await prepare(outages, "deadbeefcafe") == ID
     given, look = "GET /images/deadbeefcafe/json", "GET /images/deadbeefcafe:latest/json"
     assert engine.asked == [given, look, "POST /images/create?fromImage=deadbeefcafe%3Alatest", look]
 
 
-async def test_a_name_of_few_letters_is_no_id_of_an_image_that_begins_so(tmp_path: Path) -> None:
+async def test_a_short_name_is_not_taken_for_the_beginning_of_an_id(tmp_path: Path) -> None:
     async with fake(tmp_path, lines(DONE)) as (engine, outages):
         assert await prepare(outages, "cafe") == ID
     assert "GET /images/cafe/json" not in engine.asked
@@ -177,7 +177,7 @@ async def test_progress_is_logged_at_intervals(tmp_path: Path, caplog: pytest.Lo
         (lines(["not", "an", "object"]), 'the engine says b\'["not", "an", "object"]'),
     ],
 )
-async def test_an_error_is_told_in_the_engines_words_and_at_once(tmp_path: Path, reply: Reply, words: str) -> None:
+async def test_an_error_of_a_pull_is_the_engines_and_is_not_retried(tmp_path: Path, reply: Reply, words: str) -> None:
     async with fake(tmp_path, reply) as (engine, outages):
         assert (await failure(outages)).startswith(f"the image debian:12 could not be pulled: {words}")
     assert len(engine.asked) == 2
@@ -186,13 +186,13 @@ async def test_an_error_is_told_in_the_engines_words_and_at_once(tmp_path: Path,
 DROPPED = lines(LAYER, end=b"")
 
 
-async def test_an_engine_that_is_restarted_in_the_middle_of_a_pull_pulls_again(tmp_path: Path) -> None:
+async def test_a_pull_is_repeated_after_a_restart_of_the_engine(tmp_path: Path) -> None:
     async with fake(tmp_path, DROPPED, DROPPED, lines(DONE)) as (engine, outages):
         assert await prepare(outages) == ID
     assert len(engine.asked) == 1 + 3 + 1
 
 
-async def test_a_pull_in_which_the_engine_is_lost_each_time_is_an_error(tmp_path: Path) -> None:
+async def test_a_pull_that_always_loses_the_engine_fails(tmp_path: Path) -> None:
     async with fake(tmp_path, *[DROPPED] * 100) as (engine, outages):
         assert "did not pull the image debian:12" in await failure(outages)
     assert len(engine.asked) == 1 + MOST_OUTAGES + 1

@@ -44,13 +44,13 @@ def test_the_registry_of_an_image(image: str, registry: str) -> None:
     assert registry_of(image) == registry
 
 
-def test_without_a_login_nothing_is_said(home: Path) -> None:
+def test_without_a_login_there_is_no_header(home: Path) -> None:
     assert login_header("debian:12") == {}
     write(home / ".docker/config.json", {"auths": {"elsewhere.example.org": {"auth": ME}}})
     assert login_header("debian:12") == {}
 
 
-def test_a_home_that_we_may_not_enter_has_no_logins(locked: Path, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+def test_a_locked_home_directory_has_no_logins(locked: Path, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     del home
     monkeypatch.setenv("HOME", str(locked))
     with as_nobody():
@@ -58,23 +58,23 @@ def test_a_home_that_we_may_not_enter_has_no_logins(locked: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("content", [{}, {"auths": {"docker.io": {}}}, {"credsStore": "secretservice"}])
-def test_what_others_keep_is_not_asked_for(home: Path, content: Any) -> None:
+def test_credentials_of_helper_programs_are_not_used(home: Path, content: Any) -> None:
     write(home / ".docker/config.json", content)
     assert login_header("debian:12") == {}
 
 
 @pytest.mark.parametrize("entry", ["docker.io", HUBS_ENTRY])
-def test_the_login_of_dockers_own_registry_is_known_by_either_name(home: Path, entry: str) -> None:
+def test_the_login_of_dockers_own_registry_has_two_names(home: Path, entry: str) -> None:
     write(home / ".docker/config.json", {"auths": {entry: {"auth": ME}}})
     assert login("debian:12") == {"username": "me", "password": "secret", "serveraddress": "docker.io"}
 
 
-def test_a_token_goes_before_a_password(home: Path) -> None:
+def test_a_token_is_preferred_to_a_password(home: Path) -> None:
     write(home / ".docker/config.json", {"auths": {"a.example.org": {"auth": ME, "identitytoken": "it"}}})
     assert login("a.example.org/b") == {"identitytoken": "it", "serveraddress": "a.example.org"}
 
 
-def test_the_first_file_with_a_login_counts(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_file_with_a_login_is_used(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(home / "run"))
     write(home / "run/containers/auth.json", {"auths": {"a.example.org": {"auth": b64encode(b"podman:x").decode()}}})
     write(home / ".docker/config.json", {"auths": {name: {"auth": ME} for name in ("a.example.org", "b.example.org")}})
@@ -83,7 +83,7 @@ def test_the_first_file_with_a_login_counts(home: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("text", ["{", '{"auths": {"docker.io": {"auth": "?"}}}', '{"auths": {"docker.io": "me"}}', "\xff"])
-def test_a_file_that_cannot_be_understood_is_named(home: Path, text: str) -> None:
+def test_a_malformed_file_of_logins_is_an_error_that_names_it(home: Path, text: str) -> None:
     (home / ".docker").mkdir()
     (home / ".docker/config.json").write_text(text, "latin-1")
     with pytest.raises(NodeError, match=r"the logins in .*config.json cannot be read"):

@@ -48,7 +48,7 @@ def families(broken: Collection[str] = ()) -> Families:
         ("", OPTIONS, ["bubblewrap", "process"]),
     ],
 )
-async def test_auto_is_the_first_that_works_and_can_have_the_image(
+async def test_auto_is_the_first_that_works_and_can_run_the_image(
     tmp_path: Path, image: str, options: Options, order: list[str]
 ) -> None:
     (tmp_path / "image.sif").touch()
@@ -66,7 +66,7 @@ async def test_auto_is_the_first_that_works_and_can_have_the_image(
 
 
 @pytest.mark.parametrize("name", NAMES)
-async def test_a_runtime_that_is_named_is_taken(name: str) -> None:
+async def test_a_runtime_that_is_named_is_used(name: str) -> None:
     async with open_runtime(name, "an:image", OPTIONS, families()) as runtime:
         assert runtime.name == name
 
