@@ -1,4 +1,4 @@
-"""Cancel scopes that trio does not have."""
+"""A cancel scope that trio does not have."""
 
 import math
 from collections.abc import Iterator
@@ -8,34 +8,34 @@ import trio
 
 
 class GracePeriod:
-    """Lets what is almost done, and would be lost, go on for a while after all around it was cancelled."""
+    """Lets work that is almost done go on for a while after everything around it was cancelled: it would be lost."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._deadline = math.inf
-        self._sheltered: set[trio.CancelScope] = set()
+        self._shielded: set[trio.CancelScope] = set()
         self._watching = trio.CancelScope()
 
     async def watch(self) -> None:
-        """Watch for the cancelling: run this beside the tasks that are to be sheltered from it."""
+        """Wait to be cancelled, or closed. Runs beside the tasks, which are cancelled at the same time."""
         with self._watching:
             try:
                 await trio.sleep_forever()
             finally:
                 self._deadline = trio.current_time() + self._seconds
-                for scope in self._sheltered:
+                for scope in self._shielded:
                     scope.deadline = self._deadline
 
     def close(self) -> None:
-        """End the watch: there is nothing left to shelter."""
+        """End `watch`: no task runs any more."""
         self._watching.cancel()
 
     @contextmanager
     def linger(self) -> Iterator[trio.CancelScope]:
-        """Shield the body; from the moment the watch is cancelled, for so many seconds more."""
+        """Shield the body from cancellation, until `seconds` after `watch` was cancelled."""
         with trio.CancelScope(shield=True, deadline=self._deadline) as scope:
-            self._sheltered.add(scope)
+            self._shielded.add(scope)
             try:
                 yield scope
             finally:
-                self._sheltered.discard(scope)
+                self._shielded.discard(scope)

@@ -63,7 +63,7 @@ def test_of_a_traceback_the_end_is_told(proxy: ChirpProxy) -> None:
 def test_what_is_refused_keeps_back_nothing_else(proxy: ChirpProxy) -> None:
     proxy.refused = {NAME}
     told: dict[str, Value] = {}
-    with pytest.raises(ReportError, match=r"refuses 1 of our attributes .*WantIO.*, such as HTChirpEWMSPilotError: "):
+    with pytest.raises(ReportError, match=r"refuses 1 attribute\(s\) .*WantIO.*, such as HTChirpEWMSPilotError: "):
         say("JOB_ATTR", {NAME: "x", "HTChirpEWMSPilotTasksTotal": 1}, told, 5)
     assert told == {"HTChirpEWMSPilotTasksTotal": 1}
 

@@ -144,7 +144,7 @@ async def test_what_was_not_told_is_told_later_and_the_fault_is_logged_once(
             chirp.fault = None
             await trio.sleep(10)
             assert chirp.values("Status") == ["Started"]
-    assert caplog.messages == ["no proxy; tasks do not suffer from it, and this is said once"]
+    assert caplog.messages == ["no proxy; tasks go on, and further failures to report are not logged"]
 
 
 async def test_a_proxy_that_hangs_keeps_neither_tasks_nor_the_end(reported: Lab, chirp: FakeChirp) -> None:

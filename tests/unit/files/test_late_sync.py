@@ -39,9 +39,7 @@ async def test_an_output_that_is_confirmed_late_is_synced_once(lab: Lab, synced:
     assert lab.outputs() == ["1"]
 
 
-async def test_an_output_that_is_sent_in_the_meantime_is_not_synced(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_output_that_is_sent_in_the_meantime_is_not_synced(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[object] = []
 
     async def slowly(function: object, path: Path, *, abandon_on_cancel: bool) -> None:
