@@ -73,5 +73,5 @@ def test_lines_that_are_not_read_are_kept_up_to_a_limit() -> None:
 
 def test_a_stream_without_a_file_is_written_to() -> None:
     stream = io.StringIO()
-    NonBlockingHandler(stream).emit(record("said"))
-    assert stream.getvalue() == "said\n"
+    NonBlockingHandler(stream).emit(record("a line"))
+    assert stream.getvalue() == "a line\n"

@@ -28,8 +28,8 @@ Value = int | str | BaseException  # an exception stands for its traceback
 HINT = "(has the job +WantIOProxy = true?)"
 
 
-def tell(destination: str, attributes: Iterable[tuple[str, Value]], told: dict[str, Value], seconds: float) -> None:
-    """Report attributes of this job to HTCondor within `seconds`; add those that were reported to `told`.
+def report(destination: str, attributes: Iterable[tuple[str, Value]], reported: dict[str, Value], seconds: float) -> None:
+    """Report attributes of this job to HTCondor within `seconds`; add those that were reported to `reported`.
 
     Raises:
         ReportError: Not all of them could be reported.
@@ -39,15 +39,15 @@ def tell(destination: str, attributes: Iterable[tuple[str, Value]], told: dict[s
     with map_exceptions(foreign, f"cannot report to HTCondor {HINT}"), _connect(seconds) as proxy:
         for name, value in attributes:
             try:
-                _tell_one(proxy, destination, name, value)
-                told[name] = value
+                _report_one(proxy, destination, name, value)
+                reported[name] = value
             except HTChirp.ChirpError as error:  # only this one is refused: the others may be accepted
                 refused.append(f"{name}: {error}")
     if refused:
         raise ReportError(f"HTCondor refuses {len(refused)} attribute(s) {HINT}, such as {refused[0]}")
 
 
-def _tell_one(proxy: HTChirp, destination: str, name: str, value: Value) -> None:
+def _report_one(proxy: HTChirp, destination: str, name: str, value: Value) -> None:
     text, is_traceback = str(value), isinstance(value, BaseException)
     if isinstance(value, BaseException):
         text = "".join(traceback.format_exception(value))

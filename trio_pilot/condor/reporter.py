@@ -24,12 +24,12 @@ PREFIX = "HTChirpEWMSPilot"
 ERROR, TRACEBACK, LAST_UPDATED = (PREFIX + name for name in ("Error", "ErrorTraceback", "LastUpdatedTimestamp"))
 
 LEAST_INTERVAL = 1.0  # seconds between two reports of counts, even if less is set
-TELL_TIMEOUT = 10.0  # seconds for one report
+REPORT_TIMEOUT = 10.0  # seconds for one report
 LAST_TIMEOUT = 3.0  # seconds at the end: half for a report that is being sent, half for the last one
 MOST_ERRORS = 20  # different errors that are reported at once, and remembered so as not to be reported again
 
 Value = int | str | BaseException  # an exception stands for its traceback
-Tell = Callable[[Mapping[str, Value], dict[str, Value]], Awaitable[None]]
+Send = Callable[[Mapping[str, Value], dict[str, Value]], Awaitable[None]]
 
 
 @asynccontextmanager
@@ -39,27 +39,27 @@ async def open_reporter(settings: Settings, status: Status) -> AsyncIterator[Non
         yield
         return
     # One thread may have been given up when the last report is sent.
-    tell = partial(_tell_in_thread, settings.htchirp_dest, trio.CapacityLimiter(2))
-    async with Reporter(status, tell, settings.htchirp_ratelimit_interval).open():
+    send = partial(_send_in_thread, settings.htchirp_dest, trio.CapacityLimiter(2))
+    async with Reporter(status, send, settings.htchirp_ratelimit_interval).open():
         yield
 
 
-async def _tell_in_thread(
-    destination: str, threads: trio.CapacityLimiter, news: Mapping[str, Value], told: dict[str, Value]
+async def _send_in_thread(
+    destination: str, threads: trio.CapacityLimiter, changes: Mapping[str, Value], reported: dict[str, Value]
 ) -> None:
     """Report in a thread. If cancelled, leave the thread alone: it sends no more lines, and ends at its deadline."""
     is_given_up = threading.Event()
-    wanted = takewhile(lambda _: not is_given_up.is_set(), news.items())
+    wanted = takewhile(lambda _: not is_given_up.is_set(), changes.items())
     try:
-        await trio.to_thread.run_sync(_tell, destination, wanted, told, abandon_on_cancel=True, limiter=threads)
+        await trio.to_thread.run_sync(_send, destination, wanted, reported, abandon_on_cancel=True, limiter=threads)
     finally:
         is_given_up.set()
 
 
-def _tell(destination: str, news: Iterable[tuple[str, Value]], told: dict[str, Value]) -> None:
-    from trio_pilot.condor.chirp import tell  # imported late: it takes long to load
+def _send(destination: str, changes: Iterable[tuple[str, Value]], reported: dict[str, Value]) -> None:
+    from trio_pilot.condor.chirp import report  # imported late: it takes long to load
 
-    tell(destination, news, told, TELL_TIMEOUT)
+    report(destination, changes, reported, REPORT_TIMEOUT)
 
 
 def attributes(status: Status) -> Iterator[tuple[str, int | str]]:
@@ -85,12 +85,12 @@ def attributes(status: Status) -> Iterator[tuple[str, int | str]]:
 class Reporter:
     """Reports what has changed since the last report."""
 
-    def __init__(self, status: Status, tell: Tell, interval: float) -> None:
-        """Report through `tell(news, told)`: it adds to `told` what was reported, and raises ReportError if not all was."""
+    def __init__(self, status: Status, send: Send, interval: float) -> None:
+        """Report through `send(changes, reported)`: it updates `reported`, and raises ReportError if something is missing."""
         self._status = status
-        self._tell = tell
+        self._send = send
         self._interval = max(interval, LEAST_INTERVAL)
-        self._told: dict[str, Value] = {}
+        self._reported: dict[str, Value] = {}
         self._errors: deque[str] = deque(maxlen=MOST_ERRORS)
         self._has_logged_fault = False
         self._ends, self._has_ended = trio.Event(), trio.Event()
@@ -131,24 +131,24 @@ class Reporter:
 
     async def _report(self) -> None:
         """Report what has changed; what cannot be reported now goes with the next report."""
-        news = self._news()
-        if not news.keys() - {LAST_UPDATED}:
+        changes = self._changes()
+        if not changes.keys() - {LAST_UPDATED}:
             return
         try:
-            await self._tell(news, self._told)
+            await self._send(changes, self._reported)
         except ReportError as error:
             self._log_fault(error)
-        text = self._told.get(ERROR)
+        text = self._reported.get(ERROR)
         if isinstance(text, str) and text not in self._errors:
             self._errors.append(text)
 
-    def _news(self) -> dict[str, Value]:
+    def _changes(self) -> dict[str, Value]:
         report: dict[str, Value] = {PREFIX + name: value for name, value in attributes(self._status)}
         error = self._status.error.value
         if error and error_text(error) not in self._errors:
             report |= {ERROR: error_text(error), TRACEBACK: error}
         report[LAST_UPDATED] = int(time.time())
-        return {name: value for name, value in report.items() if self._told.get(name) != value}
+        return {name: value for name, value in report.items() if self._reported.get(name) != value}
 
     def _log_fault(self, error: ReportError) -> None:
         if not self._has_logged_fault:
