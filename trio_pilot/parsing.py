@@ -186,9 +186,9 @@ def variables(raw: Any) -> Mapping[str, str]:
         raise ValueError("must be a JSON object")
     for name, one in value.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError(f"must have names of letters, digits and _ only: {name!r} is none")
+            raise ValueError(f"must have names of letters, digits and _ only, not {name!r}")
         if not isinstance(one, str | int | float) or "\0" in str(one):
-            raise ValueError(f"must have strings, numbers or booleans as values: that of {name} is none")
+            raise ValueError(f"must have strings, numbers or booleans as values, unlike {name}")
     return {name: str(one) for name, one in value.items()}
 
 

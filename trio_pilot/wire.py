@@ -37,7 +37,7 @@ class Wire(Protocol):
     """A format of message bodies. Encoding and decoding a large body may take long: do it in a thread then."""
 
     def size(self, body: bytes) -> float:
-        """Return how many bytes a body has when it is decompressed; infinity if it does not tell."""
+        """Return how many bytes a body has when it is decompressed; infinity if that is unknown."""
 
     def encode(self, message: Message) -> bytes:
         """Encode a body, or raise EncodeError."""

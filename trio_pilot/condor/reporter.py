@@ -86,7 +86,7 @@ class Reporter:
     """Reports what has changed since the last report."""
 
     def __init__(self, status: Status, send: Send, interval: float) -> None:
-        """Report through `send(changes, reported)`: it updates `reported`, and raises ReportError if something is missing."""
+        """Report through `send(changes, reported)`, which updates `reported`, and raises ReportError if not all was sent."""
         self._status = status
         self._send = send
         self._interval = max(interval, LEAST_INTERVAL)
