@@ -21,7 +21,7 @@ WIRE = EwmsWire()
 
 
 def sample(name: str) -> tuple[bytes, Any, Any]:
-    """Give the body, the data that the real client was given, and the headers that it added."""
+    """Return the body, the data that was passed to the real client, and the headers that it added."""
     body = (WIRE_SAMPLES / f"{name}.bin").read_bytes()
     headers = json.loads(zstandard.decompress(body))["headers"]
     return body, json.loads((WIRE_SAMPLES / f"{name}.json").read_text()), headers
@@ -33,7 +33,7 @@ def packed(document: Any, *, with_size: bool = True) -> bytes:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Compare with NaN equal to itself."""
+    """Return whether two values are equal, NaN and NaN too."""
     return json.dumps(one) == json.dumps(other)
 
 
@@ -178,7 +178,7 @@ from trio_pilot.errors import DecodeError
 from trio_pilot.wire import EwmsWire
 
 def peak():
-    # Not ru_maxrss: a child begins with its parent's.
+    # Not ru_maxrss: a child inherits the value of its parent.
     return int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 with open(sys.argv[1], "rb") as file:

@@ -107,7 +107,7 @@ def test_the_tightest_group_counts(
     (tmp_path / "a/b").mkdir(parents=True)
     for name, text in files.items():
         (tmp_path / name).write_text(f"{text}\n")
-    (tmp_path.parent / "memory.max").write_text("1")  # outside
+    (tmp_path.parent / "memory.max").write_text("1")  # of a group outside the mount
     found = Hierarchy(tmp_path, tmp_path / "a/b", frozenset({"memory", "cpu"}), unified)
     monkeypatch.setattr(cgroup_limits, "hierarchies", lambda: [found])
     assert (cgroup_limits.most_cpus(), cgroup_limits.most_memory()) == (cpus, memory)

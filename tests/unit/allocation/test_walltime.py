@@ -24,7 +24,7 @@ pytestmark = pytest.mark.mock_clock
 
 NOW = 1_800_000_000.0
 QUEUES = {"queue_incoming": "in", "queue_outgoing": "out"}
-LAST = 2 + LAST_STEPS  # seconds before the end of the slot in which no task runs
+LAST = 2 + LAST_STEPS  # seconds before the end of the job in which no task runs
 
 
 def end_of(environ: Mapping[str, str], **texts: str) -> End | None:
@@ -55,7 +55,7 @@ async def test_an_end_beyond_the_calendar_is_ignored() -> None:
         ({"until": "2027-01-15T08:01:00+00:00"}, NOW + 60),
         ({"max_runtime": "90"}, NOW + 90),
         ({"max_runtime": "90", "until": "1800000600"}, NOW + 90),
-        ({"until": "1"}, 1),  # the user is believed
+        ({"until": "1"}, 1),  # set by the user, although it is past
     ],
 )
 async def test_the_user_may_set_the_end(texts: dict[str, str], at: float) -> None:
@@ -74,7 +74,13 @@ async def test_the_user_may_set_the_end(texts: dict[str, str], at: float) -> Non
         ([], [f"GLIDEIN_ToDie = {NOW + 50:.0f}", f"GLIDEIN_ToRetire = {NOW + 5:.0f}"], {}, 50, "GLIDEIN_ToDie"),
         ([], [f"GLIDEIN_ToRetire = {NOW + 5:.0f}"], {}, 5, "GLIDEIN_ToRetire"),
         ([], [], {"GLIDEIN_ToDie": f"{NOW + 70:.0f}"}, 70, "GLIDEIN_ToDie"),
-        (["OriginalTime = 3600"], [], {"GLIDEIN_ToDie": f"{NOW - 1:.0f}"}, 3600, "OriginalTime of the job"),  # not true
+        (
+            ["OriginalTime = 3600"],
+            [],
+            {"GLIDEIN_ToDie": f"{NOW - 1:.0f}"},
+            3600,
+            "OriginalTime of the job",
+        ),  # past, so it is wrong
     ],
 )
 async def test_the_earliest_end_that_htcondor_reports_counts(
@@ -112,7 +118,7 @@ def time_left(seconds: float, *seen: float, task_timeout: float | None = None) -
     [
         ([], None, 1000),
         ([], 100.0, 900),
-        ([], 900.0, 500),  # of which nothing is known: not to be waited for at the cost of all
+        ([], 900.0, 500),  # nothing else is known: at most half of the time is reserved
         ([10.0] * 99 + [500.0], None, 990),
         ([10.0] * 9 + [500.0], None, 500),
         ([10.0] * 9 + [500.0], 200.0, 800),

@@ -95,7 +95,7 @@ async def test_a_limited_number_of_different_errors_is_reported_at_once(chirp: F
         for number in range(1000):
             await trio.sleep(0.1)
             status.fail(ContainerRunError(f"number {number}"))
-    assert len(chirp.values("Error")) == MOST_ERRORS + 1 + 1  # one at the next interval, and the last
+    assert len(chirp.values("Error")) == MOST_ERRORS + 1 + 1  # one at the next interval, and one in the last report
 
 
 async def test_the_error_of_the_init_container_is_reported(reported: Lab, chirp: FakeChirp) -> None:

@@ -57,7 +57,7 @@ def test_a_directory_made_by_hand_stays(tmp_path: Path) -> None:
     with open_data_directory(tmp_path, []), open_data_directory(tmp_path, []):
         pass
     assert (tmp_path / "ewms-pilot-data").is_dir()
-    with open_data_directory(tmp_path, []) as data_directory:  # and is still known to be one
+    with open_data_directory(tmp_path, []) as data_directory:  # and still counts as one
         assert data_directory.data_hub.is_dir()
     assert (tmp_path / "ewms-pilot-data").is_dir()
 

@@ -17,7 +17,7 @@ from trio_pilot.errors import DecodeError, NodeError, OutfileError
 from trio_pilot.files import task_directory
 from trio_pilot.files.task_directory import TaskFiles
 
-MOST = 1000  # bytes of an output file, here
+MOST = 1000  # bytes of an output file in these tests
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_a_directory_for_any_user_is_closed_to_others_of_this_machine(tmp_path: 
     assert [stat.S_IMODE(path.stat().st_mode) for path in (files.root, files.io, files.scratch)] == [0o700, 0o777, 0o1777]
 
 
-# What goes in.
+# Input files.
 
 
 def staged(files: TaskFiles, data: Any) -> bytes:
@@ -91,7 +91,7 @@ def test_a_full_disk_is_a_node_error(tmp_path: Path) -> None:
             task_directory.write_infile(files, b"x" * 100_000)
 
 
-# What comes out.
+# Output files.
 
 
 def outfile(files: TaskFiles) -> Path:
@@ -254,7 +254,7 @@ def test_files_of_others_that_cannot_be_removed_are_only_logged(open_to_all: Pat
 def test_a_thousand_nested_directories_are_removed(
     open_to_all: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, mode: int
 ) -> None:
-    monkeypatch.delenv("PATH")  # which the guardian does not have either
+    monkeypatch.delenv("PATH")  # the guardian has none either
     files = TaskFiles(open_to_all / "task", "in", "out")
     try:
         with as_nobody():
@@ -270,7 +270,7 @@ def test_a_thousand_nested_directories_are_removed(
 
 
 def nest(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make directories in each other, and go into the last."""
+    """Make nested directories, and change to the innermost."""
     monkeypatch.chdir(directory)
     for _ in range(1500):
         Path("d").mkdir()
@@ -283,7 +283,7 @@ def test_removing_a_directory_that_is_gone_is_no_error(files: TaskFiles, caplog:
     assert caplog.text == ""
 
 
-# Keeping them.
+# Keeping files.
 
 
 def entries(files: TaskFiles) -> set[str]:
@@ -317,7 +317,7 @@ def test_the_directory_of_a_task_that_was_never_started_is_not_kept(files: TaskF
     task_directory.write_infile(files, "event")
     task_directory.keep_only_files(files)
     assert not files.root.exists()
-    task_directory.keep_only_files(files)  # which is no error
+    task_directory.keep_only_files(files)  # no error
 
 
 @needs_root
@@ -331,7 +331,7 @@ def test_what_cannot_be_removed_from_a_kept_directory_is_logged(files: TaskFiles
     assert files.infile_path.exists()
 
 
-# Showing them.
+# Showing logs.
 
 
 def test_logs_are_copied_to_stdout_and_stderr(files: TaskFiles, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
