@@ -80,7 +80,7 @@ async def test_the_user_may_set_the_end(texts: dict[str, str], at: float) -> Non
             {"GLIDEIN_ToDie": f"{NOW - 1:.0f}"},
             3600,
             "OriginalTime of the job",
-        ),  # past, so it is wrong
+        ),  # past: wrong
     ],
 )
 async def test_the_earliest_end_that_htcondor_reports_counts(
