@@ -1,3 +1,3 @@
-"""A job pilot on structured concurrency: one container per event, and never one left behind."""
+"""A job pilot on structured concurrency: one container for each event, and none left behind."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""One tree of errors; whatever a foreign library raises is translated into it at the seam."""
+"""The errors of this package, in one tree. Errors of other libraries are translated into it where they are called."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 
 class PilotError(Exception):
-    """Anything that trio-pilot itself reports: one line that says what, the value found, and what to do."""
+    """Base of all errors that trio-pilot reports: one line with the thing, the value found, and what to do."""
 
     exit_code: ClassVar[int] = 1
 
@@ -28,47 +28,47 @@ class UsageError(PilotError):
 
 
 class BrokerError(PilotError):
-    """The broker cannot be used: unreachable for too long, or it refuses us."""
+    """The broker cannot be used: it is unreachable for too long, or refuses the connection."""
 
     exit_code = 3
 
 
 class DeliveryLostError(BrokerError):
-    """A delivery can no longer be settled: the connection it came by is gone, and the broker has it again."""
+    """A delivery can no longer be settled: its connection is gone, and the broker has the event again."""
 
 
 class DeliveryReplacedError(DeliveryLostError):
-    """A delivery was lost, but not before its event was copied to where it belongs: should it come again, it is done."""
+    """A delivery was lost after its event was copied to its destination: if the event comes again, it is done."""
 
 
 class NodeError(PilotError):
-    """This machine cannot run tasks: no runtime, no image, no disk. Never the event's fault."""
+    """This machine cannot run tasks: there is no runtime, image or disk. The event is not at fault."""
 
     exit_code = 4
 
 
 class ContainerLostError(NodeError):
-    """A container ended with its engine, or nobody knows how. The engine may work again: the pilot goes on."""
+    """A container ended with its engine, or its end is unknown. The engine may work again: the pilot goes on."""
 
 
 class ReportError(PilotError):
-    """What the pilot does cannot be told to HTCondor. It never ends a pilot."""
+    """A report to HTCondor failed. This never ends a pilot."""
 
 
 class EventError(PilotError):
-    """This event cannot be done, and another machine would do no better."""
+    """This event cannot be processed, here or on another machine."""
 
 
 class DecodeError(EventError):
-    """The body of a message is not what the wire format says."""
+    """The body of a message is not in its wire format."""
 
 
 class EncodeError(EventError):
-    """What is to be sent cannot be written in the wire format."""
+    """A message cannot be written in its wire format."""
 
 
 class OutfileError(EventError):
-    """What a task left in the place of its output file cannot be sent."""
+    """The output file of a task cannot be sent."""
 
 
 class PublishRefusedError(EventError):
@@ -80,15 +80,15 @@ class ContainerRunError(EventError):
 
 
 class ContainerTimeoutError(ContainerRunError, TimeoutError):
-    """A container was not done in time. OKAY_ERRORS knows it as TimeoutError, and as ContainerRunError."""
+    """A container did not end in time. In OKAY_ERRORS it is also TimeoutError and ContainerRunError."""
 
 
 class ContainerOutOfMemoryError(ContainerRunError, MemoryError):
-    """A container was killed for want of memory."""
+    """A container was killed because it ran out of memory."""
 
 
 def names(error: BaseException) -> set[str]:
-    """Give the names by which OKAY_ERRORS may call an error: its class and all the classes above."""
+    """Return the names that OKAY_ERRORS may use for an error: its class and all base classes."""
     return {cls.__name__ for cls in type(error).__mro__}
 
 
@@ -98,7 +98,7 @@ def reported_name(error: BaseException) -> str:
 
 
 def leaves(group: BaseExceptionGroup[Any]) -> Iterator[Any]:
-    """Give the errors in a group of errors, and in the groups in it."""
+    """Yield the errors in a group of errors, and in the groups in it."""
     for error in group.exceptions:
         if isinstance(error, BaseExceptionGroup):
             yield from leaves(error)
@@ -107,15 +107,15 @@ def leaves(group: BaseExceptionGroup[Any]) -> Iterator[Any]:
 
 
 def first(error: BaseException) -> BaseException:
-    """Give the first error in a group, or what is no group as it is."""
+    """Return the first error in a group, or the error itself if it is no group."""
     return next(leaves(error)) if isinstance(error, BaseExceptionGroup) else error
 
 
 @contextmanager
 def map_exceptions(mapping: Mapping[type[Exception], type[PilotError]], what: str) -> Iterator[None]:
-    """Translate foreign errors at a seam: the first match is raised as ours, `WHAT: the foreign text`."""
+    """Translate errors of other libraries: the first that matches is raised as its PilotError, `WHAT: the original text`."""
     try:
         yield
     except tuple(mapping) as foreign:
-        ours = next(ours for theirs, ours in mapping.items() if isinstance(foreign, theirs))
-        raise ours(f"{what}: {foreign or type(foreign).__name__}") from foreign
+        error = next(error for kind, error in mapping.items() if isinstance(foreign, kind))
+        raise error(f"{what}: {foreign or type(foreign).__name__}") from foreign

@@ -1,4 +1,4 @@
-"""Logging: one logger of ours, one level for everybody else's."""
+"""Logging: the level of this package's logger, and the level of other libraries' loggers."""
 
 import logging
 import os
@@ -12,14 +12,14 @@ from typing import TextIO
 LOGGER = logging.getLogger("trio_pilot")
 
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
-MOST_KEPT = 10_000  # lines for a reader that does not read; older ones are lost
+MOST_KEPT = 10_000  # lines for a reader that does not read; older lines are lost
 LAST_WAIT = 2.0  # seconds for that reader to read on, at the end
 
 
-class PatientWriter:
-    """Does not wait for who reads what we write through a pipe: what finds no room is written with what comes later.
+class NonBlockingWriter:
+    """Writes lines to a stream, without waiting for its reader: what does not fit in a pipe is written with a later line.
 
-    A pilot would stand still otherwise, with all its events, once nobody has read its first 64 KiB.
+    Otherwise a pilot would stop, with all its events, as soon as the first 64 KiB are not read.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -32,56 +32,56 @@ class PatientWriter:
         self._lines.append(f"{line}\n".encode(errors="backslashreplace"))
         self.flush(0)
 
-    def flush(self, patience: float) -> None:
-        """Write what was kept, for as long as there is room for more within some seconds."""
-        with suppress(OSError):  # there is nobody any more who could read it
-            while (self._rest or self._lines) and _has_room(self._stream, patience):
+    def flush(self, seconds: float) -> None:
+        """Write the lines that were kept, until the stream has had no room for `seconds`."""
+        with suppress(OSError):  # the reader is gone
+            while (self._rest or self._lines) and _has_room(self._stream, seconds):
                 self._rest = self._rest or self._lines.popleft()
                 self._rest = self._rest[self._put(self._rest[: select.PIPE_BUF]) :]
 
     def _put(self, piece: bytes) -> int:
         try:
             descriptor = self._stream.fileno()
-        except OSError:  # it is no file
+        except OSError:  # the stream has no file
             return self._stream.write(piece.decode(errors="replace")) and len(piece)
         return os.write(descriptor, piece)
 
 
-class PatientHandler(logging.Handler):
-    """Logs to a stream, patiently."""
+class NonBlockingHandler(logging.Handler):
+    """Logs to a stream, without waiting for its reader."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
-        self.writer = PatientWriter(stream)
+        self.writer = NonBlockingWriter(stream)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, after those that were kept."""
         self.writer.write(self.format(record))
 
 
-def _has_room(stream: TextIO, patience: float) -> bool:
-    """Tell whether the stream takes PIPE_BUF bytes (pipe(7)) within some seconds."""
+def _has_room(stream: TextIO, seconds: float) -> bool:
+    """Return whether the stream takes PIPE_BUF bytes (pipe(7)) within `seconds`."""
     try:
         poll = select.poll()
         poll.register(stream, select.POLLOUT)
-        return bool(poll.poll(1000 * patience))
-    except (OSError, ValueError):  # closed, or no file at all
+        return bool(poll.poll(1000 * seconds))
+    except (OSError, ValueError):  # it is closed, or has no file
         return True
 
 
 def set_up(level: str, third_party_level: str) -> None:
-    """Log to stderr: ours from `level` on, other libraries' from `third_party_level` on."""
-    logging.basicConfig(handlers=[PatientHandler(sys.stderr)], format=FORMAT, level=third_party_level)
+    """Log to stderr: records of this package from `level` on, those of other libraries from `third_party_level` on."""
+    logging.basicConfig(handlers=[NonBlockingHandler(sys.stderr)], format=FORMAT, level=third_party_level)
     LOGGER.setLevel(level)
     if logging.getLevelName(third_party_level) >= logging.WARNING:
-        # pika logs a page for each lost connection; we say the same in a line.
+        # pika logs a page for each lost connection; the pilot logs a line.
         logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 
-def finish(lines: Iterable[str] = ()) -> None:
-    """Write what was kept, and these lines after it, for as long as they are read."""
-    handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, PatientHandler)]
-    writer = handlers[0].writer if handlers else PatientWriter(sys.stderr)
+def finish(lines: Iterable[str] = (), wait: float = LAST_WAIT) -> None:
+    """Write what was kept and then `lines`, until nothing is read for `wait` seconds."""
+    handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, NonBlockingHandler)]
+    writer = handlers[0].writer if handlers else NonBlockingWriter(sys.stderr)
     for line in lines:
         writer.write(line)
-    writer.flush(LAST_WAIT)
+    writer.flush(wait)

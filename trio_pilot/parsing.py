@@ -1,4 +1,4 @@
-"""How the values of settings are read: of a text or a TOML value, or ValueError("must be ...")."""
+"""Parsers of the values of settings, given as text or TOML; they raise ValueError("must be ...")."""
 
 import json
 import math
@@ -14,14 +14,14 @@ Parse = Callable[[Any], Any]
 
 
 def text(raw: Any) -> str:
-    """Take a string; a number will do."""
+    """Parse a string; a number is accepted too."""
     if isinstance(raw, (dict, list, bool)):
         raise ValueError("must be a string")
     return str(raw)
 
 
 def boolean(raw: Any) -> bool:
-    """Take y/yes/t/true/on/1 or n/no/f/false/off/0, in any case."""
+    """Parse y/yes/t/true/on/1 or n/no/f/false/off/0, in upper or lower case."""
     word = str(raw).strip().lower()
     if word in ("y", "yes", "t", "true", "on", "1"):
         return True
@@ -31,7 +31,7 @@ def boolean(raw: Any) -> bool:
 
 
 def path(raw: Any) -> Path:
-    """Take the name of a file or directory; `~` is the home directory."""
+    """Parse the name of a file or directory; `~` is the home directory."""
     name = Path(text(raw))
     with suppress(RuntimeError):  # there is no home directory
         name = name.expanduser()
@@ -39,7 +39,7 @@ def path(raw: Any) -> Path:
 
 
 def integer(least: int, most: float = math.inf) -> Parse:
-    """Take a whole number from `least` to `most`."""
+    """Return a parser of whole numbers from `least` to `most`."""
 
     def parse(raw: Any) -> int:
         try:
@@ -55,11 +55,11 @@ def integer(least: int, most: float = math.inf) -> Parse:
     return parse
 
 
-AUTO = -1  # in the place of a number that is to be found out
+AUTO = -1  # the value of `auto`: a number that the pilot determines itself
 
 
 def or_auto(parse: Parse) -> Parse:
-    """Take also the word `auto`."""
+    """Return a parser that accepts the word `auto` too."""
 
     def parse_or_auto(raw: Any) -> Any:
         if str(raw).strip().lower() == "auto":
@@ -73,7 +73,7 @@ def or_auto(parse: Parse) -> Parse:
 
 
 def seconds(raw: Any, *, zero: bool = False) -> float:
-    """Take a positive number of seconds; `inf` will do."""
+    """Parse a positive number of seconds; `inf` is accepted."""
     try:
         number = float(str(raw).strip())
     except ValueError:
@@ -84,15 +84,15 @@ def seconds(raw: Any, *, zero: bool = False) -> float:
 
 
 def seconds_or_none_at_all(raw: Any) -> float:
-    """Take a number of seconds that may be 0."""
+    """Parse a number of seconds that may be 0."""
     return seconds(raw, zero=True)
 
 
-LATEST = datetime(9999, 12, 31, tzinfo=UTC).timestamp()  # the last day that there is a name for
+LATEST = datetime(9999, 12, 31, tzinfo=UTC).timestamp()  # the last day that datetime can represent
 
 
 def moment(raw: Any) -> float:
-    """Take a date and time of ISO 8601 (of this machine's time zone, if it has none), or Unix time."""
+    """Parse a date and time of ISO 8601 (without a time zone, in that of this machine), or Unix time."""
     try:
         at = raw if isinstance(raw, datetime) else datetime.fromisoformat(str(raw).strip())
         return at.timestamp()
@@ -113,7 +113,7 @@ UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 def size(raw: Any) -> int:
-    """Take a number of bytes, as docker does: `512m`, `2g`; `2GB` and `2GiB` are the same."""
+    """Parse a number of bytes, as docker does: `512m`, `2g`; `2GB` and `2GiB` are the same."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([bkmgt]?)(?:i?b)?", str(raw).strip().lower())
     number = int(float(found[1]) * UNITS[found[2]]) if found else 0
     if number < 1 or isinstance(raw, bool):
@@ -122,14 +122,14 @@ def size(raw: Any) -> int:
 
 
 def memory(raw: Any) -> int:
-    """Take a number of bytes that a container can begin in. Less than that docker refuses (docker-run(1), --memory)."""
+    """Parse a number of bytes that a container can start in: docker refuses less (docker-run(1), --memory)."""
     if (number := size(raw)) < LEAST_MEMORY:
         raise ValueError("must be a number of bytes ≥ 6m, such as 512m or 2g")
     return number
 
 
 def cpus(raw: Any) -> float:
-    """Take a positive number of CPUs; parts of one will do."""
+    """Parse a positive number of CPUs; it may be a fraction."""
     try:
         number = float(str(raw).strip())
     except ValueError:
@@ -140,7 +140,7 @@ def cpus(raw: Any) -> float:
 
 
 def one_of(*choices: str) -> Parse:
-    """Take one of some words, in any case."""
+    """Return a parser of one of some words, in upper or lower case."""
     words = {choice.lower(): choice for choice in choices}
 
     def parse(raw: Any) -> str:
@@ -153,12 +153,12 @@ def one_of(*choices: str) -> Parse:
 
 
 def log_level(raw: Any) -> str:
-    """Take the name of a log level, in any case."""
+    """Parse the name of a log level, in upper or lower case."""
     return str(one_of("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")(raw))
 
 
 def extension(raw: Any) -> str:
-    """Take a file name extension, with or without its dot."""
+    """Parse a file name extension, with or without its dot."""
     word = text(raw).strip().strip(".").lower()
     if not re.fullmatch(r"[a-z0-9][a-z0-9._+-]*", word):
         raise ValueError("must be a file name extension such as .json")
@@ -166,7 +166,7 @@ def extension(raw: Any) -> str:
 
 
 def arguments(raw: Any) -> tuple[str, ...]:
-    """Take arguments: a list (TOML), or a text that is split as a shell would, and never given to one."""
+    """Parse arguments: a list (TOML), or a text that is split as a shell would, but not passed to one."""
     try:
         given = [text(one) for one in raw] if isinstance(raw, list) else shlex.split(text(raw))
     except ValueError as error:
@@ -177,7 +177,7 @@ def arguments(raw: Any) -> tuple[str, ...]:
 
 
 def variables(raw: Any) -> Mapping[str, str]:
-    """Take a JSON object (or TOML table) of environment variables."""
+    """Parse a JSON object (or TOML table) of environment variables."""
     try:
         value = json.loads(raw) if isinstance(raw, str) else raw
     except ValueError as error:
@@ -186,29 +186,29 @@ def variables(raw: Any) -> Mapping[str, str]:
         raise ValueError("must be a JSON object")
     for name, one in value.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError(f"must have names of letters, digits and _ only: {name!r} is none")
+            raise ValueError(f"must have names of letters, digits and _ only, not {name!r}")
         if not isinstance(one, str | int | float) or "\0" in str(one):
-            raise ValueError(f"must have strings, numbers or booleans as values: that of {name} is none")
+            raise ValueError(f"must have strings, numbers or booleans as values, unlike {name}")
     return {name: str(one) for name, one in value.items()}
 
 
 def directories(raw: Any) -> tuple[Path, ...]:
-    """Take a comma-separated list (or TOML array) of directories."""
+    """Parse a comma-separated list (or TOML array) of directories."""
     names = raw if isinstance(raw, list) else text(raw).split(",")
     return tuple(Path(str(name).strip()) for name in names if str(name).strip())
 
 
 def words(raw: Any) -> frozenset[str]:
-    """Take words separated by white space; also `['A', 'B']`, as a Python or TOML list."""
+    """Parse words separated by white space; `['A', 'B']`, a Python or TOML list, is accepted too."""
     joined = " ".join(map(str, raw)) if isinstance(raw, list) else text(raw)
     return frozenset(re.sub(r"[\[\]'\",]", " ", joined).split())
 
 
 def queues(raw: Any) -> tuple[str, ...]:
-    """Take one name (or address, or token), or several joined by `;` (or a TOML array). Positions count."""
+    """Parse one name (or address, or token), or several joined by `;` (or a TOML array). Their order counts."""
     return tuple(str(one).strip() for one in (raw if isinstance(raw, list) else text(raw).split(";")))
 
 
 def each(kind: Parse) -> Parse:
-    """Take words of a kind as `queues` takes names; those left out are none."""
+    """Return a parser of several words of one kind, separated as in `queues`; those that are left out are empty."""
     return lambda raw: tuple(kind(one) if one else "" for one in queues(raw))

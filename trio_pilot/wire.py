@@ -1,7 +1,7 @@
-"""The wire formats of a message body: EWMS's, and raw bytes.
+"""The wire formats of a message body: that of EWMS, and raw bytes.
 
 An EWMS body is `zstd(JSON {"headers": {...}, "data": any JSON value})` in UTF-8, as oms-mqclient writes it. JSON has
-no bytes: bytes travel as base64 text, announced by `"encoding": "base64"` in the headers.
+no bytes: they are sent as base64 text, marked by `"encoding": "base64"` in the headers.
 """
 
 import base64
@@ -16,17 +16,17 @@ import zstandard
 
 from trio_pilot.errors import DecodeError, EncodeError, map_exceptions
 
-ZSTD_LEVEL = 3  # oms-mqclient's; equal bodies make equal bytes
+ZSTD_LEVEL = 3  # that of oms-mqclient: equal messages give equal bytes
 
-# RFC 8878, 3.1.1.1.2, asks every decoder for 8 MB of window; more would let a sender choose our memory.
+# RFC 8878, 3.1.1.1.2, recommends that decoders support a window of 8 MB; with more, a sender could exhaust the memory.
 ZSTD_MAX_WINDOW = 8 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """An event or an output, off the wire.
+    """An event or an output, decoded.
 
-    `data` is str, bytes or any other JSON value (NaN and the infinities included).
+    `data` is str, bytes or any other JSON value, including NaN and the infinities.
     """
 
     data: Any
@@ -34,23 +34,23 @@ class Message:
 
 
 class Wire(Protocol):
-    """A body format. Both ways may take long for a large body: call them in a thread then."""
+    """A format of message bodies. Encoding and decoding a large body may take long: do it in a thread then."""
 
     def size(self, body: bytes) -> float:
-        """Tell how many bytes a body unpacks to; infinite if it does not say."""
+        """Return how many bytes a body has when it is decompressed; infinity if that is unknown."""
 
     def encode(self, message: Message) -> bytes:
-        """Write a body, or raise EncodeError."""
+        """Encode a body, or raise EncodeError."""
 
     def decode(self, body: bytes, max_size: int) -> Message:
-        """Read a body that unpacks to `max_size` bytes at the most, or raise DecodeError."""
+        """Decode a body of at most `max_size` bytes when decompressed, or raise DecodeError."""
 
 
 class EwmsWire:
     """The body format of EWMS."""
 
     def size(self, body: bytes) -> float:
-        """Read the content size of the zstd frame."""
+        """Return the content size in the zstd frame."""
         try:
             size = zstandard.frame_content_size(body)
         except zstandard.ZstdError:
@@ -58,7 +58,7 @@ class EwmsWire:
         return size if size >= 0 else math.inf
 
     def encode(self, message: Message) -> bytes:
-        """Write a body, zstd content size included, byte for byte as oms-mqclient does."""
+        """Encode a body, with the zstd content size, byte for byte as oms-mqclient does."""
         data, headers = message.data, dict(message.headers)
         headers.pop("encoding", None)
         if isinstance(data, bytes):
@@ -67,7 +67,7 @@ class EwmsWire:
         return _ZSTD.compressor.compress(text.encode())
 
     def decode(self, body: bytes, max_size: int) -> Message:
-        """Read a body; other keys than `data` and `headers` are passed over, headers may be missing."""
+        """Decode a body; keys other than `data` and `headers` are ignored, headers may be missing."""
         document = _parse(_decompress(body, max_size))
         if not isinstance(document, dict) or "data" not in document:
             raise DecodeError("the message body is JSON, but not an object with a 'data' key")
@@ -79,14 +79,14 @@ class EwmsWire:
 
 
 class RawWire:
-    """Bodies as they are, for producers and consumers that have never heard of EWMS."""
+    """Bodies without a format, for producers and consumers that do not use the one of EWMS."""
 
     def size(self, body: bytes) -> float:
-        """Give the size of the body itself."""
+        """Return the size of the body itself."""
         return len(body)
 
     def encode(self, message: Message) -> bytes:
-        """Give bytes as they are, text as UTF-8, anything else as JSON."""
+        """Encode bytes as they are, text as UTF-8, anything else as JSON."""
         match message.data:
             case bytes() as data:
                 return data
@@ -97,7 +97,7 @@ class RawWire:
                 return _json(other).encode()
 
     def decode(self, body: bytes, max_size: int) -> Message:
-        """Give the body as bytes."""
+        """Decode a body as bytes."""
         if len(body) > max_size:
             raise DecodeError(f"the message body has {len(body)} bytes, more than the {max_size} of --max-payload")
         return Message(body)
@@ -112,7 +112,7 @@ def _json(value: Any) -> str:
 
 
 class _Zstd(threading.local):
-    """The contexts of zstd, which cost more to make than to use; one of each for each thread, as it demands."""
+    """The contexts of zstd: one of each for each thread, as zstd demands. They cost more to make than to use."""
 
     def __init__(self) -> None:
         self.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
@@ -126,7 +126,7 @@ def _decompress(body: bytes, max_size: int) -> bytes:
     try:
         size = zstandard.frame_content_size(body)
         decompressor = _ZSTD.decompressor
-        if size < 0:  # the frame does not say: count first, so that no sender's word is needed
+        if size < 0:  # the frame has no size: count first
             size = _count(decompressor, body, max_size)
         if size > max_size:
             raise DecodeError(f"the message body unpacks to more than the {max_size} bytes of --max-payload")

@@ -17,22 +17,22 @@ Fault = Callable[[socket.socket], None]
 
 @dataclass
 class ChirpProxy:
-    """What it was told, in order, and the fault that it has now."""
+    """The lines that it received, in order, and its current fault."""
 
     config: Path
     fault: Fault | None = None
-    lines: list[str] = field(default_factory=list)  # as they are meant: not as they are escaped
-    longest: int = 0  # bytes of a line, as it was sent
-    refused: set[str] = field(default_factory=set)  # names of attributes that it does not take
+    lines: list[str] = field(default_factory=list)  # without their escapes
+    longest: int = 0  # bytes of the longest line, as it was sent
+    refused: set[str] = field(default_factory=set)  # names of attributes that it refuses
     connections: int = 0
 
     def values(self, name: str) -> list[str]:
-        """List what an attribute has been, as a ClassAd expression."""
+        """Return the values of an attribute so far, as ClassAd expressions."""
         found = (re.fullmatch(r"(?:set_job_attr |ulog )(\w+):? (.*)", line) for line in self.lines)
         return [match[2] for match in found if match and match[1] == f"HTChirpEWMSPilot{name}"]
 
     def serve(self, client: socket.socket) -> None:
-        """Answer one client until it goes."""
+        """Answer one client until it closes the connection."""
         self.connections += 1
         with client, suppress(OSError):
             client.settimeout(30)
@@ -51,23 +51,23 @@ class ChirpProxy:
         self.longest = max(self.longest, len(line))
         if len(line) > LONGEST_LINE:
             return TOO_BIG
-        meant = re.sub(r"\\(.)", r"\1", line.decode().removesuffix("\n"))
-        if any(name in meant for name in self.refused):
+        plain = re.sub(r"\\(.)", r"\1", line.decode().removesuffix("\n"))
+        if any(name in plain for name in self.refused):
             return INVALID
-        self.lines.append(meant)
+        self.lines.append(plain)
         return b"0\n"
 
 
 @contextmanager
 def chirp_proxy(directory: Path, fault: Fault | None = None) -> Iterator[ChirpProxy]:
-    """Run a proxy, and write the file that tells a job where it is."""
+    """Run a proxy, and write the file with its address for a job."""
     proxy = ChirpProxy(directory / "chirp.config", fault)
     with socket.create_server(("127.0.0.1", 0)) as server:
         proxy.config.write_text(f"127.0.0.1 {server.getsockname()[1]} {COOKIE}\n")
         thread = threading.Thread(target=_accept, args=(server, proxy), daemon=True)
         thread.start()
         yield proxy
-        server.shutdown(socket.SHUT_RDWR)  # which ends the accepting
+        server.shutdown(socket.SHUT_RDWR)  # which ends accept()
         thread.join(5)
 
 
@@ -85,20 +85,20 @@ def hangs(client: socket.socket) -> None:
 
 
 def closes_in_mid_reply(client: socket.socket) -> None:
-    """End the connection where htchirp waits for the end of a line."""
+    """Close the connection while htchirp waits for the end of a line."""
     client.recv(4096)
     client.sendall(b"-")
 
 
 def floods(client: socket.socket) -> None:
-    """Answer without end."""
+    """Answer without an end."""
     client.recv(4096)
     while True:
         client.sendall(b"1" * 65536)
 
 
 def trickles(client: socket.socket) -> None:
-    """Answer a byte at a time, each within any time-out."""
+    """Answer one byte at a time, each within the time-out for a byte."""
     client.recv(4096)
     stop = threading.Event()
     while not stop.wait(0.2):
@@ -106,13 +106,13 @@ def trickles(client: socket.socket) -> None:
 
 
 def talks_nonsense(client: socket.socket) -> None:
-    """Answer each line with bytes that are no text."""
+    """Answer each line with bytes that are not text."""
     while client.recv(4096):
         client.sendall(b"\xff\xfe\n")
 
 
 def refuses(client: socket.socket) -> None:
-    """Take no cookie."""
+    """Refuse every cookie."""
     client.recv(4096)
     client.sendall(NOT_AUTHENTICATED)
 

@@ -9,18 +9,18 @@ import threading
 import pytest
 
 from trio_pilot import log
-from trio_pilot.log import PatientHandler
+from trio_pilot.log import MOST_KEPT, NonBlockingHandler
 
 
 def record(message: str) -> logging.LogRecord:
     return logging.LogRecord("trio_pilot", logging.INFO, __file__, 1, message, None, None)
 
 
-def test_what_finds_no_room_in_a_pipe_is_written_in_order_with_what_comes_later() -> None:
-    ours, theirs = os.pipe()
-    with os.fdopen(ours) as reader, os.fdopen(theirs, "w") as writer:
-        handler = PatientHandler(writer)
-        for number in range(10_000):  # a pipe has room for 64 KiB, and nobody reads
+def test_lines_that_do_not_fit_in_a_pipe_are_written_later_in_order() -> None:
+    read_end, write_end = os.pipe()
+    with os.fdopen(read_end) as reader, os.fdopen(write_end, "w") as writer:
+        handler = NonBlockingHandler(writer)
+        for number in range(10_000):  # a pipe has room for 64 KiB, and is not read
             handler.emit(record(f"{number} {100 * 'x'}"))
         found = [int(reader.readline().split()[0]) for _ in range(300)]
         handler.emit(record("10000"))
@@ -28,12 +28,12 @@ def test_what_finds_no_room_in_a_pipe_is_written_in_order_with_what_comes_later(
     assert found == list(range(600))
 
 
-def test_a_line_longer_than_the_room_in_a_pipe_is_written_as_far_as_that_goes_and_then_to_its_end() -> None:
-    ours, theirs = os.pipe()
-    with os.fdopen(ours, "rb") as reader, os.fdopen(theirs, "w") as writer:
-        size = fcntl.fcntl(theirs, fcntl.F_GETPIPE_SZ)
-        os.write(theirs, b"x" * (size - select.PIPE_BUF - 1) + b"\n")
-        handler, text = PatientHandler(writer), 4000 * "é"
+def test_a_line_that_fits_in_a_pipe_in_part_is_completed_later() -> None:
+    read_end, write_end = os.pipe()
+    with os.fdopen(read_end, "rb") as reader, os.fdopen(write_end, "w") as writer:
+        size = fcntl.fcntl(write_end, fcntl.F_GETPIPE_SZ)
+        os.write(write_end, b"x" * (size - select.PIPE_BUF - 1) + b"\n")
+        handler, text = NonBlockingHandler(writer), 4000 * "é"
         emitting = threading.Thread(target=handler.emit, args=[record(text)], daemon=True)
         emitting.start()
         emitting.join(10)
@@ -44,27 +44,34 @@ def test_a_line_longer_than_the_room_in_a_pipe_is_written_as_far_as_that_goes_an
         assert reader.readline() == b"next\n"
 
 
-def test_the_last_lines_are_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = os.pipe()
-    monkeypatch.setattr(log, "LAST_WAIT", 0.01)
-    with os.fdopen(ours), os.fdopen(theirs, "w") as writer:
+def test_finish_does_not_wait_without_end_for_a_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_end, write_end = os.pipe()
+    with os.fdopen(read_end), os.fdopen(write_end, "w") as writer:
         monkeypatch.setattr(sys, "stderr", writer)
-        finishing = threading.Thread(target=log.finish, args=[["x" * 100_000, "the last"]], daemon=True)
+        finishing = threading.Thread(target=log.finish, args=[["x" * 100_000, "the last"], 0.01], daemon=True)
         finishing.start()
         finishing.join(10)
         assert not finishing.is_alive()
 
 
-def test_what_nobody_reads_is_kept_up_to_a_limit() -> None:
-    ours, theirs = os.pipe()
-    with os.fdopen(ours), os.fdopen(theirs, "w") as writer:
-        handler = PatientHandler(writer)
+def test_lines_that_are_not_read_are_kept_up_to_a_limit() -> None:
+    read_end, write_end = os.pipe()
+    with os.fdopen(write_end, "w") as writer:
+        handler = NonBlockingHandler(writer)
         for number in range(12_000):
             handler.emit(record(f"{number} {100 * 'x'}"))
-        assert len(handler.writer._lines) == 10_000
+        found: list[int] = []
+        with os.fdopen(read_end) as reader:
+            reading = threading.Thread(target=lambda: found.extend(int(line.split()[0]) for line in reader))
+            reading.start()
+            handler.writer.flush(10)
+            writer.close()
+            reading.join(10)
+    assert MOST_KEPT < len(found) < 12_000
+    assert found[-MOST_KEPT:] == list(range(12_000 - MOST_KEPT, 12_000))
 
 
-def test_a_stream_that_is_no_file_is_written_to() -> None:
+def test_a_stream_without_a_file_is_written_to() -> None:
     stream = io.StringIO()
-    PatientHandler(stream).emit(record("said"))
-    assert stream.getvalue() == "said\n"
+    NonBlockingHandler(stream).emit(record("a line"))
+    assert stream.getvalue() == "a line\n"

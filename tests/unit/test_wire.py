@@ -21,7 +21,7 @@ WIRE = EwmsWire()
 
 
 def sample(name: str) -> tuple[bytes, Any, Any]:
-    """Give the body, the data that the real client was given, and the headers that it added."""
+    """Return the body, the data that was passed to the real client, and the headers that it added."""
     body = (WIRE_SAMPLES / f"{name}.bin").read_bytes()
     headers = json.loads(zstandard.decompress(body))["headers"]
     return body, json.loads((WIRE_SAMPLES / f"{name}.json").read_text()), headers
@@ -33,7 +33,7 @@ def packed(document: Any, *, with_size: bool = True) -> bytes:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Compare with NaN equal to itself."""
+    """Return whether two values are equal, NaN and NaN too."""
     return json.dumps(one) == json.dumps(other)
 
 
@@ -103,7 +103,7 @@ def test_any_other_body_is_an_error_of_one_line(body: bytes) -> None:
     assert len(str(caught.value)) < 300
 
 
-def test_no_cut_or_bit_of_a_body_raises_anything_else() -> None:
+def test_cut_and_flipped_bodies_raise_nothing_but_decode_errors() -> None:
     body, _, _ = sample("nested-pixel")
     for place in range(len(body)):
         for broken in (body[:place], body[:place] + bytes([body[place] ^ 0x41]) + body[place + 1 :]):
@@ -118,7 +118,7 @@ def test_extra_keys_and_missing_headers_are_tolerated() -> None:
     assert WIRE.decode(packed({"data": 1, "headers": None}), LIMIT) == Message(1, {})
 
 
-def test_headers_are_carried_over_and_the_encoding_says_what_the_output_is() -> None:
+def test_headers_are_kept_except_for_the_encoding() -> None:
     headers = {"traceparent": "00-1-2-01", "encoding": "base64"}
     event = WIRE.decode(packed({"headers": headers, "data": "YQ=="}), LIMIT)
     assert event.data == b"a"
@@ -126,7 +126,7 @@ def test_headers_are_carried_over_and_the_encoding_says_what_the_output_is() -> 
     assert answer == {"headers": {"traceparent": "00-1-2-01"}, "data": "text"}
 
 
-def test_bytes_travel_as_base64_that_any_other_client_can_read() -> None:
+def test_bytes_are_sent_as_base64_that_any_client_can_read() -> None:
     data = bytes(range(256))
     body = WIRE.encode(Message(data, {"trace": "x"}))
     assert TheirMessage("id", body).data == base64.b64encode(data).decode()
@@ -134,13 +134,13 @@ def test_bytes_travel_as_base64_that_any_other_client_can_read() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_nan_and_the_infinities_come_and_go(value: float) -> None:
+def test_nan_and_the_infinities_are_read_and_written(value: float) -> None:
     body = WIRE.encode(Message({"llh": value}))
     assert same(WIRE.decode(body, LIMIT).data, {"llh": value})
     assert same(TheirMessage("id", body).data, {"llh": value})
 
 
-def test_a_lone_surrogate_comes_and_goes() -> None:
+def test_a_lone_surrogate_is_read_and_written() -> None:
     body = packed(b'{"headers": {}, "data": "\\udcff"}')
     message = WIRE.decode(body, LIMIT)
     assert message.data == "\udcff"
@@ -148,7 +148,7 @@ def test_a_lone_surrogate_comes_and_goes() -> None:
 
 
 @pytest.mark.parametrize("with_size", [True, False])
-def test_the_limit_is_what_a_body_unpacks_to(with_size: bool) -> None:
+def test_the_limit_holds_for_the_decompressed_size(with_size: bool) -> None:
     body = packed({"headers": {}, "data": "x" * 1000}, with_size=with_size)
     size = len(zstandard.ZstdDecompressor().decompressobj().decompress(body))
     assert WIRE.decode(body, size).data == "x" * 1000
@@ -156,7 +156,7 @@ def test_the_limit_is_what_a_body_unpacks_to(with_size: bool) -> None:
         WIRE.decode(body, size - 1)
 
 
-def test_several_frames_in_one_body_do_not_get_round_the_limit() -> None:
+def test_several_frames_in_one_body_do_not_evade_the_limit() -> None:
     body = packed({"data": 1}) + packed(b" " * 100_000)
     try:
         assert WIRE.decode(body, 1000) == Message(1)
@@ -164,7 +164,7 @@ def test_several_frames_in_one_body_do_not_get_round_the_limit() -> None:
         return
 
 
-def test_a_body_knows_its_size_before_it_is_unpacked() -> None:
+def test_the_size_of_a_body_is_known_before_it_is_decompressed() -> None:
     assert WIRE.size(packed(b"x" * 1000)) == 1000
     assert WIRE.size(packed(b"x" * 1000, with_size=False)) == math.inf
     assert WIRE.size(b"no zstd") >= 0
@@ -178,7 +178,7 @@ from trio_pilot.errors import DecodeError
 from trio_pilot.wire import EwmsWire
 
 def peak():
-    # Not ru_maxrss: a child begins with its parent's.
+    # Not ru_maxrss: a child inherits the value of its parent.
     return int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 with open(sys.argv[1], "rb") as file:
@@ -226,7 +226,7 @@ def test_a_decompression_bomb_is_refused_and_costs_little_memory(tmp_path: Path,
     assert megabytes < 100
 
 
-def test_the_memory_of_an_unpacked_body_is_what_is_measured(tmp_path: Path) -> None:
+def test_the_measurement_shows_the_memory_of_a_decompressed_body(tmp_path: Path) -> None:
     path = tmp_path / "large"
     path.write_bytes(packed(b'{"data": 1}' + b" " * 120_000_000))
     verdict, megabytes = measured(path, LIMIT)
@@ -234,7 +234,7 @@ def test_the_memory_of_an_unpacked_body_is_what_is_measured(tmp_path: Path) -> N
     assert megabytes > 100
 
 
-def test_raw_bodies_pass_through_untouched() -> None:
+def test_raw_bodies_are_not_changed() -> None:
     wire = RawWire()
     for body in (b"", b"\xff\0", packed({"data": 1})):
         assert wire.decode(body, 100) == Message(body)
@@ -245,7 +245,7 @@ def test_raw_bodies_pass_through_untouched() -> None:
         wire.decode(b"12345", 4)
 
 
-def test_what_cannot_be_written_is_an_error_of_the_event() -> None:
+def test_a_message_that_cannot_be_encoded_is_an_encode_error() -> None:
     with pytest.raises(EncodeError, match="UTF-8"):
         RawWire().encode(Message("\ud800"))
     deep: list[Any] = []

@@ -1,1 +1,1 @@
-"""What this job was given: CPUs, memory and time."""
+"""The CPUs, memory and time that this job was given."""

@@ -1,4 +1,4 @@
-"""The language of ClassAds, as far as a pilot speaks it."""
+"""Reading and writing of ClassAds, as far as a pilot needs it."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -21,10 +21,12 @@ CUT = "..."  # in place of what did not fit
 
 
 def quoted(text: str, most: int, *, keep_end: bool = False) -> str:
-    """Write a text as a ClassAd string of at most `most` bytes, quotes included; cut at its beginning to `keep_end`.
+    """Return a text as a ClassAd string of at most `most` bytes, quotes included. A longer text is cut at its end.
 
-    Anything but printable ASCII is written as `classad.quote` of HTCondor's own Python bindings does. There is no NUL in a
-    ClassAd string (the reference manual, "Literals"): it is left out.
+    With `keep_end`, it is cut at its beginning.
+
+    Anything but printable ASCII is written as `classad.quote` of HTCondor's own Python bindings does. NUL is left out: there
+    is none in a ClassAd string (the reference manual, "Literals").
     """
     text = text.replace("\0", "")
     pieces = [_escaped(char) for char in (text[-most:] if keep_end else text[:most])]
@@ -52,9 +54,9 @@ ESCAPED = re.compile(r"\\([0-7]{1,3}|.)")
 
 
 def read(file: str | Path | None) -> Mapping[str, Literal]:
-    """Read a file of `Name = value` lines, such as HTCondor leaves for a job; by name in lower case.
+    """Read a file of `Name = value` lines, as HTCondor writes it for a job; return the values by name in lower case.
 
-    It is data: what is an expression, and no literal, is left out, and nothing of it is an error. No file is an empty ad.
+    Expressions that are no literals are left out; nothing in the file is an error. A missing file is an empty ad.
     """
     try:
         lines = Path(file).read_text(errors="replace").splitlines() if file else []
@@ -83,5 +85,5 @@ def _literal(text: str) -> Literal | None:
 
 
 def _unescaped(found: re.Match[str]) -> str:
-    meant = {escape[1]: chr(byte) for byte, escape in ESCAPES.items()}
-    return chr(int(found[1], 8)) if found[1][0] in "01234567" else meant.get(found[1], found[1])
+    chars = {escape[1]: chr(byte) for byte, escape in ESCAPES.items()}
+    return chr(int(found[1], 8)) if found[1][0] in "01234567" else chars.get(found[1], found[1])

@@ -1,4 +1,4 @@
-"""CPUs that are lent to tasks, each some of its own."""
+"""Sets of CPUs, one for each task that runs."""
 
 import os
 import random
@@ -8,18 +8,18 @@ from contextlib import contextmanager
 
 
 class CpuSets:
-    """As many sets of CPUs as tasks run at once. Where there are not CPUs enough for all, some are in several."""
+    """As many sets of CPUs as tasks run at once. If there are not enough CPUs for all, some are in several sets."""
 
     def __init__(self, tasks: int, cpus_per_task: float) -> None:
-        ours, size = sorted(os.sched_getaffinity(0)), max(1, int(cpus_per_task))
-        # Other pilots of this machine, should it let all of them have all CPUs, are to begin elsewhere.
-        begin = random.randrange(len(ours))  # noqa: S311
-        sets = ({ours[(begin + task * size + one) % len(ours)] for one in range(size)} for task in range(tasks))
+        usable, size = sorted(os.sched_getaffinity(0)), max(1, int(cpus_per_task))
+        # Other pilots of this machine may be allowed to use the same CPUs: each begins elsewhere.
+        begin = random.randrange(len(usable))  # noqa: S311
+        sets = ({usable[(begin + task * size + one) % len(usable)] for one in range(size)} for task in range(tasks))
         self._free = deque(tuple(sorted(cpus)) for cpus in sets)
 
     @contextmanager
     def lent(self) -> Iterator[tuple[int, ...]]:
-        """Lend a set of CPUs; none at all (which is no restriction) where there are no sets."""
+        """Lend a set of CPUs to the body; an empty one, which is no restriction, if there are no sets."""
         cpus = self._free.popleft() if self._free else ()
         try:
             yield cpus

@@ -1,4 +1,4 @@
-"""How long this slot lasts, and whether that is long enough for another task."""
+"""The time at which this job ends, and whether there is enough time left for another task."""
 
 import math
 import time
@@ -17,21 +17,21 @@ from trio_pilot.parsing import LATEST
 from trio_pilot.settings import Settings
 from trio_pilot.status import RunTimes
 
-# Of the time that a pilot had at first, as much may be left at least for a task of which nothing is known but a time-out:
-# that may be far longer than any task is.
+# As long as no task has ended, nothing but its time-out is known of its length, which may be far longer than any task. So at
+# most this share of the time that the pilot had at first is reserved for a task then.
 UNKNOWN_SHARE = 0.5
-LIKELY = 95.0  # percent of the tasks seen that were done in the time that is reckoned for one
+LIKELY = 95.0  # percent of the tasks so far that took no longer than the time that is reserved for one
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class End:
-    """When the slot ends, in Unix time, and who says so."""
+    """The time at which this job ends, in Unix time, and where it comes from."""
 
     at: float
     who: str
 
     def is_too_soon(self, settings: Settings) -> bool:
-        """Tell whether nothing but the pilot's own last steps could be done until then."""
+        """Return whether there is no more time than the pilot needs for its own last steps."""
         return self.at - time.time() <= settings.last_steps
 
     def __str__(self) -> str:
@@ -39,40 +39,40 @@ class End:
 
 
 def find_end(settings: Settings, environ: Mapping[str, str], now: float) -> End | None:
-    """Find the earliest of all ends that are known; None if none is. Blocks, a millisecond or so.
+    """Return the earliest of all ends that are known; None if none is. Blocks for about 1 ms.
 
-    What is past was wrong: we are still here. But what the user says counts in any case.
+    An end in the past is wrong, and ignored: this process still runs. One that the user has set counts in any case.
     """
-    by_others = (End(at, who) for at, who in _by_others(settings, environ, now) if now < at)
-    return min((end for end in (*_by_the_user(settings, now), *by_others) if end.at <= LATEST), default=None)
+    others = (End(at, who) for at, who in _set_by_others(settings, environ, now) if now < at)
+    return min((end for end in (*_set_by_user(settings, now), *others) if end.at <= LATEST), default=None)
 
 
-def _by_the_user(settings: Settings, now: float) -> Iterator[End]:
+def _set_by_user(settings: Settings, now: float) -> Iterator[End]:
     if settings.until is not None:
         yield End(settings.until, "--until")
     if settings.max_runtime is not None:
         yield End(now + settings.max_runtime, "--max-runtime")
 
 
-def _by_others(settings: Settings, environ: Mapping[str, str], now: float) -> Iterator[tuple[float, str]]:
+def _set_by_others(settings: Settings, environ: Mapping[str, str], now: float) -> Iterator[tuple[float, str]]:
     job, machine = (classad.read(environ.get(name)) for name in (JOB_AD, MACHINE_AD))
-    yield from _by_the_job(job, now)
-    yield from _by_the_glidein(environ, machine)
-    yield from _by_features(environ)
+    yield from _set_by_job(job, now)
+    yield from _set_by_glidein(environ, machine)
+    yield from _set_by_features(environ)
     for queue in [*settings.incoming(), *settings.outgoing()]:
         yield tokens.expiry(queue.token) or math.inf, f"the token of {queue.queue}"
 
 
-def _by_the_job(job: Mapping[str, classad.Literal], now: float) -> Iterator[tuple[float, str]]:
-    """EWMS says a job's time in OriginalTime. HTCondor holds a job that lasts longer than AllowedJobDuration."""
+def _set_by_job(job: Mapping[str, classad.Literal], now: float) -> Iterator[tuple[float, str]]:
+    """EWMS sets a job's time in OriginalTime. HTCondor holds a job that lasts longer than AllowedJobDuration."""
     begun = next((start for name in ("JobCurrentStartDate", "ShadowBday") if (start := _number(job, name))), now)
     for name in ("OriginalTime", "AllowedJobDuration", "AllowedExecuteDuration"):
         if seconds := _number(job, name):
             yield begun + seconds, f"{name} of the job"
 
 
-def _by_the_glidein(environ: Mapping[str, str], machine: Mapping[str, classad.Literal]) -> Iterator[tuple[float, str]]:
-    """See when a glidein dies: until then it lets its jobs go on, also while it retires, which is a last resort."""
+def _set_by_glidein(environ: Mapping[str, str], machine: Mapping[str, classad.Literal]) -> Iterator[tuple[float, str]]:
+    """Until a glidein dies, its jobs go on, even while it retires; the time when it retires is a last resort."""
     for name in ("GLIDEIN_ToDie", "GLIDEIN_ToRetire"):
         at = _as_number(environ.get(name, "")) or _number(machine, name)
         if at:
@@ -80,8 +80,8 @@ def _by_the_glidein(environ: Mapping[str, str], machine: Mapping[str, classad.Li
             return
 
 
-def _by_features(environ: Mapping[str, str]) -> Iterator[tuple[float, str]]:
-    """Machine/Job Features (HSF-TN-2016-02): directories of files with a value each."""
+def _set_by_features(environ: Mapping[str, str]) -> Iterator[tuple[float, str]]:
+    """Machine/Job Features (HSF-TN-2016-02) are directories of files with one value each."""
     for directory, name in (("MACHINEFEATURES", "shutdowntime"), ("JOBFEATURES", "shutdowntime_job")):
         file = Path(environ.get(directory, "/nonexistent"), name)
         with suppress(OSError):
@@ -101,20 +101,20 @@ def _as_number(text: str) -> float:
 
 
 class TimeLeft:
-    """What is left of the slot for tasks."""
+    """The time that is left for tasks."""
 
     def __init__(self, settings: Settings, run_times: RunTimes) -> None:
-        """Take the end of the slot from `until`."""
+        """Take the end of the job from the setting `until`."""
         now, end = trio.current_time(), math.inf if settings.until is None else settings.until
         self.end = now + (end - time.time()) - settings.last_steps
-        """When the last task must have ended, in trio's time."""
+        """The time at which the last task must have ended, on trio's clock."""
         self._timeout = math.inf if settings.task_timeout is None else settings.task_timeout
         self._unknown = min(self._timeout, UNKNOWN_SHARE * (self.end - now)) if self._timeout < math.inf else 0.0
         self._run_times = run_times
 
     @property
     def last_start(self) -> float:
-        """When a task must have begun at the latest to be likely to end in time, in trio's time."""
+        """The latest time, on trio's clock, at which a task must begin to be likely to end in time."""
         return self.end - self._likely() if self.end < math.inf else math.inf
 
     def _likely(self) -> float:

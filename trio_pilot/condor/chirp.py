@@ -1,7 +1,7 @@
-"""The one module that speaks chirp: to the proxy beside an HTCondor job, through htchirp. Everything here blocks.
+"""Chirp, the protocol of the proxy beside an HTCondor job, through htchirp. Everything here blocks.
 
 htchirp reads on for ever, at full CPU, from a proxy that has closed the connection, and each of its time-outs is for one
-byte. So its socket is one of ours, which has one deadline for everything, and whose end is an error.
+byte. So it is given another socket, with one deadline for everything, which raises an error when the connection is closed.
 """
 
 import os
@@ -19,8 +19,8 @@ from trio_pilot.errors import ReportError, map_exceptions
 
 CONFIG, DEFAULT_CONFIG = "_CONDOR_CHIRP_CONFIG", ".chirp.config"
 
-# Bytes of a quoted text. The event log cuts a line near 1024, and with it the closing quote; the proxy takes no line of more
-# than 5120, in which a space or backslash counts twice.
+# Bytes of a quoted text. The event log cuts a line near 1024 bytes, and its closing quote would be lost; the proxy takes
+# lines of up to 5120 bytes, in which a space or backslash counts twice.
 MOST_QUOTED = {"JOB_ATTR": 2400, "JOB_EVENT_LOG": 999}
 
 Value = int | str | BaseException  # an exception stands for its traceback
@@ -28,26 +28,26 @@ Value = int | str | BaseException  # an exception stands for its traceback
 HINT = "(has the job +WantIOProxy = true?)"
 
 
-def tell(destination: str, attributes: Iterable[tuple[str, Value]], said: dict[str, Value], seconds: float) -> None:
-    """Tell HTCondor some attributes of this job, within some seconds; what was told is put into `said`.
+def report(destination: str, attributes: Iterable[tuple[str, Value]], reported: dict[str, Value], seconds: float) -> None:
+    """Report attributes of this job to HTCondor within `seconds`; add those that were reported to `reported`.
 
     Raises:
-        ReportError: it could not be told, or not all of it.
+        ReportError: Not all of them could be reported.
     """
     refused = []
     foreign = {OSError: ReportError, ValueError: ReportError, HTChirp.ChirpError: ReportError}
     with map_exceptions(foreign, f"cannot report to HTCondor {HINT}"), _connect(seconds) as proxy:
         for name, value in attributes:
             try:
-                _tell_one(proxy, destination, name, value)
-                said[name] = value
-            except HTChirp.ChirpError as error:  # of this one: the others may be taken
+                _report_one(proxy, destination, name, value)
+                reported[name] = value
+            except HTChirp.ChirpError as error:  # only this one is refused: the others may be accepted
                 refused.append(f"{name}: {error}")
     if refused:
-        raise ReportError(f"HTCondor refuses {len(refused)} of our attributes {HINT}, such as {refused[0]}")
+        raise ReportError(f"HTCondor refuses {len(refused)} attribute(s) {HINT}, such as {refused[0]}")
 
 
-def _tell_one(proxy: HTChirp, destination: str, name: str, value: Value) -> None:
+def _report_one(proxy: HTChirp, destination: str, name: str, value: Value) -> None:
     text, is_traceback = str(value), isinstance(value, BaseException)
     if isinstance(value, BaseException):
         text = "".join(traceback.format_exception(value))
@@ -59,7 +59,7 @@ def _tell_one(proxy: HTChirp, destination: str, name: str, value: Value) -> None
 
 
 def _connect(seconds: float) -> HTChirp:
-    # htchirp would print to stdout what it cannot read.
+    # Parsed here, since htchirp would print to stdout what it cannot parse.
     words = Path(os.environ.get(CONFIG, DEFAULT_CONFIG)).read_text().split()
     if len(words) != 3:
         raise ValueError(f"{os.environ.get(CONFIG, DEFAULT_CONFIG)} must have a host, a port and a cookie")
@@ -75,7 +75,7 @@ class _Chirp(HTChirp):
         HTChirp.__init__(self, host, port, cookie=cookie)
 
     def connect(self, auth_method: str | None = None) -> None:
-        """Connect with a socket of ours."""
+        """Connect with a socket that has a deadline."""
         HTChirp.disconnect(self)
         self.socket = _Socket(self._deadline)
         self.socket.connect((self.host, self.port))
@@ -83,27 +83,27 @@ class _Chirp(HTChirp):
 
 
 class _Socket(socket.socket):
-    """A socket that does nothing after a deadline, and whose end is an error."""
+    """A socket that raises TimeoutError after a deadline, and ConnectionError when the connection is closed."""
 
     def __init__(self, deadline: float) -> None:
         super().__init__()
         self._deadline = deadline
 
     def connect(self, address: Any) -> None:
-        self._hurry()
+        self._limit_time()
         super().connect(address)
 
     def send(self, data: Any, flags: int = 0) -> int:
-        self._hurry()
+        self._limit_time()
         return super().send(data, flags)
 
     def recv(self, size: int, flags: int = 0) -> bytes:
-        self._hurry()
+        self._limit_time()
         if data := super().recv(size, flags):
             return data
         raise ConnectionError("the proxy has closed the connection")
 
-    def _hurry(self) -> None:
+    def _limit_time(self) -> None:
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("the proxy does not answer in time")

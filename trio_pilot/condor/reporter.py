@@ -1,6 +1,6 @@
-"""Reports the pilot's status to HTCondor: the state and errors at once, counts now and then, the last state before the end.
+"""Reports the pilot's status to HTCondor: state and errors at once, counts at intervals, the last state before the end.
 
-Whatever the proxy does, the pilot does not wait for it: it is told in a thread that can be given up.
+The pilot never waits for the chirp proxy: reports are sent in a thread that can be given up.
 """
 
 import threading
@@ -23,47 +23,47 @@ from trio_pilot.status import Status
 PREFIX = "HTChirpEWMSPilot"
 ERROR, TRACEBACK, LAST_UPDATED = (PREFIX + name for name in ("Error", "ErrorTraceback", "LastUpdatedTimestamp"))
 
-LEAST_INTERVAL = 1.0  # seconds between two reports of counts, however often they are wanted
-TELL_TIMEOUT = 10.0  # seconds for one report
-LAST_TIMEOUT = 3.0  # seconds in the end: half of it for a report that is under way, half for the last one
-MOST_ERRORS = 20  # different errors that are told at once, and remembered so as not to be told again
+LEAST_INTERVAL = 1.0  # seconds between two reports of counts, even if less is set
+REPORT_TIMEOUT = 10.0  # seconds for one report
+LAST_TIMEOUT = 3.0  # seconds at the end: half for a report that is being sent, half for the last one
+MOST_ERRORS = 20  # different errors that are reported at once, and remembered so as not to be reported again
 
 Value = int | str | BaseException  # an exception stands for its traceback
-Tell = Callable[[Mapping[str, Value], dict[str, Value]], Awaitable[None]]
+Send = Callable[[Mapping[str, Value], dict[str, Value]], Awaitable[None]]
 
 
 @asynccontextmanager
 async def open_reporter(settings: Settings, status: Status) -> AsyncIterator[None]:
-    """Report to HTCondor while open, if that is wanted, and the last state in the end."""
+    """Report to HTCondor during the body, and the last state at its end, if the settings ask for it."""
     if not settings.htchirp:
         yield
         return
-    # Room for a thread that was given up, and the one of the last report.
-    tell = partial(_tell_in_thread, settings.htchirp_dest, trio.CapacityLimiter(2))
-    async with Reporter(status, tell, settings.htchirp_ratelimit_interval).open():
+    # One thread may have been given up when the last report is sent.
+    send = partial(_send_in_thread, settings.htchirp_dest, trio.CapacityLimiter(2))
+    async with Reporter(status, send, settings.htchirp_ratelimit_interval).open():
         yield
 
 
-async def _tell_in_thread(
-    destination: str, threads: trio.CapacityLimiter, news: Mapping[str, Value], told: dict[str, Value]
+async def _send_in_thread(
+    destination: str, threads: trio.CapacityLimiter, changes: Mapping[str, Value], reported: dict[str, Value]
 ) -> None:
-    """Tell it in a thread. Cancelled, the thread is left to itself: it begins no more lines, and ends by its deadline."""
+    """Report in a thread. If cancelled, leave the thread alone: it sends no more lines, and ends at its deadline."""
     is_given_up = threading.Event()
-    wanted = takewhile(lambda _: not is_given_up.is_set(), news.items())
+    wanted = takewhile(lambda _: not is_given_up.is_set(), changes.items())
     try:
-        await trio.to_thread.run_sync(_tell, destination, wanted, told, abandon_on_cancel=True, limiter=threads)
+        await trio.to_thread.run_sync(_send, destination, wanted, reported, abandon_on_cancel=True, limiter=threads)
     finally:
         is_given_up.set()
 
 
-def _tell(destination: str, news: Iterable[tuple[str, Value]], told: dict[str, Value]) -> None:
-    from trio_pilot.condor.chirp import tell  # which takes its time to load
+def _send(destination: str, changes: Iterable[tuple[str, Value]], reported: dict[str, Value]) -> None:
+    from trio_pilot.condor.chirp import report  # imported late: it takes long to load
 
-    tell(destination, news, told, TELL_TIMEOUT)
+    report(destination, changes, reported, REPORT_TIMEOUT)
 
 
 def attributes(status: Status) -> Iterator[tuple[str, int | str]]:
-    """Name what there is to tell, without the prefix; counts are left out until there is something to count."""
+    """Yield the attributes to report, without the prefix; counts are left out until they are above 0."""
     yield "Status", status.state.value.value
     yield "Version", __version__
     yield "StartedTimestamp", int(status.started_at)
@@ -83,21 +83,21 @@ def attributes(status: Status) -> Iterator[tuple[str, int | str]]:
 
 
 class Reporter:
-    """Tells what has changed since it was told."""
+    """Reports what has changed since the last report."""
 
-    def __init__(self, status: Status, tell: Tell, interval: float) -> None:
-        """Be told how to tell: `tell(news, told)` notes in `told` what it could tell, and raises ReportError if not all."""
+    def __init__(self, status: Status, send: Send, interval: float) -> None:
+        """Report through `send(changes, reported)`, which updates `reported`, and raises ReportError if not all was sent."""
         self._status = status
-        self._tell = tell
+        self._send = send
         self._interval = max(interval, LEAST_INTERVAL)
-        self._told: dict[str, Value] = {}
+        self._reported: dict[str, Value] = {}
         self._errors: deque[str] = deque(maxlen=MOST_ERRORS)
-        self._has_complained = False
+        self._has_logged_fault = False
         self._ends, self._has_ended = trio.Event(), trio.Event()
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
-        """Report until left, then once more."""
+        """Report during the body, and once more at its end."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._run)
             try:
@@ -124,38 +124,38 @@ class Reporter:
         await self._status.state.wait_value(lambda now: now is not state)
 
     async def _new_error(self, error: object) -> None:
-        """Wait for an error that is worth a report of its own; after so many, none is."""
+        """Wait for an error that is to be reported at once; after MOST_ERRORS there is none."""
         await self._status.error.wait_value(
-            lambda now: now is not error and len(self._errors) < MOST_ERRORS and worded(now) not in self._errors
+            lambda now: now is not error and len(self._errors) < MOST_ERRORS and error_text(now) not in self._errors
         )
 
     async def _report(self) -> None:
-        """Tell the news; what cannot be told now is told with the next."""
-        news = self._news()
-        if not news.keys() - {LAST_UPDATED}:
+        """Report what has changed; what cannot be reported now goes with the next report."""
+        changes = self._changes()
+        if not changes.keys() - {LAST_UPDATED}:
             return
         try:
-            await self._tell(news, self._told)
+            await self._send(changes, self._reported)
         except ReportError as error:
-            self._complain(error)
-        text = self._told.get(ERROR)
+            self._log_fault(error)
+        text = self._reported.get(ERROR)
         if isinstance(text, str) and text not in self._errors:
             self._errors.append(text)
 
-    def _news(self) -> dict[str, Value]:
-        facts: dict[str, Value] = {PREFIX + name: value for name, value in attributes(self._status)}
+    def _changes(self) -> dict[str, Value]:
+        report: dict[str, Value] = {PREFIX + name: value for name, value in attributes(self._status)}
         error = self._status.error.value
-        if error and worded(error) not in self._errors:
-            facts |= {ERROR: worded(error), TRACEBACK: error}
-        facts[LAST_UPDATED] = int(time.time())
-        return {name: value for name, value in facts.items() if self._told.get(name) != value}
+        if error and error_text(error) not in self._errors:
+            report |= {ERROR: error_text(error), TRACEBACK: error}
+        report[LAST_UPDATED] = int(time.time())
+        return {name: value for name, value in report.items() if self._reported.get(name) != value}
 
-    def _complain(self, error: ReportError) -> None:
-        if not self._has_complained:
-            LOGGER.warning("%s; tasks do not suffer from it, and this is said once", error)
-        self._has_complained = True
+    def _log_fault(self, error: ReportError) -> None:
+        if not self._has_logged_fault:
+            LOGGER.warning("%s; tasks go on, and further failures to report are not logged", error)
+        self._has_logged_fault = True
 
 
-def worded(error: BaseException | None) -> str:
-    """Word an error as EWMS does; it counts those that are worded alike."""
+def error_text(error: BaseException | None) -> str:
+    """Return the text of an error as EWMS writes it: it counts errors with equal texts."""
     return f"{reported_name(error)}: {error}" if error else ""

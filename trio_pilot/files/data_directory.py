@@ -351,12 +351,12 @@ def _remove_unused(root: Path, lock: IO[bytes]) -> None:
     If task directories are kept in it, remove the lock file alone, or leave that to the sweep that removes the owner files
     of dead pilots. A pilot that is about to lock the file finds it gone (`_make_and_share`), and tries again.
 
-    Raises:
-        OSError: There is no lock file any more, or something cannot be removed.
-
     Args:
         root: The data directory.
         lock: Its lock file, open.
+
+    Raises:
+        OSError: There is no lock file any more, or something cannot be removed.
     """
     is_locked = True
     try:

@@ -209,7 +209,7 @@ def sweep(theirs: Callable[[Identity], bool]) -> int:
     """Remove the groups of other pilots, and kill the processes in them.
 
     Args:
-        theirs: Return whether the groups of a pilot are to be removed.
+        theirs: Selects the pilots whose groups are removed.
 
     Returns:
         The number of containers that were removed.

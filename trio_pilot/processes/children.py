@@ -71,7 +71,7 @@ class Children:
 
     def spawn(self, command: Command) -> "Child":
         """Start a child in a session of its own, with an empty stdin. Raises OSError if it cannot be started."""
-        with _on(command.cpus):
+        with _restricted_to(command.cpus):
             process = _popen(command)
         try:
             child = Child(process, command.marker, self)
@@ -185,7 +185,7 @@ class Child:
 
 
 @contextmanager
-def _on(cpus: Sequence[int]) -> Iterator[None]:
+def _restricted_to(cpus: Sequence[int]) -> Iterator[None]:
     """Restrict this thread to some CPUs in the body: a child started there is restricted from its first instruction."""
     if not cpus:
         yield

@@ -18,7 +18,7 @@ MARKER = "TRIO_PILOT_CONTAINER"  # environment variable that marks the processes
 KILL_TIMEOUT = 5.0  # seconds for SIGKILL to act; a process that waits in the kernel may take longer, and nothing helps
 KILL_INTERVAL = 0.01  # seconds between two searches
 
-Theirs = Callable[[Identity], bool]  # returns whether a pilot is one of those whose things are to be removed
+Theirs = Callable[[Identity], bool]  # selects the pilots whose processes, groups or containers are removed
 
 
 def mark(container: str) -> str:

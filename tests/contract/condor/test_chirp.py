@@ -8,14 +8,14 @@ import pytest
 
 from tests.support import chirp_proxy
 from tests.support.chirp_proxy import ChirpProxy, Fault
-from trio_pilot.condor.chirp import CONFIG, Value, tell
+from trio_pilot.condor.chirp import CONFIG, Value, report
 from trio_pilot.errors import ReportError
 
 NAME = "HTChirpEWMSPilotError"
 
 
-def say(destination: str, news: Mapping[str, Value], told: dict[str, Value], seconds: float) -> None:
-    tell(destination, news.items(), told, seconds)
+def send(destination: str, changes: Mapping[str, Value], reported: dict[str, Value], seconds: float) -> None:
+    report(destination, changes.items(), reported, seconds)
 
 
 @pytest.fixture
@@ -26,81 +26,81 @@ def proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ChirpProxy:  # typ
 
 
 def test_a_job_attribute_is_a_classad_expression(proxy: ChirpProxy) -> None:
-    told: dict[str, Value] = {}
-    news: dict[str, Value] = {"HTChirpEWMSPilotStatus": "Tasking", "HTChirpEWMSPilotTasksTotal": 3, NAME: 'é "\\ \n'}
-    say("JOB_ATTR", news, told, 5)
+    reported: dict[str, Value] = {}
+    changes: dict[str, Value] = {"HTChirpEWMSPilotStatus": "Tasking", "HTChirpEWMSPilotTasksTotal": 3, NAME: 'é "\\ \n'}
+    send("JOB_ATTR", changes, reported, 5)
     assert proxy.lines == [
         'set_job_attr HTChirpEWMSPilotStatus "Tasking"',
         "set_job_attr HTChirpEWMSPilotTasksTotal 3",
         r'set_job_attr HTChirpEWMSPilotError "\303\251 \"\\ \n"',
     ]
-    assert told == news
+    assert reported == changes
 
 
 def test_a_line_of_the_event_log_is_the_name_and_a_quoted_value(proxy: ChirpProxy) -> None:
-    say("JOB_EVENT_LOG", {"HTChirpEWMSPilotTasksTotal": 3, NAME: "é \t"}, {}, 5)
+    send("JOB_EVENT_LOG", {"HTChirpEWMSPilotTasksTotal": 3, NAME: "é \t"}, {}, 5)
     assert proxy.lines == ['ulog HTChirpEWMSPilotTasksTotal: "3"', r'ulog HTChirpEWMSPilotError: "\303\251 \t"']
 
 
 @pytest.mark.parametrize(("destination", "most"), [("JOB_ATTR", 2400), ("JOB_EVENT_LOG", 999)])
 @pytest.mark.parametrize("char", ["x", " ", "\\", "é", "\x01", "\n", "🙂"])
 def test_a_text_of_any_kind_and_length_fits_into_a_line(proxy: ChirpProxy, destination: str, most: int, char: str) -> None:
-    say(destination, {"HTChirpEWMSPilotErrorTraceback": char * 100_000, "HTChirpEWMSPilotTasksTotal": 1}, {}, 5)
+    send(destination, {"HTChirpEWMSPilotErrorTraceback": char * 100_000, "HTChirpEWMSPilotTasksTotal": 1}, {}, 5)
     assert len(proxy.values("ErrorTraceback")[0]) <= most
     assert proxy.values("ErrorTraceback")[0].endswith('..."')
     assert proxy.longest <= chirp_proxy.LONGEST_LINE
     assert len(proxy.lines) == 2
 
 
-def test_of_a_traceback_the_end_is_told(proxy: ChirpProxy) -> None:
+def test_the_end_of_a_traceback_is_reported(proxy: ChirpProxy) -> None:
     try:
         raise ReportError("x" * 500)
     except ReportError as error:
-        say("JOB_EVENT_LOG", {NAME: error}, {}, 5)
+        send("JOB_EVENT_LOG", {NAME: error}, {}, 5)
     assert proxy.values("Error")[0].endswith(r"trio_pilot.errors.ReportError: " + "x" * 500 + r'\n"')
 
 
-def test_what_is_refused_keeps_back_nothing_else(proxy: ChirpProxy) -> None:
+def test_an_attribute_that_is_refused_does_not_hold_back_others(proxy: ChirpProxy) -> None:
     proxy.refused = {NAME}
-    told: dict[str, Value] = {}
-    with pytest.raises(ReportError, match=r"refuses 1 of our attributes .*WantIO.*, such as HTChirpEWMSPilotError: "):
-        say("JOB_ATTR", {NAME: "x", "HTChirpEWMSPilotTasksTotal": 1}, told, 5)
-    assert told == {"HTChirpEWMSPilotTasksTotal": 1}
+    reported: dict[str, Value] = {}
+    with pytest.raises(ReportError, match=r"refuses 1 attribute\(s\) .*WantIO.*, such as HTChirpEWMSPilotError: "):
+        send("JOB_ATTR", {NAME: "x", "HTChirpEWMSPilotTasksTotal": 1}, reported, 5)
+    assert reported == {"HTChirpEWMSPilotTasksTotal": 1}
 
 
 @pytest.mark.parametrize("fault", chirp_proxy.FAULTS)
-def test_a_fault_of_the_proxy_is_an_error_within_the_deadline_and_costs_no_cpu(
+def test_a_fault_of_the_proxy_is_an_error_in_time_that_costs_no_cpu(
     proxy: ChirpProxy, fault: Fault, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     proxy.fault = fault
     begun, cpu = time.monotonic(), time.thread_time()
     with caplog.at_level(logging.DEBUG), pytest.raises(ReportError, match="cannot report to HTCondor"):
-        say("JOB_ATTR", {NAME: "x"}, {}, 0.5)
+        send("JOB_ATTR", {NAME: "x"}, {}, 0.5)
     assert time.monotonic() - begun < 5
     assert time.thread_time() - cpu < 0.3
     assert capfd.readouterr().out == ""
 
 
 @pytest.mark.parametrize("config", ["", "127.0.0.1", "127.0.0.1 1 cookie", "127.0.0.1 many cookie", "\xff\xfe"])
-def test_a_proxy_that_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str) -> None:
+def test_a_missing_proxy_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str) -> None:
     (tmp_path / "config").write_text(config, encoding="latin-1")
     monkeypatch.setenv(CONFIG, str(tmp_path / "config"))
     with pytest.raises(ReportError):
-        say("JOB_ATTR", {NAME: "x"}, {}, 5)
+        send("JOB_ATTR", {NAME: "x"}, {}, 5)
 
 
-def test_no_file_that_says_where_the_proxy_is_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file_with_the_proxys_address_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(CONFIG, raising=False)
     with pytest.raises(ReportError, match=r"No such file or directory: '\.chirp\.config'"):
-        say("JOB_ATTR", {NAME: "x"}, {}, 5)
+        send("JOB_ATTR", {NAME: "x"}, {}, 5)
 
 
 @pytest.mark.usefixtures("proxy")
 def test_no_connection_is_left_open() -> None:
     before = threading.active_count()
     for _ in range(10):
-        say("JOB_ATTR", {NAME: "x"}, {}, 5)
+        send("JOB_ATTR", {NAME: "x"}, {}, 5)
     deadline = time.monotonic() + 5
     while threading.active_count() > before:  # those of the proxy end with their connections
         assert time.monotonic() < deadline

@@ -14,7 +14,7 @@ from trio_pilot.allocation.classad import quoted
         ("\n\r\t\a\b\v\f", r'"\n\r\t\a\b\v\f"'),
         ("é", r'"\303\251"'),
         ("\x01\x1b\x7f", r'"\001\033\177"'),
-        ("a\0b", '"ab"'),  # a NUL would end it
+        ("a\0b", '"ab"'),  # a NUL would end the string
         ("\ud800", '"?"'),
         ("🙂", r'"\360\237\231\202"'),
     ],
@@ -32,7 +32,7 @@ def test_a_long_text_is_cut_between_characters(text: str, keep_end: bool, most: 
     body = quote[1:-1].removeprefix("...") if keep_end else quote[1:-1].removesuffix("...")
     assert len(body) == len(quote) - 5
     raw = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), body.encode())
-    plain = raw.replace(rb"\n", b"\n").replace(rb"\"", b'"').decode()  # which must decode
+    plain = raw.replace(rb"\n", b"\n").replace(rb"\"", b'"').decode()  # raises an error if a character is cut in two
     assert text.endswith(plain) if keep_end else text.startswith(plain)
 
 

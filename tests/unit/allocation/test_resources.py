@@ -62,21 +62,21 @@ def test_nonsense_in_an_ad_is_no_error(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ['a "b"\\c', "\n\r\t\a\b\v\f", "plain", "\x01\x7f"])
-def test_what_is_quoted_is_read_as_it_was(tmp_path: Path, text: str) -> None:
+def test_a_quoted_text_is_read_as_it_was(tmp_path: Path, text: str) -> None:
     assert classad.read(ads(tmp_path, JOB=f"X = {classad.quoted(text, 100)}")["_CONDOR_JOB_AD"]) == {"x": text}
 
 
-def test_the_machine_ad_is_believed_before_the_job_ad(tmp_path: Path) -> None:
+def test_the_machine_ad_comes_before_the_job_ad(tmp_path: Path) -> None:
     environ = {**ads(tmp_path, JOB=JOB, MACHINE=MACHINE), "_CONDOR_SCRATCH_DIR": "/scratch"}
     assert find_allocation(environ) == Allocation(3, "machine ad", 2 * GB, "machine ad", 4 * 2**20, Path("/scratch"), 20)
 
 
-def test_the_job_ad_will_do(tmp_path: Path) -> None:
+def test_without_a_machine_ad_the_job_ad_counts(tmp_path: Path) -> None:
     environ = {**ads(tmp_path, JOB=JOB), "_CONDOR_MACHINE_AD": "/nonexistent"}
     assert find_allocation(environ) == Allocation(2, "job ad", GB, "job ad", 2 * 2**20)
 
 
-def test_without_ads_the_slot_is_what_affinity_lets_us_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ads_affinity_and_memory_of_the_machine_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroup_limits, "most_cpus", lambda: None)
     monkeypatch.setattr(cgroup_limits, "most_memory", lambda: None)
     found = find_allocation({})
@@ -84,7 +84,7 @@ def test_without_ads_the_slot_is_what_affinity_lets_us_use(monkeypatch: pytest.M
     assert found.memory > GB / 4
 
 
-def test_a_control_group_may_let_us_use_less(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lower_limit_of_the_control_group_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroup_limits, "most_cpus", lambda: 0.5)
     monkeypatch.setattr(cgroup_limits, "most_memory", lambda: 10**8)
     found = find_allocation({})
@@ -107,7 +107,7 @@ def test_the_tightest_group_counts(
     (tmp_path / "a/b").mkdir(parents=True)
     for name, text in files.items():
         (tmp_path / name).write_text(f"{text}\n")
-    (tmp_path.parent / "memory.max").write_text("1")  # outside
+    (tmp_path.parent / "memory.max").write_text("1")  # of a group outside the mount
     found = Hierarchy(tmp_path, tmp_path / "a/b", frozenset({"memory", "cpu"}), unified)
     monkeypatch.setattr(cgroup_limits, "hierarchies", lambda: [found])
     assert (cgroup_limits.most_cpus(), cgroup_limits.most_memory()) == (cpus, memory)
@@ -138,7 +138,7 @@ def test_tasks_have_their_shares(texts: dict[str, str], tasks: int, cpus: float,
     assert fit.init_env_json["OMP_NUM_THREADS"] == "8"
 
 
-def test_what_the_user_says_of_threads_stands() -> None:
+def test_a_number_of_threads_that_the_user_sets_stays() -> None:
     fit = settled(task_env_json='{"OMP_NUM_THREADS": 5}', max_concurrent_tasks="8")
     assert (fit.task_env_json["OMP_NUM_THREADS"], fit.task_env_json["MKL_NUM_THREADS"]) == ("5", "1")
 
@@ -160,6 +160,6 @@ def test_few_cpus_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
         assert {*one, *two, *three} == {0, 1}
 
 
-def test_without_pins_there_is_no_restriction() -> None:
+def test_without_cpu_sets_there_is_no_restriction() -> None:
     with CpuSets(0, 1).lent() as cpus:
         assert cpus == ()

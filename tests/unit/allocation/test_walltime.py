@@ -24,7 +24,7 @@ pytestmark = pytest.mark.mock_clock
 
 NOW = 1_800_000_000.0
 QUEUES = {"queue_incoming": "in", "queue_outgoing": "out"}
-LAST = 2 + LAST_STEPS  # seconds before the end of the slot in which no task runs
+LAST = 2 + LAST_STEPS  # seconds before the end of the job in which no task runs
 
 
 def end_of(environ: Mapping[str, str], **texts: str) -> End | None:
@@ -36,11 +36,11 @@ def ad(directory: Path, kind: str, *lines: str) -> Mapping[str, str]:
     return {f"_CONDOR_{kind}_AD": str(directory / kind)}
 
 
-async def test_a_slot_of_which_nothing_is_known_does_not_end() -> None:
+async def test_without_any_information_a_job_does_not_end() -> None:
     assert end_of({}) is None
 
 
-async def test_an_end_beyond_all_calendars_is_none() -> None:
+async def test_an_end_beyond_the_calendar_is_ignored() -> None:
     assert end_of({}, max_runtime="1e300") is None
     assert end_of({"GLIDEIN_ToDie": "1800000600000"}) is None
     with pytest.raises(SettingsError, match=r"--until must be a time such as .* \(in seconds\), not"):
@@ -55,10 +55,10 @@ async def test_an_end_beyond_all_calendars_is_none() -> None:
         ({"until": "2027-01-15T08:01:00+00:00"}, NOW + 60),
         ({"max_runtime": "90"}, NOW + 90),
         ({"max_runtime": "90", "until": "1800000600"}, NOW + 90),
-        ({"until": "1"}, 1),  # the user is believed
+        ({"until": "1"}, 1),  # set by the user, although it is past
     ],
 )
-async def test_the_user_may_say_when_it_ends(texts: dict[str, str], at: float) -> None:
+async def test_the_user_may_set_the_end(texts: dict[str, str], at: float) -> None:
     end = end_of({}, **texts)
     assert end
     assert end.at == at
@@ -74,10 +74,16 @@ async def test_the_user_may_say_when_it_ends(texts: dict[str, str], at: float) -
         ([], [f"GLIDEIN_ToDie = {NOW + 50:.0f}", f"GLIDEIN_ToRetire = {NOW + 5:.0f}"], {}, 50, "GLIDEIN_ToDie"),
         ([], [f"GLIDEIN_ToRetire = {NOW + 5:.0f}"], {}, 5, "GLIDEIN_ToRetire"),
         ([], [], {"GLIDEIN_ToDie": f"{NOW + 70:.0f}"}, 70, "GLIDEIN_ToDie"),
-        (["OriginalTime = 3600"], [], {"GLIDEIN_ToDie": f"{NOW - 1:.0f}"}, 3600, "OriginalTime of the job"),  # not true
+        (
+            ["OriginalTime = 3600"],
+            [],
+            {"GLIDEIN_ToDie": f"{NOW - 1:.0f}"},
+            3600,
+            "OriginalTime of the job",
+        ),  # past: wrong
     ],
 )
-async def test_the_earliest_end_that_htcondor_says_counts(
+async def test_the_earliest_end_that_htcondor_reports_counts(
     tmp_path: Path, job: list[str], machine: list[str], environ: Mapping[str, str], at: float, who: str
 ) -> None:
     assert end_of({**ad(tmp_path, "JOB", *job), **ad(tmp_path, "MACHINE", *machine), **environ}) == End(NOW + at, who)
@@ -93,7 +99,7 @@ async def test_machine_and_job_features_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["broker_token", "queue_incoming_auth_token", "queue_outgoing_auth_token"])
-async def test_a_token_ends_it_when_it_expires(name: str) -> None:
+async def test_a_job_ends_when_a_token_expires(name: str) -> None:
     end = end_of({}, **{name: jwt(exp=NOW + 40)})
     assert end
     assert end.at == NOW + 40
@@ -112,7 +118,7 @@ def time_left(seconds: float, *seen: float, task_timeout: float | None = None) -
     [
         ([], None, 1000),
         ([], 100.0, 900),
-        ([], 900.0, 500),  # of which nothing is known: not to be waited for at the cost of all
+        ([], 900.0, 500),  # nothing else is known: at most half of the time is reserved
         ([10.0] * 99 + [500.0], None, 990),
         ([10.0] * 9 + [500.0], None, 500),
         ([10.0] * 9 + [500.0], 200.0, 800),
@@ -137,7 +143,7 @@ async def test_no_event_is_taken_that_is_not_likely_to_be_done(lab: Lab) -> None
     lab.assert_the_promise(range(20))
 
 
-async def test_what_waits_for_a_slot_is_returned_once_there_is_no_time_for_it(lab: Lab) -> None:
+async def test_an_event_that_waits_is_returned_when_its_time_has_run_out(lab: Lab) -> None:
     lab.runtime.script = takes(50)
     lab.put(1, 2)
     async with trio.open_nursery() as nursery:
@@ -148,7 +154,7 @@ async def test_what_waits_for_a_slot_is_returned_once_there_is_no_time_for_it(la
     assert sorted(lab.outputs()) == ["1", "2"]
 
 
-async def test_what_still_runs_in_the_end_is_returned_uncounted(lab: Lab) -> None:
+async def test_an_event_that_still_runs_at_the_end_is_returned_uncounted(lab: Lab) -> None:
     lab.runtime.script = sleeps_long
     lab.put(1, 2)
     assert await lab.run(until=time.time() + 60 + LAST, max_concurrent_tasks=2) is None
@@ -157,7 +163,7 @@ async def test_what_still_runs_in_the_end_is_returned_uncounted(lab: Lab) -> Non
     lab.assert_the_promise([1, 2])
 
 
-async def test_a_signal_does_not_put_off_the_end(lab: Lab) -> None:
+async def test_a_signal_does_not_postpone_the_end(lab: Lab) -> None:
     lab.runtime.script = sleeps_long
     lab.put(1)
     await lab.run_signalled([50], until=time.time() + 60 + LAST, grace=1000.0)
@@ -180,7 +186,7 @@ async def test_the_grace_is_what_the_pool_leaves(tmp_path: Path, job: list[str],
     assert fitted(Settings(grace=33.0), slot).grace == 33
 
 
-async def test_a_slot_without_a_word_of_its_end_gives_ten_seconds() -> None:
+async def test_without_information_the_grace_is_ten_seconds() -> None:
     assert fitted(Settings(), Allocation(1, "test", 2**30, "test")).grace == 10
 
 
@@ -198,7 +204,7 @@ async def run_until(lab: Lab, seconds: float, **options: Any) -> None:
     await lab.run(until=time.time() + seconds, **options)
 
 
-async def test_sixty_slots_with_random_ends_cut_off_less_than_one_event_in_a_hundred(tmp_path: Path) -> None:
+async def test_sixty_jobs_with_random_ends_cut_less_than_one_event_in_100(tmp_path: Path) -> None:
     broker, chance, labs = FakeBroker(), random.Random(1), []
     async with trio.open_nursery() as nursery:
         for number in range(60):

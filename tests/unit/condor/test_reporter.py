@@ -19,23 +19,25 @@ pytestmark = pytest.mark.mock_clock
 
 @dataclass
 class FakeChirp:
-    """A proxy in memory: what was told, when; and how long it takes, or what it raises."""
+    """A proxy in memory: the reports and their times, how long each takes, and the error it raises."""
 
     seconds: float = 0.0
     fault: Exception | None = None
-    told: list[tuple[float, dict[str, Value]]] = field(default_factory=list)
+    reports: list[tuple[float, dict[str, Value]]] = field(default_factory=list)
     attempts: int = 0
 
-    async def tell(self, news: Mapping[str, Value], told: dict[str, Value]) -> None:
+    async def send(self, changes: Mapping[str, Value], reported: dict[str, Value]) -> None:
         self.attempts += 1
         await trio.sleep(self.seconds)
         if self.fault:
             raise self.fault
-        told |= news
-        self.told.append((trio.current_time(), {name.removeprefix("HTChirpEWMSPilot"): news[name] for name in news}))
+        reported |= changes
+        self.reports.append(
+            (trio.current_time(), {name.removeprefix("HTChirpEWMSPilot"): changes[name] for name in changes})
+        )
 
     def values(self, name: str) -> list[Value]:
-        return [news[name] for _, news in self.told if name in news]
+        return [changes[name] for _, changes in self.reports if name in changes]
 
 
 @pytest.fixture
@@ -45,58 +47,58 @@ def chirp() -> FakeChirp:
 
 @pytest.fixture
 def reported(lab: Lab, chirp: FakeChirp) -> Lab:
-    lab.reporter = Reporter(lab.status, chirp.tell, 60).open()
+    lab.reporter = Reporter(lab.status, chirp.send, 60).open()
     return lab
 
 
-async def test_the_states_are_told_at_once_and_the_last_before_the_end(reported: Lab, chirp: FakeChirp) -> None:
+async def test_states_are_reported_at_once_and_the_last_before_the_end(reported: Lab, chirp: FakeChirp) -> None:
     reported.put(*range(3))
     await reported.run(max_concurrent_tasks=2, timeout_queue_incoming=0.5)
-    at = [(time, news["Status"]) for time, news in chirp.told if "Status" in news]
+    at = [(time, changes["Status"]) for time, changes in chirp.reports if "Status" in changes]
     assert at[-3:] == [(0, "Tasking"), (1.5, "PendingRemainingTasks"), (2, "Done")]
-    assert chirp.told[-1][1]["TasksSuccess"] == 3
-    assert chirp.told[-1][1]["TasksRunning"] == 0
+    assert chirp.reports[-1][1]["TasksSuccess"] == 3
+    assert chirp.reports[-1][1]["TasksRunning"] == 0
     assert chirp.values("Runtime") == ["fake"]
     assert chirp.values("TasksFailed") == chirp.values("Error") == []
 
 
-async def test_counts_are_told_once_an_interval(reported: Lab, chirp: FakeChirp) -> None:
+async def test_counts_are_reported_once_an_interval(reported: Lab, chirp: FakeChirp) -> None:
     reported.put(*range(330))
     await reported.run()
-    begun, *_, ended = (time for time, news in chirp.told if "TasksTotal" in news)
+    begun, *_, ended = (time for time, changes in chirp.reports if "TasksTotal" in changes)
     assert (begun, ended) == (0, 331)
-    assert [time for time, _ in chirp.told if 1 < time < 329] == [60, 120, 180, 240, 300]
+    assert [time for time, _ in chirp.reports if 1 < time < 329] == [60, 120, 180, 240, 300]
     assert chirp.values("TasksSuccess") == [59, 119, 179, 239, 299, 330]
     assert chirp.values("SecondsBusy")[-1] == 330
 
 
-async def test_an_idle_pilot_has_nothing_to_tell(reported: Lab, chirp: FakeChirp) -> None:
+async def test_an_idle_pilot_has_nothing_to_report(reported: Lab, chirp: FakeChirp) -> None:
     await reported.run(timeout_queue_incoming=3600.0)
     assert chirp.attempts <= 4
 
 
-async def test_an_error_is_told_at_once_and_once(reported: Lab, chirp: FakeChirp) -> None:
+async def test_an_error_is_reported_at_once_and_once(reported: Lab, chirp: FakeChirp) -> None:
     reported.runtime.script = fails
     reported.put(*range(10))
     with pytest.raises(TasksFailedError):
         await reported.run(stop_listening_on_task_error=False, max_attempts=1)
     assert chirp.values("Error") == ["ContainerRunError: task failed (exit code 3): Oh no."]
-    assert next(time for time, news in chirp.told if "Error" in news) == 1
+    assert next(time for time, changes in chirp.reports if "Error" in changes) == 1
     assert chirp.values("Status")[-1] == "FatalError"
     (error,) = chirp.values("ErrorTraceback")
     assert isinstance(error, ContainerRunError)
 
 
-async def test_ever_other_errors_are_told_at_once_only_so_many_times(chirp: FakeChirp) -> None:
+async def test_a_limited_number_of_different_errors_is_reported_at_once(chirp: FakeChirp) -> None:
     status = Status()
-    async with Reporter(status, chirp.tell, 60).open():
+    async with Reporter(status, chirp.send, 60).open():
         for number in range(1000):
             await trio.sleep(0.1)
             status.fail(ContainerRunError(f"number {number}"))
-    assert len(chirp.values("Error")) == MOST_ERRORS + 1 + 1  # one at the next interval, and the last
+    assert len(chirp.values("Error")) == MOST_ERRORS + 1 + 1  # one at the next interval, and one in the last report
 
 
-async def test_the_error_of_the_init_container_is_told(reported: Lab, chirp: FakeChirp) -> None:
+async def test_the_error_of_the_init_container_is_reported(reported: Lab, chirp: FakeChirp) -> None:
     reported.runtime.script = fails
     with pytest.raises(BaseExceptionGroup):
         await reported.run(init_image="init")
@@ -104,7 +106,7 @@ async def test_the_error_of_the_init_container_is_told(reported: Lab, chirp: Fak
     assert chirp.values("Status")[-1] == "FatalError"
 
 
-async def test_a_runtime_that_is_not_there_is_told(reported: Lab, chirp: FakeChirp) -> None:
+async def test_a_missing_runtime_is_reported(reported: Lab, chirp: FakeChirp) -> None:
     def broken(call: str) -> None:
         if call == "runtime.open":
             raise NodeError("no containers here")
@@ -116,38 +118,38 @@ async def test_a_runtime_that_is_not_there_is_told(reported: Lab, chirp: FakeChi
     assert chirp.values("Status")[-1] == "FatalError"
 
 
-async def test_a_quarantine_is_told_before_it_is_over(reported: Lab, chirp: FakeChirp) -> None:
+async def test_a_quarantine_is_reported_before_it_is_over(reported: Lab, chirp: FakeChirp) -> None:
     reported.runtime.script = fails
     reported.put(1)
     with pytest.raises(TasksFailedError):
         await reported.run(quarantine_time=600.0)
-    assert [time for time, news in chirp.told if news.get("Status") == "FatalError"] == [1]
+    assert [time for time, changes in chirp.reports if changes.get("Status") == "FatalError"] == [1]
 
 
-async def test_why_a_node_is_bad_is_told_before_its_slot_is_held(reported: Lab, chirp: FakeChirp) -> None:
+async def test_why_a_node_is_bad_is_reported_before_its_slot_is_held(reported: Lab, chirp: FakeChirp) -> None:
     reported.runtime.probe = finds_a_fault
     with pytest.raises(BaseExceptionGroup):
         await reported.run(quarantine_time=600.0)
     assert chirp.values("Error") == ["NodeError: `true` in a container fails (exit code 126): true: Input/output error"]
-    assert [time for time, news in chirp.told if "Error" in news] == [0]
+    assert [time for time, changes in chirp.reports if "Error" in changes] == [0]
 
 
-async def test_what_was_not_told_is_told_later_and_the_fault_is_logged_once(
+async def test_a_failed_report_is_made_later_and_the_fault_is_logged_once(
     chirp: FakeChirp, caplog: pytest.LogCaptureFixture
 ) -> None:
     status = Status()
     chirp.fault = ReportError("no proxy")
     with caplog.at_level(logging.WARNING):
-        async with Reporter(status, chirp.tell, 10).open():
+        async with Reporter(status, chirp.send, 10).open():
             await trio.sleep(95)
             assert chirp.attempts == 10
             chirp.fault = None
             await trio.sleep(10)
             assert chirp.values("Status") == ["Started"]
-    assert caplog.messages == ["no proxy; tasks do not suffer from it, and this is said once"]
+    assert caplog.messages == ["no proxy; tasks go on, and further failures to report are not logged"]
 
 
-async def test_a_proxy_that_hangs_keeps_neither_tasks_nor_the_end(reported: Lab, chirp: FakeChirp) -> None:
+async def test_a_proxy_that_hangs_delays_neither_tasks_nor_the_end(reported: Lab, chirp: FakeChirp) -> None:
     chirp.seconds = 1000
     reported.put(*range(5))
     await reported.run()
@@ -172,7 +174,7 @@ async def test_no_task_waits_for_the_proxy(reported: Lab, chirp: FakeChirp, seco
     assert starts == [number // 2 for number in range(20)]
 
 
-async def test_a_slow_proxy_gets_what_has_come_together_meanwhile(reported: Lab, chirp: FakeChirp) -> None:
+async def test_a_slow_proxy_gets_what_has_changed_in_the_meantime(reported: Lab, chirp: FakeChirp) -> None:
     chirp.seconds = 1.25
     reported.put(*range(10))
     await reported.run()
@@ -181,24 +183,24 @@ async def test_a_slow_proxy_gets_what_has_come_together_meanwhile(reported: Lab,
     assert chirp.values("TasksSuccess")[-1] == 10
 
 
-async def test_an_interval_of_nothing_does_not_chirp_without_end(chirp: FakeChirp) -> None:
+async def test_an_interval_of_zero_does_not_report_without_end(chirp: FakeChirp) -> None:
     status = Status()
-    async with Reporter(status, chirp.tell, 0).open():
+    async with Reporter(status, chirp.send, 0).open():
         status.slots.start_task()
         await trio.sleep(100)
     assert chirp.attempts <= 101
 
 
-async def test_a_pilot_told_to_end_is_done(reported: Lab, chirp: FakeChirp) -> None:
+async def test_a_pilot_that_is_signalled_ends_as_done(reported: Lab, chirp: FakeChirp) -> None:
     reported.put(*range(5))
     await reported.run_signalled([2.5])
     assert chirp.values("Status")[-1] == State.DONE.value
     assert chirp.values("TasksTotal")[-1] == 3
 
 
-async def test_errors_that_come_by_turns_are_each_told_once(chirp: FakeChirp) -> None:
+async def test_errors_that_alternate_are_each_reported_once(chirp: FakeChirp) -> None:
     status = Status()
-    async with Reporter(status, chirp.tell, 60).open():
+    async with Reporter(status, chirp.send, 60).open():
         for number in range(100):
             await trio.sleep(1)
             status.fail(ContainerRunError(f"number {number % 2}"))

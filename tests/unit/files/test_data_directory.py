@@ -21,7 +21,7 @@ from trio_pilot.files.data_directory import open_data_directory
 from trio_pilot.processes.identity import own
 
 
-def test_the_data_directory_is_there_while_it_is_used_and_gone_after(tmp_path: Path) -> None:
+def test_the_data_directory_exists_while_it_is_used(tmp_path: Path) -> None:
     with open_data_directory(tmp_path, []) as data_directory:
         assert data_directory.root == tmp_path / "ewms-pilot-data"
         assert data_directory.data_hub.is_dir()
@@ -29,13 +29,13 @@ def test_the_data_directory_is_there_while_it_is_used_and_gone_after(tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_is_removed_when_its_user_fails(tmp_path: Path) -> None:
+def test_the_data_directory_is_removed_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), open_data_directory(tmp_path, []):
         _ = 1 / 0
     assert list(tmp_path.iterdir()) == []
 
 
-def test_of_two_pilots_the_last_one_out_removes_it(tmp_path: Path) -> None:
+def test_the_last_of_two_pilots_removes_the_data_directory(tmp_path: Path) -> None:
     with open_data_directory(tmp_path, []) as first:
         (first.data_hub / "file").touch()
         with open_data_directory(tmp_path, []) as second:
@@ -44,7 +44,7 @@ def test_of_two_pilots_the_last_one_out_removes_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_first_may_leave_first(tmp_path: Path) -> None:
+def test_the_first_pilot_may_end_first(tmp_path: Path) -> None:
     with ExitStack() as first, open_data_directory(tmp_path, []) as second:
         first.enter_context(open_data_directory(tmp_path, []))
         first.close()
@@ -57,7 +57,7 @@ def test_a_directory_made_by_hand_stays(tmp_path: Path) -> None:
     with open_data_directory(tmp_path, []), open_data_directory(tmp_path, []):
         pass
     assert (tmp_path / "ewms-pilot-data").is_dir()
-    with open_data_directory(tmp_path, []) as data_directory:  # and is still known to be one
+    with open_data_directory(tmp_path, []) as data_directory:  # and still counts as one
         assert data_directory.data_hub.is_dir()
     assert (tmp_path / "ewms-pilot-data").is_dir()
 
@@ -95,34 +95,34 @@ def come_and_go(parent: Path, times: int) -> None:
             task.rmdir()
 
 
-def test_many_pilots_come_and_go_at_once_in_threads(tmp_path: Path) -> None:
+def test_many_pilots_start_and_end_at_once_in_threads(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(come_and_go, tmp_path, 150) for _ in range(4)]:
             done.result()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_many_pilots_come_and_go_at_once_in_processes(tmp_path: Path) -> None:
+def test_many_pilots_start_and_end_at_once_in_processes(tmp_path: Path) -> None:
     code = "import sys, pathlib, tests.unit.files.test_data_directory as t; t.come_and_go(pathlib.Path(sys.argv[1]), 150)"
     pilots = [subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT) for _ in range(4)]
     assert [pilot.wait(60) for pilot in pilots] == [0] * 4
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_parent_is_said_and_not_made(tmp_path: Path) -> None:
+def test_a_missing_parent_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(NodeError, match=r"^cannot write the data directory .*/missing/ewms-pilot-data: No such file"):
         open_data_directory(tmp_path / "missing", []).__enter__()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_parent_that_is_a_file_is_said(tmp_path: Path) -> None:
+def test_a_parent_that_is_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NodeError, match="Not a directory"):
         open_data_directory(tmp_path / "file", []).__enter__()
 
 
 @pytest.mark.parametrize("name", ["parent", "parent/ewms-pilot-data"])
-def test_a_circle_of_links_is_said(tmp_path: Path, name: str) -> None:
+def test_a_circle_of_links_is_an_error(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).symlink_to((tmp_path / name).name)
     with pytest.raises(NodeError, match=r"cannot write the data directory .*/parent/ewms-pilot-data: "):
@@ -130,7 +130,7 @@ def test_a_circle_of_links_is_said(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_directory_that_cannot_be_written_is_said(open_to_all: Path, exists: bool) -> None:
+def test_a_directory_that_cannot_be_written_is_an_error(open_to_all: Path, exists: bool) -> None:
     where = open_to_all / "ewms-pilot-data" if exists else open_to_all
     where.mkdir(exist_ok=True)
     where.chmod(0o555)
@@ -140,7 +140,7 @@ def test_a_directory_that_cannot_be_written_is_said(open_to_all: Path, exists: b
 
 
 @needs_root
-def test_a_disk_that_is_full_is_said(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 64) as disk:
         with suppress(OSError):
             (disk / "filling").write_bytes(b"x" * 100_000)
@@ -149,12 +149,12 @@ def test_a_disk_that_is_full_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["/etc", "/usr/share", "/bin", "/proc", "/dev", "/var/log"])
-def test_there_are_places_where_no_data_directory_is_made(place: str) -> None:
+def test_a_data_directory_is_not_made_in_system_directories(place: str) -> None:
     with pytest.raises(SettingsError, match="cannot be made below"):
         open_data_directory(Path(place), []).__enter__()
 
 
-def test_a_link_to_such_a_place_is_seen_through(tmp_path: Path) -> None:
+def test_a_data_directory_is_not_made_through_a_link_to_one(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/etc")
     with pytest.raises(SettingsError, match="cannot be made below /etc"):
         open_data_directory(tmp_path / "link", []).__enter__()
@@ -163,7 +163,7 @@ def test_a_link_to_such_a_place_is_seen_through(tmp_path: Path) -> None:
         open_data_directory(tmp_path, []).__enter__()
 
 
-def test_a_data_hub_is_no_link(tmp_path: Path) -> None:
+def test_a_data_hub_that_is_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ewms-pilot-data").mkdir()
     (tmp_path / "elsewhere").mkdir()
     hub = tmp_path / "ewms-pilot-data/data-hub"
@@ -209,14 +209,14 @@ def test_a_later_pilot_leaves_kept_directories_as_it_found_them(tmp_path: Path) 
     assert "a-task" in names_in(tmp_path)
 
 
-def test_if_nothing_is_kept_the_data_directory_goes(tmp_path: Path) -> None:
+def test_if_nothing_is_kept_the_data_directory_is_removed(tmp_path: Path) -> None:
     with open_data_directory(tmp_path, [], keep=True):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("keeper_is_last", [True, False])
-def test_the_lock_file_goes_with_the_last_of_several_pilots(tmp_path: Path, keeper_is_last: bool) -> None:
+def test_the_last_of_several_pilots_removes_the_lock_file(tmp_path: Path, keeper_is_last: bool) -> None:
     with open_data_directory(tmp_path, [], keep=keeper_is_last) as last:
         with open_data_directory(tmp_path, [], keep=not keeper_is_last):
             (last.root / "a-task").mkdir()
@@ -245,7 +245,7 @@ def test_the_lock_file_stays_until_dead_pilots_are_swept(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_pilot_may_come_while_the_lock_file_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pilot_may_start_while_the_lock_file_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flock = fcntl.flock
 
     def be_late(file: Any, how: int) -> None:
@@ -285,7 +285,7 @@ def test_a_new_data_directory_is_not_taken_for_one_that_is_gone(tmp_path: Path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_locks_the_lock_file_goes_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_locks_the_lock_file_is_removed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
@@ -307,7 +307,7 @@ def keep_and_remove(parent: Path, times: int, *, keep: bool) -> None:
                 task.rmdir()
 
 
-def test_pilots_that_keep_and_pilots_that_do_not_come_and_go_at_once(tmp_path: Path) -> None:
+def test_pilots_that_keep_and_pilots_that_remove_run_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(keep_and_remove, tmp_path, 50, keep=number < 2) for number in range(4)]:
             done.result()
@@ -318,7 +318,7 @@ def test_pilots_that_keep_and_pilots_that_do_not_come_and_go_at_once(tmp_path: P
 # External directories.
 
 
-def test_external_directories_are_taken_as_they_are_named(tmp_path: Path) -> None:
+def test_external_directories_keep_their_names(tmp_path: Path) -> None:
     (data := tmp_path / "da ta,=").mkdir()
     with open_data_directory(tmp_path, [data, Path("/usr/share")]) as data_directory:
         assert data_directory.external == (data, Path("/usr/share"))
@@ -331,7 +331,7 @@ def test_external_directories_must_be_absolute_and_exist(tmp_path: Path, path: s
     assert list(tmp_path.iterdir()) == []
 
 
-def test_external_directories_must_be_where_we_may_look(tmp_path: Path, locked: Path) -> None:
+def test_external_directories_must_be_readable(tmp_path: Path, locked: Path) -> None:
     with as_nobody(), pytest.raises(SettingsError, match=f"absolute, existing directories, not '{locked}/data'"):
         open_data_directory(tmp_path, [locked / "data"]).__enter__()
 
@@ -342,7 +342,7 @@ def test_some_directories_are_never_mounted(tmp_path: Path, path: str) -> None:
         open_data_directory(tmp_path, [Path(path)]).__enter__()
 
 
-def test_links_to_them_are_seen_through(tmp_path: Path) -> None:
+def test_links_to_such_directories_are_never_mounted(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/proc")
     with pytest.raises(SettingsError, match="must not name directories below /proc"):
         open_data_directory(tmp_path, [tmp_path / "link"]).__enter__()
@@ -354,19 +354,21 @@ def test_the_whole_machine_is_never_mounted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/tmp", "/tmp/", "//tmp"])
-def test_what_is_a_containers_own_is_not_mounted_over(tmp_path: Path, path: str) -> None:
+def test_a_directory_of_each_container_is_not_mounted_over(tmp_path: Path, path: str) -> None:
     with pytest.raises(SettingsError, match=r"must not name /+tmp: that is each container's own$"):
         open_data_directory(tmp_path, [Path(path)]).__enter__()
 
 
 @pytest.mark.parametrize("name", ["", "/data-hub", "/task-io"])
-def test_nor_are_its_data_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_data_directory_of_a_container_is_not_mounted_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.setattr("trio_pilot.files.data_directory.is_directory", lambda _: True)
     with pytest.raises(SettingsError, match=f"must not name /ewms-pilot-data{name}: that is each container's own$"):
         open_data_directory(tmp_path, [Path(f"/ewms-pilot-data{name}")]).__enter__()
 
 
-def test_what_is_below_is_mounted(tmp_path: Path) -> None:
+def test_a_directory_below_tmp_is_mounted(tmp_path: Path) -> None:
     (below := tmp_path / "tmp").mkdir()
     assert tmp_path.is_relative_to("/tmp")
     with open_data_directory(tmp_path, [below]) as data_directory:

@@ -17,7 +17,7 @@ from trio_pilot.errors import DecodeError, NodeError, OutfileError
 from trio_pilot.files import task_directory
 from trio_pilot.files.task_directory import TaskFiles
 
-MOST = 1000  # bytes of an output file, here
+MOST = 1000  # bytes of an output file in these tests
 
 
 @pytest.fixture
@@ -27,13 +27,13 @@ def files(tmp_path: Path) -> TaskFiles:
     return task
 
 
-def test_where_any_user_may_write_nobody_else_of_this_machine_may_enter(tmp_path: Path) -> None:
+def test_a_directory_for_any_user_is_closed_to_others_of_this_machine(tmp_path: Path) -> None:
     files = TaskFiles(tmp_path / "task", infile="infile", outfile="outfile")
     task_directory.make(files, any_user=True)
     assert [stat.S_IMODE(path.stat().st_mode) for path in (files.root, files.io, files.scratch)] == [0o700, 0o777, 0o1777]
 
 
-# What goes in.
+# Input files.
 
 
 def staged(files: TaskFiles, data: Any) -> bytes:
@@ -54,7 +54,7 @@ def test_other_values_are_written_as_json_whatever_the_extension(tmp_path: Path,
     assert json.loads(staged(files, data)) == data
 
 
-def test_nan_and_infinity_are_written_as_json_does(files: TaskFiles) -> None:
+def test_nan_and_infinity_are_written_as_json_writes_them(files: TaskFiles) -> None:
     assert staged(files, [math.nan, math.inf]) == b"[NaN, Infinity]"
 
 
@@ -62,7 +62,7 @@ def test_bytes_are_written_as_they_are(files: TaskFiles) -> None:
     assert staged(files, bytes(range(256))) == bytes(range(256))
 
 
-def test_text_that_is_not_unicode_is_the_events_fault(files: TaskFiles) -> None:
+def test_text_that_is_not_unicode_is_a_decode_error(files: TaskFiles) -> None:
     with pytest.raises(DecodeError, match="UTF-8"):
         task_directory.write_infile(files, "\ud800")
 
@@ -71,19 +71,19 @@ def test_lone_surrogates_inside_other_values_are_escaped(files: TaskFiles) -> No
     assert json.loads(staged(files, ["\ud800"])) == ["\ud800"]
 
 
-def test_a_directory_that_is_gone_is_the_nodes_fault(files: TaskFiles) -> None:
+def test_a_directory_that_is_gone_is_a_node_error(files: TaskFiles) -> None:
     shutil.rmtree(files.root)
     with pytest.raises(NodeError, match="cannot write the input file"):
         task_directory.write_infile(files, "data")
 
 
-def test_a_directory_that_cannot_be_made_is_the_nodes_fault(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_made_is_a_node_error(tmp_path: Path) -> None:
     with pytest.raises(NodeError, match="cannot make the task directory"):
         task_directory.make(TaskFiles(tmp_path / "missing" / "task", "in", "out"))
 
 
 @needs_root
-def test_a_full_disk_is_the_nodes_fault(tmp_path: Path) -> None:
+def test_a_full_disk_is_a_node_error(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 64) as disk:
         files = TaskFiles(disk / "task", "in", "out")
         task_directory.make(files)
@@ -91,14 +91,14 @@ def test_a_full_disk_is_the_nodes_fault(tmp_path: Path) -> None:
             task_directory.write_infile(files, b"x" * 100_000)
 
 
-# What comes out.
+# Output files.
 
 
 def outfile(files: TaskFiles) -> Path:
     return files.io / files.outfile
 
 
-def test_no_output_file_is_no_output(files: TaskFiles) -> None:
+def test_without_an_output_file_there_is_no_output(files: TaskFiles) -> None:
     assert task_directory.read_outfile(files, MOST) is None
 
 
@@ -184,18 +184,18 @@ def test_nan_is_parsed() -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"nope", b"\xff", b"1 2", b"[" * 100_000, b"1" * 10_000])
-def test_what_is_not_json_is_said_to_be_the_outputs_fault(content: bytes) -> None:
+def test_an_output_that_is_not_json_is_an_outfile_error(content: bytes) -> None:
     with pytest.raises(OutfileError, match="not JSON"):
         task_directory.parse_outfile(content, is_json=True)
 
 
 @pytest.mark.parametrize("text", ["", "a\r\nb\rc\n", "é", "{", "\ufeffbom"])
-def test_text_comes_out_as_it_is(text: str) -> None:
+def test_an_output_that_is_text_is_read_as_it_is(text: str) -> None:
     assert task_directory.parse_outfile(text.encode(), is_json=False) == text
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\0", bytes(range(256))])
-def test_what_is_no_text_comes_out_as_bytes(content: bytes) -> None:
+def test_an_output_that_is_not_text_is_read_as_bytes(content: bytes) -> None:
     assert task_directory.parse_outfile(content, is_json=False) == content
 
 
@@ -215,7 +215,7 @@ def test_locked_directories_are_removed(open_to_all: Path) -> None:
         assert not files.root.exists()
 
 
-def test_what_a_symbolic_link_leads_to_is_left_as_it_is(open_to_all: Path) -> None:
+def test_the_target_of_a_symbolic_link_is_not_changed(open_to_all: Path) -> None:
     files = TaskFiles(open_to_all / "task", "in", "out")
     with as_nobody():
         (elsewhere := open_to_all / "elsewhere").mkdir(mode=0o755)
@@ -231,7 +231,7 @@ def test_what_a_symbolic_link_leads_to_is_left_as_it_is(open_to_all: Path) -> No
 
 
 @needs_root
-def test_what_cannot_be_removed_is_only_logged(files: TaskFiles, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_directory_that_cannot_be_removed_is_only_logged(files: TaskFiles, caplog: pytest.LogCaptureFixture) -> None:
     with small_disk(files.scratch / "mounted", 16):
         task_directory.remove(files)
         assert files.scratch.exists()
@@ -239,7 +239,7 @@ def test_what_cannot_be_removed_is_only_logged(files: TaskFiles, caplog: pytest.
     assert f"cannot remove all of {files.root}" in caplog.text
 
 
-def test_others_files_that_cannot_be_removed_are_only_logged(open_to_all: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_of_others_that_cannot_be_removed_are_only_logged(open_to_all: Path, caplog: pytest.LogCaptureFixture) -> None:
     if not AS_ROOT:
         pytest.skip("only root can make files of others")
     files = TaskFiles(open_to_all / "task", "in", "out")
@@ -251,10 +251,10 @@ def test_others_files_that_cannot_be_removed_are_only_logged(open_to_all: Path, 
 
 
 @pytest.mark.parametrize("mode", [0o700, 0])
-def test_a_thousand_directories_in_each_other_are_removed(
+def test_a_thousand_nested_directories_are_removed(
     open_to_all: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, mode: int
 ) -> None:
-    monkeypatch.delenv("PATH")  # which the guardian does not have either
+    monkeypatch.delenv("PATH")  # the guardian has none either
     files = TaskFiles(open_to_all / "task", "in", "out")
     try:
         with as_nobody():
@@ -270,20 +270,20 @@ def test_a_thousand_directories_in_each_other_are_removed(
 
 
 def nest(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make directories in each other, and go into the last."""
+    """Make nested directories, and change to the innermost."""
     monkeypatch.chdir(directory)
     for _ in range(1500):
         Path("d").mkdir()
         monkeypatch.chdir("d")
 
 
-def test_removing_what_is_gone_is_no_error(files: TaskFiles, caplog: pytest.LogCaptureFixture) -> None:
+def test_removing_a_directory_that_is_gone_is_no_error(files: TaskFiles, caplog: pytest.LogCaptureFixture) -> None:
     shutil.rmtree(files.root)
     task_directory.remove(files)
     assert caplog.text == ""
 
 
-# Keeping them.
+# Keeping files.
 
 
 def entries(files: TaskFiles) -> set[str]:
@@ -298,14 +298,14 @@ def use(files: TaskFiles) -> None:
     (files.scratch / "usr").chmod(0o500)
 
 
-def test_of_a_kept_directory_what_goes_in_and_comes_out_stays(files: TaskFiles) -> None:
+def test_of_a_kept_directory_input_output_and_logs_stay(files: TaskFiles) -> None:
     use(files)
     task_directory.keep_only_files(files)
     kept = {"task-io", "task-io/infile.json", "task-io/outfile.json", "outputs", "outputs/stdoutfile", "outputs/stderrfile"}
     assert entries(files) == kept
 
 
-def test_of_an_init_container_its_logs_stay(tmp_path: Path) -> None:
+def test_of_the_directory_of_an_init_container_the_logs_stay(tmp_path: Path) -> None:
     files = TaskFiles(tmp_path / "init-0123", infile="", outfile="")
     task_directory.make(files)
     files.stdout.touch()
@@ -313,11 +313,11 @@ def test_of_an_init_container_its_logs_stay(tmp_path: Path) -> None:
     assert entries(files) == {"outputs", "outputs/stdoutfile"}
 
 
-def test_the_directory_of_a_task_that_was_never_started_goes(files: TaskFiles) -> None:
+def test_the_directory_of_a_task_that_was_never_started_is_not_kept(files: TaskFiles) -> None:
     task_directory.write_infile(files, "event")
     task_directory.keep_only_files(files)
     assert not files.root.exists()
-    task_directory.keep_only_files(files)  # which is no error
+    task_directory.keep_only_files(files)  # no error
 
 
 @needs_root
@@ -331,16 +331,16 @@ def test_what_cannot_be_removed_from_a_kept_directory_is_logged(files: TaskFiles
     assert files.infile_path.exists()
 
 
-# Showing them.
+# Showing logs.
 
 
-def test_a_tasks_output_is_copied_to_ours(files: TaskFiles, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_logs_are_copied_to_stdout_and_stderr(files: TaskFiles, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     files.stdout.write_bytes(b"out \xff\n")
     files.stderr.write_bytes(b"err \xff\n")
     task_directory.dump(files)
     assert capfdbinary.readouterr() == (b"out \xff\n", b"err \xff\n")
 
 
-def test_output_that_is_not_there_is_not_copied(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_logs_that_do_not_exist_are_not_copied(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     task_directory.dump(TaskFiles(tmp_path / "none", "in", "out"))
     assert capfdbinary.readouterr() == (b"", b"")
