@@ -416,8 +416,8 @@ def test_a_slot_that_is_too_short_for_any_task_is_warned_of(command: Run) -> Non
     command("send", "q", stdin=b"1")
     done = command(*RUN, "--max-runtime=5")
     assert done.returncode == 0
-    assert b"that is too soon for any task: the last 7 s are for the pilot's own end" in done.stderr
-    assert b"FAIL  slot          it ends too soon for any task" in command("check", *RUN[1:], "--max-runtime=5").stdout
+    assert b"no task can run: the slot ends within 7 s, which the pilot needs for its own end" in done.stderr
+    assert b"FAIL  slot          the slot ends too soon for any task" in command("check", *RUN[1:], "--max-runtime=5").stdout
 
 
 def test_a_broker_of_no_known_kind_is_refused(command: Run) -> None:

@@ -41,7 +41,7 @@ async def _allocation(settings: Settings) -> str:
     memory = f", {fit.task_memory / 1e6:.0f} MB" if fit.task_memory else ""
     end = _find_end(settings)
     if end and end.is_too_soon(settings):
-        raise SettingsError(f"it ends too soon for any task: {end}")
+        raise SettingsError(f"the slot ends too soon for any task: {end}")
     until = f"; until {end}" if end else ""
     return f"{allocation}: {fit.max_concurrent_tasks} task(s) at once, {fit.cpus_per_task:g} CPU(s){memory} each{until}"
 

@@ -58,7 +58,9 @@ def _fit_to_allocation(settings: Settings) -> Settings:
     if end:
         LOGGER.info("this slot ends at %s", end)
         if end.is_too_soon(settings):
-            LOGGER.warning("that is too soon for any task: the last %g s are for the pilot's own end", settings.last_steps)
+            LOGGER.warning(
+                "no task can run: the slot ends within %g s, which the pilot needs for its own end", settings.last_steps
+            )
     return replace(fitted(settings, find_allocation(os.environ)), until=end.at if end else None)
 
 
