@@ -47,7 +47,7 @@ def test_a_task_that_writes_without_end_is_held_to_the_bound_while_it_runs(pilot
         return most > BOUND + MOST >= size > 0
 
     for _ in range(2):
-        until_sync(is_cut, "the output is not cut")
+        until_sync(is_cut, "the output to be cut")
         most = 0
     (pilots.data / "data-hub" / "enough").touch()
     assert pilot.wait() == TASK_FAILED
