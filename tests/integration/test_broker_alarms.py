@@ -114,7 +114,7 @@ async def test_a_pilot_that_is_ended_while_outputs_wait_returns_their_events(
     assert broker.ready(stuck.queue) == 4
 
 
-async def test_a_broker_with_an_alarm_is_not_disconnected_for_not_answering(
+async def test_a_broker_in_need_is_not_hung_up_on_for_giving_no_answers(
     broker: Rabbit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, alarm: Alarm
 ) -> None:
     monkeypatch.setattr(rabbitmq_connection, "ANSWER_TIMEOUT", 0.5)

@@ -225,7 +225,7 @@ async def test_a_task_longer_than_the_consumer_timeout_is_run_and_sent_once(
         assert ("delivery acknowledgement on channel" in stderr) == server.version.startswith(("3.", "4.0"))
 
 
-def test_a_thousand_pilots_spread_their_retries_over_time() -> None:
+def test_a_restarting_broker_is_given_time_by_a_thousand_pilots() -> None:
     from trio_pilot.brokers.reconnecting import _retry_delay
 
     for failures in range(1, 12):

@@ -93,7 +93,7 @@ async def test_a_token_is_renewed_through_its_file_without_a_new_connection(
     def arrived(count: int) -> bool:
         return broker.ready(f"{queue}-out") == count
 
-    given = settings(broker, queue, TIMEOUT_QUEUE_INCOMING=life, BROKER_TOKEN=f"@{file}")
+    given = settings(broker, queue, TIMEOUT_QUEUE_INCOMING=life / 2, BROKER_TOKEN=f"@{file}")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(renew)
         broker.declare(f"{queue}-out")
