@@ -325,7 +325,7 @@ def test_the_guide_leads_from_nothing_to_results(user: Submitter) -> None:
     names = {"@localhost": f"@{user.address}", "numbers": user.events, "products": user.results}
     for block in blocks:
         script = re.sub("|".join(names), lambda found: names[found[0]], block)
-        said = user.pool.run("sh", "-ec", script, directory=user.home)
+        said = user.pool.run("sh", "-ec", script, directory=user.home, seconds=POOL.seconds)  # it waits for jobs
         assert "FAIL" not in said
     results = [int(file.read_text()) for file in (user.home / "results").iterdir()]
     assert sorted(results) == [7 * number for number in range(1, 21)]

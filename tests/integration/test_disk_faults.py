@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.disks import small_disk
-from tests.support.pilots import PilotCommand, Running
+from tests.support.pilots import PilotCommand, RunningPilot
 from tests.support.users import UNPRIVILEGED, needs_root
 
 COPY = ("sh", "-c", 'cp "$0" "$1"', "{{INFILE}}", "{{OUTFILE}}")
@@ -27,7 +27,7 @@ def fill(disk: Path, *, but: int = 0) -> None:
         file.truncate(max(0, file.tell() - but))
 
 
-def failed_for_the_node(pilot: Running, why: str) -> None:
+def failed_for_the_node(pilot: RunningPilot, why: str) -> None:
     assert pilot.wait() == NODE_ERROR
     assert pilot.last_line.startswith("trio-pilot: ")
     assert pilot.last_line.endswith(why)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.containment import CONTAINMENTS, Containment
-from tests.support.pilots import PilotCommand, Running
+from tests.support.pilots import PilotCommand, RunningPilot
 from tests.support.processes import command_line, processes_with
 from tests.support.users import needs_root
 from tests.support.waiting import ENGINE, until_sync
@@ -81,14 +81,14 @@ def children(parent: int) -> list[int]:
     return [pid for pid in pids if (facts := stat_of(pid)) and int(facts[PARENT]) == parent and facts[STATE] != "Z"]
 
 
-def start(pilots: PilotCommand, containment: Containment, mark: str, **settings: Any) -> Running:
+def start(pilots: PilotCommand, containment: Containment, mark: str, **settings: Any) -> RunningPilot:
     args = ("sh", "-c", STUBBORN, mark, "{{DATA_HUB}}")
     return pilots.start(
         *args, **containment.settings, max_concurrent_tasks=2, timeout_queue_incoming=60, grace=0, **settings
     )
 
 
-def wait_for_tasks(pilots: PilotCommand, pilot: Running, count: int) -> None:
+def wait_for_tasks(pilots: PilotCommand, pilot: RunningPilot, count: int) -> None:
     hub = pilots.data / "data-hub"
     until_sync(lambda: pilot.ended or len(list(hub.glob("ready-*"))) >= count, f"{count} tasks to start", ENGINE)
     assert not pilot.ended, pilot.stderr
@@ -148,7 +148,7 @@ def stand_in_for_apptainer(pilots: PilotCommand, mark: str, script: str) -> None
     pilots.variables["PATH"] = f"{program.parent}:{os.environ['PATH']}"
 
 
-def start_unpacking(pilots: PilotCommand, mark: str) -> Running:
+def start_unpacking(pilots: PilotCommand, mark: str) -> RunningPilot:
     """Start a pilot that unpacks an image, and wait until a part of it is there."""
     stand_in_for_apptainer(pilots, mark, UNPACKING)
     images = pilots.directory / "images"
@@ -224,7 +224,7 @@ def elsewhere(pilots: PilotCommand, name: str) -> PilotCommand:
     return other
 
 
-def start_in_pid_namespace(pilots: PilotCommand, containment: Containment) -> Running:
+def start_in_pid_namespace(pilots: PilotCommand, containment: Containment) -> RunningPilot:
     """Start a pilot in a PID namespace of its own, and wait until its task runs."""
     pilots.send("event")
     script = "sh", "-c", "touch /tmp/ready; sleep 1000"
@@ -247,7 +247,7 @@ def test_the_control_groups_of_a_pilot_that_is_killed_are_gone(pilots: PilotComm
     assert control_groups(pilot) == []
 
 
-def control_groups(pilot: Running) -> list[Path]:
+def control_groups(pilot: RunningPilot) -> list[Path]:
     places = [hierarchy.here for hierarchy in hierarchies()]
     return [group for place in places for group in place.glob(f"trio-pilot-*.{pilot.pid}.*")]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.images import bubblewrap_fault
-from tests.support.pilots import PilotCommand, Running
+from tests.support.pilots import PilotCommand, RunningPilot
 from tests.support.processes import processes_with
 from tests.support.waiting import until_sync
 
@@ -50,7 +50,7 @@ def ready(pilots: PilotCommand) -> int:
     return len(list((pilots.data / "data-hub").glob("ready-*")))
 
 
-def wait_for_tasks(pilots: PilotCommand, pilot: Running, count: int) -> None:
+def wait_for_tasks(pilots: PilotCommand, pilot: RunningPilot, count: int) -> None:
     until_sync(lambda: pilot.ended or ready(pilots) >= count, f"{count} tasks to start")
     assert not pilot.ended, pilot.stderr
 
