@@ -99,7 +99,7 @@ only_local = pytest.mark.parametrize("desk", ["local"], indirect=True)
 
 
 @only_local
-def test_what_cannot_be_is_one_line(desk: Desk) -> None:
+def test_a_wrong_id_or_none_is_one_clear_line(desk: Desk) -> None:
     assert "has no dead letter nonesuch" in desk.call("dead-letters", "show", desk.queue, "nonesuch", code=2)
     assert "their ids, or --all" in desk.call("dead-letters", "replay", desk.queue, code=2)
     assert "their ids, or --all" in desk.call("dead-letters", "replay", desk.queue, "x", "--all", code=2)
@@ -117,7 +117,9 @@ def test_a_command_that_is_interrupted_has_lost_and_charged_nothing(desk: Desk) 
 
 
 @only_local
-def test_letters_in_a_directory_are_among_them(desk: Desk, write_letter: Callable[[Path, str], Path]) -> None:
+def test_dead_letters_in_a_directory_are_listed_and_replayed_too(
+    desk: Desk, write_letter: Callable[[Path, str], Path]
+) -> None:
     path = write_letter(desk.directory / "ewms-pilot-dead-letters", desk.queue)
     (letter,) = desk.letters()
     assert (letter["id"], letter["reason"], letter["file"]) == (

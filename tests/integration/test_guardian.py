@@ -317,7 +317,7 @@ def test_files_that_a_killed_pilot_was_told_to_keep_are_kept(pilots: PilotComman
     assert len(list(pilots.data.glob("*/task-io/infile-*"))) == 1
 
 
-def test_the_guardian_knows_no_secrets_and_goes_with_the_pilot(pilots: PilotCommand, mark: str) -> None:
+def test_the_guardian_has_no_secrets_and_ends_with_the_pilot(pilots: PilotCommand, mark: str) -> None:
     pilot = start(pilots, IN_PROCESS, mark, broker_token="a-token")
     until_sync(lambda: guardians(pilot.pid), "the guardian to start")
     (guardian,) = guardians(pilot.pid)
@@ -353,7 +353,7 @@ def kill_at_some_moment(pilots: PilotCommand, containment: Containment, mark: st
 
 
 @pytest.mark.parametrize("whom", ["pilot", "guardian", "both"])
-def test_killed_at_any_moment_it_leaves_nothing_and_loses_nothing(
+def test_a_pilot_killed_at_any_moment_leaves_and_loses_nothing(
     pilots: PilotCommand, containment: Containment, mark: str, whom: str
 ) -> None:
     kill_at_some_moment(pilots, containment, mark, whom)
@@ -362,7 +362,7 @@ def test_killed_at_any_moment_it_leaves_nothing_and_loses_nothing(
 @pytest.mark.soak
 @pytest.mark.parametrize("whom", ["pilot", "guardian", "both"])
 @pytest.mark.parametrize("_number", range(50))
-def test_killed_at_any_of_many_moments_it_leaves_nothing_and_loses_nothing(
+def test_a_pilot_killed_at_many_moments_leaves_and_loses_nothing(
     pilots: PilotCommand, containment: Containment, mark: str, whom: str, _number: int
 ) -> None:
     kill_at_some_moment(pilots, containment, mark, whom)

@@ -19,7 +19,7 @@ def outputs(pilots: PilotCommand) -> dict[str, Path]:
     return {path.name: path for path in pilots.data.glob("*/outputs/*")}
 
 
-def test_a_task_that_writes_much_and_fails_says_why_and_leaves_little(pilots: PilotCommand, runtime: str) -> None:
+def test_a_task_that_writes_much_and_fails_reports_why_and_leaves_little(pilots: PilotCommand, runtime: str) -> None:
     pilots.send("event")
     settings = {"max_output": "1m", "keep_all_task_files": True, "dump_task_output": True}
     pilot = pilots.run(*FILL, runtime=runtime, **settings)

@@ -314,6 +314,6 @@ def test_the_pilots_own_secrets_are_not_in_a_tasks_environment(pilots: PilotComm
     assert "EWMS_TASK_INFILE=" in said
 
 
-def test_htcondor_knows_a_tasks_processes_as_it_knows_the_pilots(pilots: PilotCommand, runtime: str) -> None:
+def test_htcondor_tracks_the_processes_of_tasks_like_the_pilots(pilots: PilotCommand, runtime: str) -> None:
     said = environment_of_a_task(pilots, runtime, "_CONDOR_ANCESTOR_47", "47:1795890748:1")
     assert "_CONDOR_ANCESTOR_47=47:1795890748:1\n" in said
