@@ -1,4 +1,4 @@
-# Nodes that break every task, and events that fail on every node.
+# Nodes on which every task fails, and events that fail on every node.
 
 import shutil
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def goes_away(image: Path) -> None:
 
 def cannot_be_read(image: Path) -> None:
     (image / "bin/other").touch(0o755)
-    (image / "bin/other").rename(image / "bin/busybox")  # as it is, it may not be written while it runs
+    (image / "bin/other").rename(image / "bin/busybox")  # the file itself cannot be written while it runs
 
 
 def may_not_be_run(image: Path) -> None:
@@ -47,7 +47,7 @@ def test_a_node_that_breaks_takes_one_event_a_slot_and_charges_none(
         retry_delay=0,
         max_concurrent_tasks=slots,
     )
-    until_sync(lambda: len(pilots.queue("outputs")) >= 3)
+    until_sync(lambda: len(pilots.queue("outputs")) >= 3, "three outputs")
     breaks(own_image)
     assert pilot.wait() == NodeError.exit_code
     assert "this node breaks tasks: " in pilot.last_line

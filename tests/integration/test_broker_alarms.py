@@ -1,4 +1,4 @@
-# A RabbitMQ short of memory or disk takes no messages until it has some again: what the pilot makes of that.
+# A RabbitMQ with a memory or disk alarm accepts no messages until the alarm ends.
 
 import json
 import subprocess
@@ -11,11 +11,12 @@ import pytest
 import trio
 
 from tests.integration.test_broker_faults import receive_all, send_all, settings
-from tests.support.brokers import Rabbit, eventually, new_name, nothing_comes, take
+from tests.support.brokers import Rabbit, new_name, nothing_comes, take
 from tests.support.gate import Gate
 from tests.support.pilot_process import assert_nothing_left, pilot
 from tests.support.servers import RabbitServer
 from tests.support.services import open_rabbitmq
+from tests.support.waiting import BROKER, until
 from trio_pilot.brokers import Settlement
 from trio_pilot.brokers.rabbitmq_connection import RabbitTimeouts
 from trio_pilot.wire import EwmsWire, Message
@@ -23,7 +24,7 @@ from trio_pilot.wire import EwmsWire, Message
 
 @dataclass(frozen=True)
 class Alarm:
-    """What `rabbitmqctl set_vm_memory_high_watermark` and `set_disk_free_limit` call, to raise an alarm and to end it."""
+    """Erlang that raises and ends an alarm; `rabbitmqctl set_vm_memory_high_watermark` and `set_disk_free_limit` call it."""
 
     begin: str
     end: str
@@ -38,7 +39,7 @@ SUITES = ["", *(pytest.param(suite, marks=pytest.mark.soak) for suite in ("trixi
 
 @pytest.fixture(scope="module", params=SUITES)
 def server(request: pytest.FixtureRequest) -> Iterator[RabbitServer]:
-    """Have a server of our own: an alarm is everybody's."""
+    """A server for this module alone: an alarm holds for all its clients."""
     with open_rabbitmq(request.param) as server:
         yield server
 
@@ -50,7 +51,7 @@ def broker(server: RabbitServer) -> Rabbit:
 
 @pytest.fixture(params=["memory", "disk"])
 def alarm(request: pytest.FixtureRequest, server: RabbitServer) -> Iterator[Alarm]:
-    """Have a way to raise an alarm, which does not outlast the test."""
+    """An alarm, which is ended after the test."""
     alarm = ALARMS[request.param]
     yield alarm
     server.evaluate(alarm.end)
@@ -61,7 +62,7 @@ def is_blocked(server: RabbitServer) -> bool:
 
 
 class Stuck:
-    """A pilot with four tasks, which end while the broker takes none of their outputs."""
+    """A pilot with four tasks that end while the broker accepts none of their outputs."""
 
     def __init__(self, broker: Rabbit, directory: Path) -> None:
         self.broker, self.queue, self.gate = broker, new_name(), Gate(directory)
@@ -74,24 +75,24 @@ class Stuck:
 
     @asynccontextmanager
     async def pilot(self, alarm: str, **more: object) -> AsyncIterator["subprocess.Popen[str]"]:
-        """Run the pilot; come back once it has said that outputs wait."""
+        """Run the pilot; the body begins once it has logged that outputs wait."""
         await send_all(self.broker, self.queue, *[EwmsWire().encode(Message(number)) for number in range(4)])
         usual = {"MAX_CONCURRENT_TASKS": 4, "TASK_ARGS": self.gate.task, "TIMEOUT_QUEUE_INCOMING": 1}
         with pilot(self._directory, settings(self.broker, self.queue, **usual, **more), log=self._log) as child:
-            await eventually(lambda: self.gate.begun() == 4)
+            await until(lambda: self.gate.begun() == 4, "four tasks to begin", BROKER)
             self.broker.server.evaluate(alarm)
             self.gate.open()
-            await eventually(lambda: self.gate.done() == 4)
-            await eventually(lambda: "outputs wait: low on" in self.said)
+            await until(lambda: self.gate.done() == 4, "four tasks to end", BROKER)
+            await until(lambda: "outputs wait: low on" in self.said, "outputs to wait", BROKER)
             yield child
-            await eventually(lambda: child.poll() is not None)
+            await until(lambda: child.poll() is not None, "the pilot to end", BROKER)
         assert_nothing_left(self._directory)
 
 
 async def test_outputs_wait_for_the_end_of_an_alarm_and_tasks_go_on(broker: Rabbit, tmp_path: Path, alarm: Alarm) -> None:
     stuck = Stuck(broker, tmp_path)
     async with stuck.pilot(alarm.begin) as child:
-        await trio.sleep(3)  # thrice what the pilot waits for events
+        await trio.sleep(3)  # three times what the pilot waits for events
         assert child.poll() is None
         assert broker.ready(f"{stuck.queue}-out") == 0
         broker.server.evaluate(alarm.end)
@@ -125,7 +126,7 @@ async def test_a_broker_with_an_alarm_is_not_disconnected_for_not_answering(
         broker.server.evaluate(alarm.begin)
         for delivery in (first, second):  # by a copy
             nursery.start_soon(source.settle, delivery, Settlement.REJECT)
-        await eventually(lambda: is_blocked(broker.server))
+        await until(lambda: is_blocked(broker.server), "a blocked connection", BROKER)
         with trio.move_on_after(2) as asking:
             await consumer.is_idle()
         assert asking.cancelled_caught

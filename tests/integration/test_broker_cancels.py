@@ -1,4 +1,4 @@
-# A RabbitMQ that ends a consumer of its own accord (basic.cancel), and leaves channel and connection as they are.
+# A RabbitMQ that cancels a consumer (basic.cancel) and leaves channel and connection open.
 
 import json
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from tests.support.brokers import Rabbit, eventually, new_name
 from tests.support.gate import Gate
 from tests.support.pilot_process import assert_nothing_left, pilot
 from tests.support.servers import RabbitServer
+from tests.support.waiting import BROKER, until
 from trio_pilot.wire import EwmsWire, Message
 
 NEWER = [pytest.param(name, marks=pytest.mark.soak) for name in ("rabbitmq_trixie", "rabbitmq_sid")]
@@ -25,9 +26,9 @@ def directory(tmp_path: Path) -> Path:
 
 
 def delete(broker: Rabbit, queue: str, kind: str) -> None:
-    """Delete a queue, with the event in it that is being run; have one of its name again.
+    """Delete a queue, with the event in it that is being run, and declare it again.
 
-    Not at once: a consumer of a quorum queue of RabbitMQ 3.10 would hear of nothing, and have nothing.
+    Not at once: RabbitMQ 3.10 would not tell the consumer of a quorum queue, and would deliver nothing to it.
     """
     with broker.channel() as channel:
         channel.queue_delete(queue)
@@ -36,7 +37,7 @@ def delete(broker: Rabbit, queue: str, kind: str) -> None:
 
 
 def crash(server: RabbitServer, queue: str) -> None:
-    """Have the process of a classic queue end; the server starts another, which has what was confirmed."""
+    """Kill the process of a classic queue; the server starts another, which has what was confirmed."""
     server.evaluate(f"""
         {{ok, Queue}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"{queue}">>)),
         exit(amqqueue:get_pid(Queue), kill).
@@ -44,17 +45,17 @@ def crash(server: RabbitServer, queue: str) -> None:
 
 
 async def check_that_it_consumes_anew(broker: Rabbit, directory: Path, kind: str, fault: Callable[[str], None]) -> None:
-    """Run the pilot on an event; while it is at it, have the server cancel its consumer, and send another."""
+    """Run the pilot on an event; meanwhile make the server cancel its consumer, and send another event."""
     said, gate, queue = directory.with_name("said"), Gate(directory.parent), new_name()
     broker.declare(queue, kind)
     await send_all(broker, queue, EwmsWire().encode(Message({"event": "held"})))
     with pilot(directory, settings(broker, queue, TASK_ARGS=gate.task, TIMEOUT_QUEUE_INCOMING=3), log=said) as child:
-        await eventually(lambda: gate.begun() == 1)
+        await until(lambda: gate.begun() == 1, "the task to begin", BROKER)
         fault(queue)
         await send_all(broker, queue, EwmsWire().encode(Message({"event": "new"})))
         await eventually(lambda: "the server has cancelled the consumer" in said.read_text())
         gate.open()
-        await eventually(lambda: child.poll() is not None)
+        await until(lambda: child.poll() is not None, "the pilot to end", BROKER)
     assert child.returncode == 0, said.read_text()
     results = await receive_all(broker, f"{queue}-out", 2)
     assert sorted(map(json.dumps, results)) == ['{"event": "held"}', '{"event": "new"}']
@@ -72,7 +73,7 @@ async def test_a_pilot_consumes_again_after_its_queue_is_deleted_and_declared(
     await check_that_it_consumes_anew(broker, directory, kind, lambda queue: delete(broker, queue, kind))
 
 
-@pytest.mark.parametrize("version", NEWER)  # RabbitMQ 3.10 tells nobody
+@pytest.mark.parametrize("version", NEWER)  # RabbitMQ 3.10 does not tell the consumer
 async def test_an_event_redelivered_by_a_queue_that_crashed_is_not_run_again(
     request: pytest.FixtureRequest, directory: Path, version: str
 ) -> None:

@@ -1,4 +1,4 @@
-# Brokers that refuse, hang, vanish and come back, and bodies that are no events: below, what the pilot makes of them.
+# Brokers that refuse, hang, vanish and come back, and bodies that are no events: first the library, then the pilot.
 
 import fcntl
 import json
@@ -19,7 +19,6 @@ from tests.support.brokers import (
     Local,
     Nats,
     Rabbit,
-    eventually,
     failure_of,
     leaves,
     new_name,
@@ -30,6 +29,7 @@ from tests.support.gate import Gate
 from tests.support.paths import WIRE_SAMPLES
 from tests.support.pilot_process import Ended, assert_nothing_left, pilot, run_pilot
 from tests.support.servers import RabbitServer, free_port
+from tests.support.waiting import BROKER, Limit, until
 from trio_pilot.brokers import Delivery, Settlement
 from trio_pilot.brokers.rabbitmq_connection import RabbitTimeouts
 from trio_pilot.brokers.rabbitmq_errors import ClosedError
@@ -134,7 +134,7 @@ async def test_a_server_that_keeps_hanging_up_is_given_up_when_patience_ends(bro
 
 
 class CutOnce:
-    """Forwards to a port; cuts the first connection once the server has said so many bytes."""
+    """Forwards to a port; cuts the first connection after a number of bytes from the server."""
 
     def __init__(self, target: int, after: int) -> None:
         self.cut = False
@@ -170,7 +170,7 @@ async def test_a_connection_cut_anywhere_in_the_handshake_is_opened_again(broker
 
     with trio.fail_after(LONG):
         async with trio.open_nursery() as nursery:
-            # The server says 500 bytes to start with, some 20 to each of tune, open, channel open, declare and confirm.
+            # The server sends 500 bytes first, then some 20 for each of tune, open, channel open, declare and confirm.
             for after in [0, 1, 7, 100, 400, *range(480, 640, 8)]:
                 nursery.start_soon(send, after)
 
@@ -187,7 +187,7 @@ async def test_after_a_cut_what_waits_is_sent_and_what_was_held_comes_again(
             await sink.send(b"%d" % number, f"id-{number}")
         stale = [await take(consumer), await take(consumer)]
         with trio.fail_after(LONG):
-            while consumer.listening_since > trio.current_time():  # what is delivered may be faster than that word
+            while consumer.listening_since > trio.current_time():  # which may be known after deliveries come
                 await consumer.wait()
         proxy.refusing = True
         proxy.cut()
@@ -230,7 +230,7 @@ async def test_no_moment_to_cut_the_connection_loses_a_message(broker: Rabbit, q
                 try:
                     await source.settle(delivery, Settlement.ACK)
                 except DeliveryLostError:
-                    continue  # it comes again
+                    continue  # it is delivered again
                 received.add(int(delivery.body))
 
     with trio.fail_after(2 * LONG):
@@ -241,7 +241,7 @@ async def test_no_moment_to_cut_the_connection_loses_a_message(broker: Rabbit, q
                 for number in range(200):
                     await sink.send(b"%d" % number, f"id-{number}")
                     sent.append(number)
-    # An ack written just before a cut may not have arrived: then it is in the queue again, and that is no loss.
+    # An ack that was written just before a cut may be lost: the message is then in the queue again, which is no loss.
     assert set(sent) == received == set(range(200))
 
 
@@ -270,10 +270,10 @@ async def test_a_broker_that_is_killed_and_started_again_loses_nothing(
                 await source.settle(found[-1], Settlement.ACK)
         assert sorted(int(delivery.body) for delivery in found) == list(range(10))
         await nothing_comes(consumer)
-    ours = [record.message for record in caplog.records if record.name == "trio_pilot"]
-    # One line a connection, however often it was tried; a broker that is dying may have taken one more, and lost it.
-    assert len(ours) in (2, 3, 4), ours
-    assert not any("refused" in line for line in ours)
+    lines = [record.message for record in caplog.records if record.name == "trio_pilot"]
+    # One line for each connection, however often it was tried; a broker that is dying may have accepted and lost another.
+    assert len(lines) in (2, 3, 4), lines
+    assert not any("refused" in line for line in lines)
 
 
 async def test_a_broker_that_stays_away_is_waited_for_while_there_is_patience(
@@ -430,7 +430,7 @@ async def test_a_broker_that_never_answers_does_not_delay_a_sigterm(broker: Rabb
 
 
 async def cut_while_four_tasks_run(broker: Rabbit, queue: str, directory: Path, proxy: proxies.Proxy) -> list[str]:
-    """Run the pilot on four events; cut its connections, let the tasks end, let it connect again; give the outputs."""
+    """Run the pilot on four events, with no connection while the tasks end, and return the outputs."""
     gate = Gate(directory.parent)
     events = [EwmsWire().encode(Message({"event": number})) for number in range(4)]
     await send_all(broker, queue, *events)
@@ -438,11 +438,11 @@ async def cut_while_four_tasks_run(broker: Rabbit, queue: str, directory: Path, 
     for direction in ("INCOMING", "OUTGOING"):
         given[f"QUEUE_{direction}_BROKER_ADDRESS"] = proxy.address
     with pilot(directory, given) as child:
-        await eventually(lambda: gate.begun() == 4)
+        await until(lambda: gate.begun() == 4, "four tasks to begin", BROKER)
         proxy.refusing = True
         proxy.cut()
         gate.open()
-        await eventually(lambda: gate.done() == 4)
+        await until(lambda: gate.done() == 4, "four tasks to end", BROKER)
         proxy.refusing = False
         with trio.fail_after(LONG):
             _, stderr = await trio.to_thread.run_sync(child.communicate)
@@ -474,7 +474,7 @@ async def test_a_pilot_whose_log_is_not_read_does_its_work(queue: str, directory
     with pilot(directory, settings(broker, queue, **more)) as child:
         assert child.stderr
         fcntl.fcntl(child.stderr, fcntl.F_SETPIPE_SZ, 4096)
-        await eventually(lambda: len(broker.dead_letters(queue)) == 100)
+        await until(lambda: len(broker.dead_letters(queue)) == 100, "a hundred dead letters", BROKER)
         with trio.fail_after(LONG):
             _, stderr = await trio.to_thread.run_sync(child.communicate, abandon_on_cancel=True)
     assert child.returncode == 1
@@ -491,13 +491,11 @@ async def test_events_done_before_a_dead_connection_is_noticed_are_run_once(
     given = settings(broker, queue, TASK_ARGS=f"sh -c 'sleep 0.5; echo >> {ran}'", PREFETCH=100, TIMEOUT_QUEUE_INCOMING=5)
     given["QUEUE_INCOMING_BROKER_ADDRESS"] = proxy.address
     with pilot(directory, given, log=said) as child:
-        await eventually(ran.exists)
-        proxy.swallowing = True  # it takes two checks to know, of HEARTBEAT and 5 seconds each
-        with trio.fail_after(2 * LONG):
-            while "connecting again" not in said.read_text():  # noqa: ASYNC110 -- there is no event
-                await trio.sleep(0.1)
+        await until(ran.exists, "a task to run", BROKER)
+        proxy.swallowing = True  # the pilot notices after two checks of HEARTBEAT and 5 s each
+        await until(lambda: "connecting again" in said.read_text(), "the lost connection to be noticed", BROKER)
         proxy.swallowing = False
-        await eventually(lambda: child.poll() is not None)
+        await until(lambda: child.poll() is not None, "the pilot to end", BROKER)
     assert child.returncode == 0, said.read_text()
     assert len(ran.read_text()) == 40
     assert broker.ready(queue) == 0
@@ -518,9 +516,8 @@ async def test_poison_is_tried_as_often_as_it_may_and_delays_no_good_event(
         broker.declare(f"{queue}-out")
         with pilot(directory, settings(broker, queue, **more, **settings_)) as child:
             begun = trio.current_time()
-            with trio.fail_after(LONG + count):
-                while broker.ready(f"{queue}-out") < len(set(events) - poison):  # noqa: ASYNC110 -- there is no event
-                    await trio.sleep(0.05)
+            good, limit = len(set(events) - poison), Limit(BROKER.seconds + count, 0.05)
+            await until(lambda: broker.ready(f"{queue}-out") >= good, "the outputs of all good events", limit)
             taken = trio.current_time() - begun
             with trio.fail_after(LONG):
                 _, stderr = await trio.to_thread.run_sync(child.communicate)

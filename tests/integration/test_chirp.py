@@ -1,4 +1,4 @@
-# The installed command beside a chirp proxy, a good one and bad ones.
+# The installed command beside a chirp proxy, a good one and faulty ones.
 
 import math
 import os
@@ -86,7 +86,7 @@ def test_a_fault_of_the_proxy_costs_no_task_and_little_time_at_the_end(slot: Pat
         ended = run_pilot(slot, settings(slot))
     assert ended.code == 0
     assert f"{EVENTS} task(s): {EVENTS} succeeded, 0 failed; 0 event(s) returned" in ended.stderr
-    assert len(complaints(ended)) <= 1  # none if the only attempt was under way in the end
+    assert len(complaints(ended)) <= 1  # none if the only report was still being sent at the end
     assert_nothing_left(slot)
 
 
@@ -99,17 +99,17 @@ def test_a_proxy_that_hangs_costs_no_cpu_and_does_not_delay_the_end(slot: Path) 
         child.returncode = os.waitstatus_to_exitcode(status)
     assert child.returncode == 128 + signal.SIGTERM
     assert time.monotonic() - begun < LAST_TIMEOUT + 5
-    assert used.ru_utime < 3  # which a thread that spins would have used, waiting alone
+    assert used.ru_utime < 3  # a thread that spins would have used 3 s while it waited
 
 
 def job(slot: Path, **facts: object) -> dict[str, object]:
-    """Be in a job with this ad."""
+    """Return the settings of a pilot in a job with this ad."""
     (slot.parent / "job.ad").write_text("".join(f"{name} = {value}\n" for name, value in facts.items()))
     return {"_CONDOR_JOB_AD": slot.parent / "job.ad"}
 
 
 def waiting(slot: Path) -> list[int]:
-    """List the events in the queue: of each how often it was tried in vain."""
+    """Return the attempts of each event in the queue."""
     with closing(sqlite3.connect(slot.parent / "queues.sqlite", timeout=60)) as connection:
         return [tried for (tried,) in connection.execute("SELECT attempts FROM message WHERE queue = 'in'")]
 
@@ -139,10 +139,10 @@ def test_a_pilot_ends_before_its_job_has_to(slot: Path) -> None:
     assert waiting(slot) == [0] * EVENTS
 
 
-# Soak: `pytest -m soak tests/integration/test_chirp.py -s`. A machine may differ from itself by half within a minute: so a
-# pilot with the fault and one without run side by side, for a few seconds, and change places from pair to pair.
+# Soak: `pytest -m soak tests/integration/test_chirp.py -s`. The speed of a machine may change by half within a minute: so a
+# pilot with the fault and one without run at the same time, for a few seconds, and change places from pair to pair.
 
-MANY, SECONDS = 3000, 4.0  # events that there are for each pilot, more than it can do in so many seconds
+MANY, SECONDS = 3000, 4.0  # events for each pilot, more than it can do in these seconds
 LEAST_PAIRS, MOST_PAIRS, WANTED_ERROR = 10, 100, 0.01
 
 Look = Callable[[], tuple[int, float]]
@@ -150,7 +150,7 @@ Look = Callable[[], tuple[int, float]]
 
 @contextmanager
 def beside(fault: Fault | None, directory: Path, events: Path) -> Iterator[Look]:
-    """Run a pilot beside a proxy; give what tells how many outputs there are, and what CPU they have cost the pilot."""
+    """Run a pilot beside a proxy; yield a function that returns the number of outputs, and the CPU seconds of the pilot."""
     slot = directory / "slot"
     slot.mkdir(parents=True)
     shutil.copy(events, directory / "queues.sqlite")
@@ -169,7 +169,7 @@ def _outputs(queues: sqlite3.Connection) -> int:
 
 
 def compared(fault: Fault | None, directory: Path, events: Path, *, first: bool) -> tuple[float, float]:
-    """Run a pilot with the fault and one without; give the ratio of their rates, and that of their CPU for an event."""
+    """Run a pilot with the fault and one without, and return the ratios of their rates and of their CPU for an event."""
     with ExitStack() as stack:
         looks = {
             name: stack.enter_context(beside(fault if name == "with" else None, directory / name, events))
@@ -187,13 +187,13 @@ def compared(fault: Fault | None, directory: Path, events: Path, *, first: bool)
 
 
 def standard_error(ratios: Sequence[float]) -> float:
-    """Tell how far their median may be off, if all but the outliers are as those of a normal distribution."""
+    """Return the standard error of the median, if all but the outliers are normally distributed."""
     low, _, high = statistics.quantiles(ratios, n=4)
     return 1.2533 * (high - low) / 1.349 / math.sqrt(len(ratios))
 
 
 def say(what: str, ratios: Sequence[float]) -> float:
-    """Show ratios, and give their median."""
+    """Print ratios, and return their median."""
     median = statistics.median(ratios)
     spread = f"{min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} pairs"
     print(f"{what:>25} {median:.3f} ± {standard_error(ratios):.3f}, {spread}")

@@ -242,7 +242,7 @@ def test_a_pilot_that_reports_nothing_any_more_is_held(user: Submitter, mark: st
     assert_nothing_is_left(user, mark)
 
 
-def test_what_is_secret_keeps_its_mode_in_the_job(user: Submitter) -> None:
+def test_files_with_secrets_keep_their_mode_in_the_job(user: Submitter) -> None:
     look = user.home / "look"
     look.write_text("#!/bin/sh\nexec stat --format=%a trio-pilot.toml token\n")
     description = re.sub("executable = .*", f"executable = {look}", user.describe("--task-args=true"))
@@ -296,7 +296,7 @@ def user_of_images(onefile: Path, rabbitmq: RabbitServer) -> Iterator[Submitter]
 
 @pytest.mark.soak
 @pytest.mark.parametrize("runtime", ["process", "bubblewrap"])
-def test_an_image_is_a_pilot(user_of_images: Submitter, runtime: str) -> None:
+def test_an_image_runs_a_pilot(user_of_images: Submitter, runtime: str) -> None:
     user = user_of_images
     user.send(range(3))
     task = (f"--runtime={runtime}", "--task-image=/", "--task-args=cp {{INFILE}} {{OUTFILE}}", "--outfile-ext=.json")
@@ -325,7 +325,7 @@ def test_the_guide_leads_from_nothing_to_results(user: Submitter) -> None:
     names = {"@localhost": f"@{user.address}", "numbers": user.events, "products": user.results}
     for block in blocks:
         script = re.sub("|".join(names), lambda found: names[found[0]], block)
-        said = user.pool.run("sh", "-ec", script, directory=user.home)
+        said = user.pool.run("sh", "-ec", script, directory=user.home, seconds=POOL.seconds)  # it waits for jobs
         assert "FAIL" not in said
     results = [int(file.read_text()) for file in (user.home / "results").iterdir()]
     assert sorted(results) == [7 * number for number in range(1, 21)]

@@ -29,7 +29,7 @@ def reasons(pilots: PilotCommand) -> list[str]:
         return [reason for (reason,) in rows]
 
 
-def test_an_output_file_that_is_none_is_refused(pilots: PilotCommand, containment: Containment) -> None:
+def test_an_output_that_is_no_plain_file_is_refused(pilots: PilotCommand, containment: Containment) -> None:
     pilots.send("link", "fifo", "directory", "sparse", "plain")
     pilot = pilots.run(
         *("sh", "-c", OUTFILES, "task", "{{INFILE}}", "{{OUTFILE}}"),
@@ -50,7 +50,7 @@ def test_an_output_file_that_is_none_is_refused(pilots: PilotCommand, containmen
 
 
 @pytest.mark.parametrize("containment", ["docker", "podman"], indirect=True)
-def test_a_task_may_write_whoever_it_is_in_its_container(pilots: PilotCommand, containment: Containment) -> None:
+def test_a_task_may_write_as_any_user_of_its_container(pilots: PilotCommand, containment: Containment) -> None:
     pilots.send(1, 2)
     write = ("sh", "-c", 'id -u > "$TMPDIR/file" && rm "$TMPDIR/file" && cat "$0" > "$1"', "{{INFILE}}", "{{OUTFILE}}")
     pilot = pilots.run(*write, **containment.settings, task_user=1234, task_env_json='{"TMPDIR": "/tmp"}')

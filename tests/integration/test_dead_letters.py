@@ -1,4 +1,4 @@
-# `trio-pilot dead-letters` with the installed command, at every kind of broker and on files.
+# `trio-pilot dead-letters` with the installed command, on the brokers and on files.
 
 import json
 import signal
@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.brokers import new_name
 from tests.support.pilot_process import COMMAND, run_pilot
+from tests.support.waiting import PILOT_RUN
 
 ENV = {"PATH": "/usr/bin:/bin"}
 
@@ -33,7 +34,7 @@ class Desk:
 
     def call(self, *arguments: str, stdin: str = "", code: int = 0) -> str:
         with self.start(*arguments) as child:
-            out, err = child.communicate(stdin, timeout=60)
+            out, err = child.communicate(stdin, timeout=PILOT_RUN)
         assert child.returncode == code, out + err
         return str(out + err)
 
@@ -42,7 +43,7 @@ class Desk:
         return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
 
     def fail(self, *events: object) -> None:
-        """Have events fail for the last time."""
+        """Run a task that fails on events, whose only attempt it is."""
         self.call("send", self.queue, stdin="".join(f"{json.dumps(event)}\n" for event in events))
         settings = {"BROKER": self.broker, "QUEUE_INCOMING": self.queue, "QUEUE_OUTGOING": f"{self.queue}-out"}
         task = {"RUNTIME": "process", "TASK_ARGS": "sh -c 'echo no good >&2; exit 3'", "INFILE_EXT": ".json"}
@@ -68,7 +69,7 @@ def test_dead_letters_are_listed_shown_run_and_replayed(desk: Desk) -> None:
     letters = desk.letters()
     assert [(letter["attempts"], letter["queue"]) for letter in letters] == [(1, desk.queue)] * 3
     assert {letter["reason"] for letter in letters} == {"task failed (exit code 3): no good"}
-    assert desk.letters() == letters  # they stay as they are, in order
+    assert desk.letters() == letters  # they are unchanged, and in order
 
     table = desk.call("dead-letters", desk.queue).splitlines()
     ids = [str(letter["id"]) for letter in letters]
@@ -86,10 +87,10 @@ def test_dead_letters_are_listed_shown_run_and_replayed(desk: Desk) -> None:
 
     assert "1 dead letter(s) replayed" in desk.call("dead-letters", "replay", desk.queue, ids[0])
     assert desk.letters() == letters[1:]
-    assert '{"x": 1}' in desk.call("receive", desk.queue)
+    assert '{"x": 1}' in desk.call("receive", desk.queue, "--count=1")
     assert "2 dead letter(s) replayed" in desk.call("dead-letters", "replay", desk.queue, "--all")
     assert "no dead letters" in desk.call("dead-letters", desk.queue)
-    received = desk.call("receive", desk.queue)
+    received = desk.call("receive", desk.queue, "--count=2")
     assert '{"x": 2}' in received
     assert '{"x": 3}' in received
 
@@ -98,7 +99,7 @@ only_local = pytest.mark.parametrize("desk", ["local"], indirect=True)
 
 
 @only_local
-def test_what_cannot_be_is_one_line(desk: Desk) -> None:
+def test_a_wrong_id_or_none_is_one_clear_line(desk: Desk) -> None:
     assert "has no dead letter nonesuch" in desk.call("dead-letters", "show", desk.queue, "nonesuch", code=2)
     assert "their ids, or --all" in desk.call("dead-letters", "replay", desk.queue, code=2)
     assert "their ids, or --all" in desk.call("dead-letters", "replay", desk.queue, "x", "--all", code=2)
@@ -111,12 +112,14 @@ def test_a_command_that_is_interrupted_has_lost_and_charged_nothing(desk: Desk) 
         with desk.start("dead-letters", desk.queue) as child:
             time.sleep(delay)
             child.send_signal(signal.SIGTERM)
-            child.communicate(timeout=30)
+            child.communicate(timeout=PILOT_RUN)
     assert desk.letters() == letters
 
 
 @only_local
-def test_letters_in_a_directory_are_among_them(desk: Desk, write_letter: Callable[[Path, str], Path]) -> None:
+def test_dead_letters_in_a_directory_are_listed_and_replayed_too(
+    desk: Desk, write_letter: Callable[[Path, str], Path]
+) -> None:
     path = write_letter(desk.directory / "ewms-pilot-dead-letters", desk.queue)
     (letter,) = desk.letters()
     assert (letter["id"], letter["reason"], letter["file"]) == (

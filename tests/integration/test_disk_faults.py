@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.disks import small_disk
-from tests.support.pilots import PilotCommand, Running
+from tests.support.pilots import PilotCommand, RunningPilot
 from tests.support.users import UNPRIVILEGED, needs_root
 
 COPY = ("sh", "-c", 'cp "$0" "$1"', "{{INFILE}}", "{{OUTFILE}}")
@@ -27,7 +27,7 @@ def fill(disk: Path, *, but: int = 0) -> None:
         file.truncate(max(0, file.tell() - but))
 
 
-def failed_for_the_node(pilot: Running, why: str) -> None:
+def failed_for_the_node(pilot: RunningPilot, why: str) -> None:
     assert pilot.wait() == NODE_ERROR
     assert pilot.last_line.startswith("trio-pilot: ")
     assert pilot.last_line.endswith(why)
@@ -59,7 +59,7 @@ def test_a_disk_that_an_event_does_not_fit_on_gives_it_back(pilots: PilotCommand
 @needs_root
 def test_a_disk_without_inodes_gives_an_event_back(pilots: PilotCommand, runtime: str, tmp_path: Path) -> None:
     pilots.send("event")
-    # Enough for the data directory and the first of a task's.
+    # Enough for the data directory and the first directory of a task.
     with small_disk(tmp_path / "disk", 256, inodes=7) as disk:
         pilot = pilots.run(*COPY, runtime=runtime, data_dir_parent_path_on_host=disk)
         assert pilot.wait() == NODE_ERROR
@@ -84,7 +84,7 @@ def test_a_task_that_fills_the_disk_fails_and_leaves_it_empty(pilots: PilotComma
     script = 'cat /dev/zero > filling; cat /dev/zero > "$0"; echo the disk is full >&2; exit 1'
     pilot = pilots.run("sh", "-c", script, "{{OUTFILE}}", runtime=runtime, data_dir_parent_path_on_host=disk)
     assert pilot.wait() == 1
-    reason = "(there is no room left on the disk)"  # nor for the task to say so
+    reason = "(there is no room left on the disk)"  # so the task could not write the reason
     assert pilot.last_line == f"1 TASK(S) FAILED: ContainerRunError('task failed (exit code 1): {reason}')"
     assert pilots.queue() == [FAILED_ONCE]
     assert list(disk.iterdir()) == []
@@ -123,7 +123,7 @@ def test_a_directory_that_cannot_be_written_is_one_clear_line(pilots: PilotComma
     (locked := tmp_path / "locked").mkdir(mode=0o555)
     for file in tmp_path.glob("*.sqlite*"):
         file.chmod(0o666)
-    tmp_path.chmod(0o777)  # for the queue file, which this user may write
+    tmp_path.chmod(0o777)  # for the queue file, which the user of the pilot has to write
     pilot = pilots.run(*COPY, prefix=UNPRIVILEGED, data_dir_parent_path_on_host=locked)
     failed_for_the_node(pilot, f"cannot write the data directory {locked}/ewms-pilot-data: Permission denied")
     assert pilots.queue() == [RETURNED]

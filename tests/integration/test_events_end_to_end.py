@@ -1,4 +1,4 @@
-# The main job with the installed command and EWMS's own client on both sides.
+# The main job of the installed command, with EWMS's own client on both sides.
 
 import asyncio
 import base64
@@ -30,13 +30,13 @@ def directory(tmp_path: Path) -> Path:
     return path
 
 
-def theirs(broker: Rabbit, queue: str, prefetch: int = 50) -> Any:
+def client(broker: Rabbit, queue: str, prefetch: int = 50) -> Any:
     return Queue("rabbitmq", address=broker.server.address, name=queue, prefetch=prefetch, timeout=20)
 
 
 def send(broker: Rabbit, queue: str, events: Sequence[Any]) -> None:
     async def send() -> None:
-        async with theirs(broker, queue).open_pub() as publisher:
+        async with client(broker, queue).open_pub() as publisher:
             for event in events:
                 await publisher.send(event)
 
@@ -44,11 +44,11 @@ def send(broker: Rabbit, queue: str, events: Sequence[Any]) -> None:
 
 
 def receive(broker: Rabbit, queue: str, count: int) -> list[Any]:
-    """Receive so many messages, and say that there are no more."""
+    """Receive a number of messages, and check that there are no more."""
 
     async def receive() -> list[Any]:
         found: list[Any] = []
-        async with theirs(broker, queue).open_sub_manual_acking() as subscriber:
+        async with client(broker, queue).open_sub_manual_acking() as subscriber:
             async for message in subscriber.iter_messages():
                 await subscriber.ack(message)
                 found.append(message.data)
@@ -62,7 +62,7 @@ def receive(broker: Rabbit, queue: str, count: int) -> list[Any]:
 
 
 def settings(broker: Rabbit, incoming: str, outgoing: str, **more: object) -> dict[str, object]:
-    """Give what EWMS sets."""
+    """Return the settings that EWMS gives."""
     return {
         "TASK_IMAGE": "/",
         "TASK_ARGS": "cp {{INFILE}} {{OUTFILE}}",

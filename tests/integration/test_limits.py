@@ -19,7 +19,7 @@ def outputs(pilots: PilotCommand) -> dict[str, Path]:
     return {path.name: path for path in pilots.data.glob("*/outputs/*")}
 
 
-def test_a_task_that_writes_much_and_fails_says_why_and_leaves_little(pilots: PilotCommand, runtime: str) -> None:
+def test_a_task_that_writes_much_and_fails_reports_why_and_leaves_little(pilots: PilotCommand, runtime: str) -> None:
     pilots.send("event")
     settings = {"max_output": "1m", "keep_all_task_files": True, "dump_task_output": True}
     pilot = pilots.run(*FILL, runtime=runtime, **settings)
@@ -47,7 +47,7 @@ def test_a_task_that_writes_without_end_is_held_to_the_bound_while_it_runs(pilot
         return most > BOUND + MOST >= size > 0
 
     for _ in range(2):
-        until_sync(is_cut, "the output is not cut")
+        until_sync(is_cut, "the output to be cut")
         most = 0
     (pilots.data / "data-hub" / "enough").touch()
     assert pilot.wait() == TASK_FAILED

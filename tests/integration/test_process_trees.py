@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.images import bubblewrap_fault
-from tests.support.pilots import PilotCommand, Running
+from tests.support.pilots import PilotCommand, RunningPilot
 from tests.support.processes import processes_with
 from tests.support.waiting import until_sync
 
 COPY = ("sh", "-c", 'cp "$0" "$1"', "{{INFILE}}", "{{OUTFILE}}")
 RETURNED, FAILED_ONCE = (0, False), (1, False)  # (attempts, claimed) of a message in a queue
 
-# Deaf to SIGTERM, with a child and two daemons, each double-forked into a session of its own, one with a clean environment.
+# Ignores SIGTERM; has a child and two daemons, each double-forked into a session of its own, one with a clean environment.
 STUBBORN = """
 trap '' TERM
 (setsid sh -c 'sleep 1000; : "$0"' "$0" &)
@@ -27,14 +27,14 @@ sleep 1000; sleep 1000
 
 @pytest.fixture
 def mark() -> Iterator[str]:
-    """Give a word by which all processes of a task are found, and see to it that there are none left."""
+    """A word by which all processes of a task are found; none may be left after the test."""
     mark = f"mark-{uuid.uuid4().hex}"
     yield mark
     assert containers(mark) == []
 
 
 def containers(mark: str) -> list[int]:
-    """List the processes of tasks that have the mark on their command line; the pilot itself has it too."""
+    """Return the processes with the mark except the pilot, which has it in its flags."""
     return [pid for pid in processes_with(mark) if not is_pilot(pid)]
 
 
@@ -46,11 +46,11 @@ def is_pilot(pid: int) -> bool:
 
 
 def ready(pilots: PilotCommand) -> int:
-    """Count the tasks that have said so: in the data hub, which they all see."""
+    """Return the number of tasks that have left a file in the data hub."""
     return len(list((pilots.data / "data-hub").glob("ready-*")))
 
 
-def wait_for_tasks(pilots: PilotCommand, pilot: Running, count: int) -> None:
+def wait_for_tasks(pilots: PilotCommand, pilot: RunningPilot, count: int) -> None:
     until_sync(lambda: pilot.ended or ready(pilots) >= count, f"{count} tasks to start")
     assert not pilot.ended, pilot.stderr
 
@@ -68,7 +68,7 @@ def polite(mark: str, script: str) -> tuple[str, ...]:
     return ("sh", "-c", f'touch "$1/ready-${{EWMS_TASK_INFILE##*/}}"; {script}', mark, "{{DATA_HUB}}", "{{OUTFILE}}")
 
 
-# The deadline of a task.
+# The time limit of a task.
 
 
 def test_a_task_that_times_out_leaves_no_process_and_its_event_is_back(
@@ -79,7 +79,7 @@ def test_a_task_that_times_out_leaves_no_process_and_its_event_is_back(
     wait_for_tasks(pilots, pilot, 1)
     begun = time.monotonic()
     assert len(containers(mark)) >= 4
-    until_sync(lambda: pilots.queue() == [FAILED_ONCE])
+    until_sync(lambda: pilots.queue() == [FAILED_ONCE], "the event to be back")
     took = time.monotonic() - begun
     assert took < 1 + 0.5 + 1.5, "the deadline, the grace, and a second and a half for a busy machine"
     assert pilot.wait() == 1
@@ -125,7 +125,7 @@ def test_a_second_signal_ends_it_at_once(pilots: PilotCommand, runtime: str, mar
     pilot = pilots.start(*stubborn(mark), runtime=runtime, grace=1000, kill_grace=0.2)
     wait_for_tasks(pilots, pilot, 1)
     pilot.signal(signal.SIGTERM)
-    until_sync(lambda: "signal 15" in pilot.stderr)
+    until_sync(lambda: "signal 15" in pilot.stderr, "the signal to be noticed")
     assert not pilot.ended
     begun = time.monotonic()
     pilot.signal(signal.SIGTERM)
@@ -141,7 +141,7 @@ def test_a_task_that_is_done_within_the_grace_has_its_output_sent(pilots: PilotC
     pilot = pilots.start(*polite(mark, script), runtime=runtime, grace=1000)
     wait_for_tasks(pilots, pilot, 1)
     pilot.signal(signal.SIGTERM)
-    until_sync(lambda: "signal 15" in pilot.stderr)
+    until_sync(lambda: "signal 15" in pilot.stderr, "the signal to be noticed")
     (pilots.data / "data-hub/enough").touch()
     assert pilot.wait() == 143
     assert pilots.queue() == [RETURNED]
@@ -152,7 +152,7 @@ def test_a_task_that_is_done_within_the_grace_has_its_output_sent(pilots: PilotC
 def test_an_idle_pilot_ends_on_a_signal_at_once(pilots: PilotCommand) -> None:
     pilots.send()
     pilot = pilots.start("true", timeout_queue_incoming=1000)
-    until_sync(lambda: "listening" in pilot.stderr)
+    until_sync(lambda: "listening" in pilot.stderr, "the pilot to listen")
     begun = time.monotonic()
     pilot.signal(signal.SIGINT)
     assert pilot.wait() == 130
@@ -180,7 +180,7 @@ def test_bubblewraps_containers_die_with_a_pilot_that_is_killed(pilots: PilotCom
     wait_for_tasks(pilots, pilot, 1)
     pilot.signal(signal.SIGKILL)
     assert pilot.wait() == -signal.SIGKILL
-    until_sync(lambda: not containers(mark))
+    until_sync(lambda: not containers(mark), "all processes to end")
 
 
 # The data directory.
@@ -212,7 +212,7 @@ def test_the_output_of_tasks_is_copied_to_the_pilots_when_asked_for(pilots: Pilo
     assert pilots.run("sh", "-c", "echo to-stdout; echo to-stderr >&2", runtime=runtime).stdout == b""
 
 
-# What a failing run says.
+# What a failing run reports.
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_what_the_init_container_writes_the_tasks_read(pilots: PilotCommand, run
 
 
 def environment_of_a_task(pilots: PilotCommand, runtime: str, name: str, value: str) -> str:
-    """Have a task tell its environment, with a variable in that of the pilot."""
+    """Return the environment of a task, while that of the pilot has a variable."""
     pilots.send("event")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(name, value)
@@ -296,6 +296,6 @@ def test_the_pilots_own_secrets_are_not_in_a_tasks_environment(pilots: PilotComm
     assert "EWMS_TASK_INFILE=" in said
 
 
-def test_htcondor_knows_a_tasks_processes_as_it_knows_the_pilots(pilots: PilotCommand, runtime: str) -> None:
+def test_htcondor_tracks_the_processes_of_tasks_like_the_pilots(pilots: PilotCommand, runtime: str) -> None:
     said = environment_of_a_task(pilots, runtime, "_CONDOR_ANCESTOR_47", "47:1795890748:1")
     assert "_CONDOR_ANCESTOR_47=47:1795890748:1\n" in said

@@ -1,4 +1,4 @@
-# Tokens that expire: RabbitMQ's own OAuth 2 plugin, with a key of ours, and a file that is written anew in time, or not.
+# Tokens that expire: RabbitMQ's own OAuth 2 plugin with a key of these tests, and a file that is renewed in time or not.
 
 import base64
 import json
@@ -13,23 +13,24 @@ import pytest
 import trio
 
 from tests.integration.test_broker_faults import send_all, settings
-from tests.support.brokers import Rabbit, eventually, new_name
+from tests.support.brokers import Rabbit, new_name
 from tests.support.pilot_process import pilot, run_pilot
 from tests.support.servers import RabbitServer
 from tests.support.services import open_rabbitmq
+from tests.support.waiting import BROKER, until
 from trio_pilot.wire import EwmsWire, Message
 
 CONFIG = """
 auth_backends.1 = internal
 auth_backends.2 = rabbit_auth_backend_oauth2
 auth_oauth2.resource_server_id = rabbitmq
-auth_oauth2.default_key = ours
-auth_oauth2.signing_keys.ours = {key}
+auth_oauth2.default_key = tests
+auth_oauth2.signing_keys.tests = {key}
 """
 
 
 class Issuer:
-    """Issues tokens as EWMS's queue service does, signed with RS256."""
+    """Issues tokens like EWMS's queue service, signed with RS256."""
 
     def __init__(self, directory: Path) -> None:
         self._secret, self.public = directory / "secret.pem", directory / "public.pem"
@@ -40,7 +41,7 @@ class Issuer:
         scope = [f"rabbitmq.{right}:*/*" for right in ("configure", "read", "write")]
         claims = {"aud": ["rabbitmq"], "sub": "pilot", "scope": scope, "exp": int(time.time() + seconds)}
         said = ".".join(
-            _base64(json.dumps(part).encode()) for part in ({"alg": "RS256", "typ": "JWT", "kid": "ours"}, claims)
+            _base64(json.dumps(part).encode()) for part in ({"alg": "RS256", "typ": "JWT", "kid": "tests"}, claims)
         )
         return f"{said}.{_base64(self._openssl('dgst', '-sha256', '-sign', str(self._secret), given=said.encode()))}"
 
@@ -92,7 +93,7 @@ async def test_a_token_is_renewed_through_its_file_without_a_new_connection(
     def arrived(count: int) -> bool:
         return broker.ready(f"{queue}-out") == count
 
-    given = settings(broker, queue, TIMEOUT_QUEUE_INCOMING=life, BROKER_TOKEN=f"@{file}")
+    given = settings(broker, queue, TIMEOUT_QUEUE_INCOMING=life / 2, BROKER_TOKEN=f"@{file}")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(renew)
         broker.declare(f"{queue}-out")
@@ -101,7 +102,7 @@ async def test_a_token_is_renewed_through_its_file_without_a_new_connection(
             while trio.current_time() < end:
                 await send_all(broker, queue, EwmsWire().encode(Message(count)))
                 count += 1
-                await eventually(partial(arrived, count))
+                await until(partial(arrived, count), "the output", BROKER)
                 await trio.sleep(life / 10)
             _, stderr = await trio.to_thread.run_sync(child.communicate)
         nursery.cancel_scope.cancel()

@@ -21,7 +21,7 @@ class PilotCommand:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._started: list[Running] = []
+        self._started: list[RunningPilot] = []
         self.variables: dict[str, str] = {}
 
     def __enter__(self) -> "PilotCommand":
@@ -38,7 +38,7 @@ class PilotCommand:
     def receive(self) -> list[object]:
         return [json.loads(line) for line in self._run("receive", "outputs", "--idle", "0.1").splitlines()]
 
-    def start(self, *args: str, runtime: str = "process", prefix: Iterable[str] = (), **settings: object) -> "Running":
+    def start(self, *args: str, runtime: str = "process", prefix: Iterable[str] = (), **settings: object) -> "RunningPilot":
         """Start a pilot that runs `args` for each event; a prefix may change its user or namespaces."""
         settings = {
             "queue_incoming": "events",
@@ -62,11 +62,11 @@ class PilotCommand:
                 stderr=stderr,
                 start_new_session=True,
             )
-        pilot = Running(process, log)
+        pilot = RunningPilot(process, log)
         self._started.append(pilot)
         return pilot
 
-    def run(self, *args: str, **settings: Any) -> "Running":
+    def run(self, *args: str, **settings: Any) -> "RunningPilot":
         """Run a pilot to its end."""
         pilot = self.start(*args, **settings)
         pilot.wait()
@@ -98,7 +98,7 @@ class PilotCommand:
         ).stdout
 
 
-class Running:
+class RunningPilot:
     """A pilot that was started, and its output."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", log: Path) -> None:

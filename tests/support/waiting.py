@@ -24,8 +24,8 @@ PROCESS = Limit(20.0, 0.005)
 # A broker, or a pilot that waits for one: it takes milliseconds, but a connection that was lost is tried again only every
 # 10 s, and it takes up to 40 s to miss a heartbeat.
 BROKER = Limit(60.0, 0.02)
-# Docker or podman: a container starts and goes within a second on an idle machine. An engine does one thing after the other,
-# and each takes several processes.
+# Docker or podman: on an idle machine a container starts, and is removed, within a second. Each takes several processes of
+# the engine, which may serve other tests at the same time.
 ENGINE = Limit(60.0, 0.02)
 # An HTCondor pool: a job takes 2 to 5 s to start on an idle machine. It waits for one interval, of 1 or 2 s, of each of
 # negotiator, schedd, shadow and starter, then for a dozen new processes, one of them a pilot that unpacks itself. A look is
@@ -35,7 +35,7 @@ POOL = Limit(180.0, 0.25)
 # In seconds.
 SERVER_START = 90.0  # it takes 2 to 10 on an idle machine
 SERVER_STOP = 15.0  # it is killed
-PILOT_RUN = 120.0  # the longest run of a test takes 10 on an idle machine
+PILOT_RUN = 120.0  # the longest run of a test takes 10 to 20 on an idle machine
 POOL_COMMAND = 60.0  # a command of HTCondor gives up an answer after 20, and may ask two daemons
 
 PATIENCE = PROCESS.seconds

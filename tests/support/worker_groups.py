@@ -13,7 +13,7 @@ import pytest
 
 ALONE = "alone"
 # Fixtures that take long to set up; parameters and modules with such a word in their names need them.
-SHARED = "pool", "onefile", "docker", "podman", "apptainer", "rabbitmq", "nats", "linux"
+SHARED = "onefile", "docker", "podman", "apptainer", "rabbitmq", "nats", "linux"
 LOCKED = Path(__file__).parent  # any directory that all workers can lock
 
 

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The first process of a pool's own mount, PID, IPC and UTS namespaces: enter.sh ROOT DIRECTORY JOBS USER [MORE...]
-# ROOT is a Debian with HTCondor, which stays as it is; DIRECTORY has condor.conf; JOBS is seen inside at the
-# same path, and belongs to the user with the number USER; each of MORE is seen so too, and cannot be written.
+# ROOT is a Debian with HTCondor, which is not changed; DIRECTORY has condor.conf; JOBS is mounted at the same
+# path, and belongs to the user with the number USER; each of MORE is mounted at the same path, read-only.
 set -e
 root=$1 directory=$2 jobs=$3 user=$4
 shift 4
@@ -50,5 +50,5 @@ cd /
 
 install -d -o condor -g condor -m 775 /run/condor /run/lock/condor /var/lib/condor /var/log/condor /var/spool/condor
 install -d -o condor -g condor -m 755 /var/lib/condor/execute
-# Jobs inherit what is ignored: nothing is to be.
+# Jobs inherit ignored signals: none may be ignored.
 exec env -i --default-signal PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 condor_master -f

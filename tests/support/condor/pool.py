@@ -129,7 +129,7 @@ class Pool:
                 os.kill(int(inside), signal.SIGKILL)
             self._namespaces.wait()
 
-    def run(self, *command: str, given: str = "", directory: Path | None = None) -> str:
+    def run(self, *command: str, given: str = "", directory: Path | None = None, seconds: float = POOL_COMMAND) -> str:
         """Run a command as the pool's user, and return what it prints."""
         namespaces = ["nsenter", f"--target={self._inside}", "--mount", "--pid", "--ipc", "--uts"]
         user = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--init-groups"]
@@ -139,7 +139,7 @@ class Pool:
             input=given,
             capture_output=True,
             text=True,
-            timeout=POOL_COMMAND,
+            timeout=seconds,
             check=False,
         )
         if done.returncode:

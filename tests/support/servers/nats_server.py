@@ -8,11 +8,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from tests.support.servers.debian_packages import need
 from tests.support.servers.server import MAX_MESSAGE_SIZE, free_port, running, wait_for_port
 from tests.support.waiting import SERVER_STOP
-from trio_pilot.brokers.nats_messages import StreamPosition
 
 NATS_USERS = """
 authorization {
@@ -33,6 +33,16 @@ def nats() -> Iterator["NatsServer"]:
         running(NatsServer(Path(directory))) as server,
     ):
         yield server
+
+
+class ConsumerNames(Protocol):
+    """The names of a stream and of a consumer of it."""
+
+    @property
+    def stream(self) -> str: ...
+
+    @property
+    def consumer(self) -> str: ...
 
 
 class NatsServer:
@@ -72,7 +82,7 @@ class NatsServer:
             self._process.wait(SERVER_STOP)
             self._process = None
 
-    def kill(self, place: StreamPosition) -> None:
+    def kill(self, place: ConsumerNames) -> None:
         """Kill the server, but not while it writes the state of a consumer to the disk.
 
         Version 2.9 empties the file first. Killed at that moment (once in some 200 times), it
@@ -87,17 +97,17 @@ class NatsServer:
             self._process.send_signal(signal.SIGCONT)
         self.stop()
 
-    def deliveries(self, place: StreamPosition) -> int:
+    def deliveries(self, place: ConsumerNames) -> int:
         """Return the number of deliveries of a queue that are on the disk (nats-server's store.go, encodeConsumerState)."""
         file = self._deliveries_of(place)
         stored = file.read_bytes() if file.exists() else b""
         return stored[4] if stored else 0  # magic, version, two acknowledged; and what is below 128 is one byte
 
-    def forget_deliveries(self, place: StreamPosition) -> None:
+    def forget_deliveries(self, place: ConsumerNames) -> None:
         """Remove the state of a consumer, as if the server had been killed before it wrote it, a tenth of a second later."""
         self._deliveries_of(place).unlink()
 
-    def _deliveries_of(self, place: StreamPosition) -> Path:
+    def _deliveries_of(self, place: ConsumerNames) -> Path:
         return self.directory / "jetstream/$G/streams" / place.stream / "obs" / place.consumer / "o.dat"
 
     def _program(self) -> str:
