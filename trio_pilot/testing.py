@@ -1,7 +1,7 @@
-"""A broker and a runtime in memory, for tests of what is built on the real ones.
+"""A broker, a runtime and a guardian in memory, for tests of code that uses them.
 
-They keep the contract of the real ones, on trio's clock (an `autojump_clock` above all), and write down what happened. Each
-awaits at every call, and calls its `fault` there with the name of the call, which may raise.
+They keep the contracts of the real ones on Trio's clock, `autojump_clock` above all, and record what happened. Each method
+is a checkpoint, and calls `fault` with its name: a fault may raise there.
 """
 
 import itertools
@@ -23,12 +23,12 @@ Fault = Callable[[str], None]
 
 
 def no_fault(call: str) -> None:
-    """Let every call be."""
+    """Raise nothing."""
 
 
 @dataclass(slots=True, eq=False)
 class FakeMessage:
-    """A message in a fake queue, and how often it was delivered to a bad end."""
+    """A message in a fake queue; `attempts` counts its failures and lost deliveries."""
 
     body: bytes
     message_id: str
@@ -57,7 +57,7 @@ class FakeBroker:
         self.changed()
 
     def take_back(self, tags: Iterable[int]) -> None:
-        """Return deliveries to their queues, counted, as brokers do when a connection ends."""
+        """Return deliveries to their queues and count them, as brokers do when a connection ends."""
         for tag in sorted(set(tags) & self.unsettled.keys()):
             queue, message = self.unsettled.pop(tag)
             message.attempts += 1
@@ -67,15 +67,15 @@ class FakeBroker:
         self.changed()
 
     def lose_connections(self) -> None:
-        """Take everything back that is delivered and not settled; the sources live on, as with new connections."""
+        """Take back all deliveries that are not settled; the sources stay open, as with new connections."""
         self.take_back(list(self.unsettled))
 
     def bodies(self, queue: str) -> list[bytes]:
-        """List what is ready in a queue."""
+        """Return the bodies of the messages that are ready in a queue."""
         return [message.body for message in self.queues.get(queue, ())]
 
     def changed(self) -> None:
-        """Wake who waits for a change."""
+        """Wake all that wait for a change."""
         self._changed.set()
         self._changed = trio.Event()
 
@@ -84,13 +84,13 @@ class FakeBroker:
         await self._changed.wait()
 
     async def call(self, name: str) -> None:
-        """Be called: a checkpoint, and the place for a delay or a fault."""
+        """Pass a checkpoint, with the delay and the fault of a call."""
         await trio.sleep(self.delays.get(name, 0))
         self.fault(name)
 
     @asynccontextmanager
     async def open_source(self, queue: str) -> AsyncIterator["FakeSource"]:
-        """Open an incoming queue; at the end the broker takes back what is not settled."""
+        """Open an incoming queue; at the end the broker takes back all deliveries that are not settled."""
         source = FakeSource(self, queue)
         try:
             yield source
@@ -109,12 +109,12 @@ class FakeSource:
     def __init__(self, broker: FakeBroker, queue: str) -> None:
         self.broker = broker
         self.queue = queue
-        self.lease = 0.0  # as it was asked for last
+        self.lease = 0.0  # of the last `consume`
         self._held = 0
         self._tags: set[int] = set()
 
     async def ready(self) -> None:
-        """Be ready, or fail."""
+        """Return at once, or raise a fault."""
         await self.broker.call("source.ready")
 
     @asynccontextmanager
@@ -125,12 +125,12 @@ class FakeSource:
         yield FakeConsumer(self, prefetch)
 
     def has_lost(self, delivery: Delivery) -> bool:
-        """Tell whether the broker has it back."""
+        """Return whether the broker has taken the delivery back."""
         return delivery.tag not in self.broker.unsettled
 
     @contextmanager
-    def held(self, delivery: Delivery) -> Iterator[None]:  # noqa: ARG002 -- one is like another
-        """Deliver one more for one that is held back."""
+    def held(self, delivery: Delivery) -> Iterator[None]:  # noqa: ARG002 -- all deliveries count alike
+        """Allow one more delivery while one is held back."""
         self._held += 1
         self.broker.changed()
         try:
@@ -139,10 +139,10 @@ class FakeSource:
             self._held -= 1
 
     async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "", error: str = "") -> None:
-        """Settle a delivery; a second time is an error of the caller's."""
+        """Settle a delivery. Raises DeliveryLostError if it is settled or taken back already."""
         await self.broker.call(f"source.{settlement.name.lower()}")
         if delivery.tag not in self.broker.unsettled:
-            raise DeliveryLostError(f"the delivery of {delivery.message_id} is not there to be settled")
+            raise DeliveryLostError(f"the delivery of {delivery.message_id} is settled or taken back already")
         queue, message = self.broker.unsettled.pop(delivery.tag)
         self._tags.discard(delivery.tag)
         self.broker.history.append((settlement.name, message.message_id))
@@ -158,7 +158,7 @@ class FakeSource:
         self.broker.changed()
 
     def has_one(self, prefetch: int) -> bool:
-        """Tell whether there is a message that may be delivered."""
+        """Return whether there is a message that may be delivered."""
         unsettled = len(self._tags & self.broker.unsettled.keys())
         return bool(self.broker.queues.get(self.queue)) and unsettled < prefetch + self._held
 
@@ -210,7 +210,7 @@ class FakeSink:
         self.queue = queue
 
     async def ready(self) -> None:
-        """Be ready, or fail."""
+        """Return at once, or raise a fault."""
         await self.broker.call("sink.ready")
 
     async def send(self, body: bytes, message_id: str) -> None:
@@ -223,7 +223,7 @@ class FakeSink:
 
 @dataclass(slots=True)
 class FakeGuardian:
-    """Takes note of what it is to see to."""
+    """Records what it is to watch."""
 
     watched: list[tuple[str, Path]] = field(default_factory=list)
     swept: int = 0
@@ -232,20 +232,20 @@ class FakeGuardian:
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator["FakeGuardian"]:
-        """Open the guard."""
+        """Open the guardian."""
         self.fault("guardian.open")
         yield self
 
     def watch(self, what: str, path: Path) -> None:
-        """Note what is to be seen to."""
+        """Record a path to watch."""
         self.watched.append((what, path))
 
     def outlive_us(self) -> None:
-        """Note that it is to stay."""
+        """Record that the guardian is to outlive the pilot."""
         self.outlives_us = True
 
     async def sweep(self) -> None:
-        """Have nothing to sweep."""
+        """Count a sweep: there is nothing to remove."""
         await trio.lowlevel.checkpoint()
         self.fault("guardian.sweep")
         self.swept += 1
@@ -254,16 +254,16 @@ class FakeGuardian:
 Script = Callable[[Container], Awaitable[int]]
 
 
-async def succeed(container: Container) -> int:  # noqa: ARG001 -- a script's
-    """Be a probe that finds nothing wrong."""
+async def succeed(container: Container) -> int:  # noqa: ARG001 -- the arguments of a script
+    """Succeed, as a probe on a healthy node does."""
     return 0
 
 
 async def copy(container: Container) -> int:
-    """Be a container that copies its input file to its output file."""
+    """Copy the input file to the output file, in one second."""
     await trio.sleep(1)
     if infile := container.env.get("EWMS_TASK_INFILE"):
-        # Not in a thread: an `autojump_clock` would not wait for it.
+        # Not in a thread: `autojump_clock` would not wait for it.
         shutil.copyfile(infile, container.env["EWMS_TASK_OUTFILE"])
     return 0
 
@@ -275,8 +275,8 @@ class FakeRuntime:
     script: Script = copy
     probe: Script = succeed
     fault: Fault = no_fault
-    kill_seconds: float = 0.5  # what it takes to kill a container
-    out_of_memory: bool = False  # all containers are killed for want of it
+    kill_seconds: float = 0.5  # that killing a container takes
+    out_of_memory: bool = False  # all containers are killed for it
     running: set[str] = field(default_factory=set)
     most_running: int = 0
     ran: list[Container] = field(default_factory=list)
@@ -293,12 +293,12 @@ class FakeRuntime:
         yield self
 
     async def prepare(self, image: str) -> None:  # noqa: ARG002 -- there are no images
-        """Have nothing to prepare."""
+        """Return at once: there are no images."""
         await trio.lowlevel.checkpoint()
         self.fault("runtime.prepare")
 
     async def run(self, container: Container) -> Exit:
-        """Run a container's script; cancelled, kill it, which takes its time."""
+        """Run the script of a container; cancelled, take `kill_seconds` to kill it."""
         await trio.lowlevel.checkpoint()
         self.fault("runtime.run")
         if container.plain:

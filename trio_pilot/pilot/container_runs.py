@@ -1,4 +1,4 @@
-"""What is run in containers: tasks, the init container, canaries; and the removal of what each has left."""
+"""Running containers to their ends: tasks, the init container, probes of the node; and removing their directories."""
 
 import math
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -28,40 +28,40 @@ from trio_pilot.files.task_logs import TaskLogs
 from trio_pilot.runtimes import NOT_FOUND_REASONS, Container, Exit, Limits, Mount, Runtime
 from trio_pilot.settings import Settings
 
-PROBE, PROBE_TIMEOUT = ("true",), 60.0  # seconds, on a node that is merely busy
-CLEARING_TIMEOUT = 10.0  # seconds
+PROBE, PROBE_TIMEOUT = ("true",), 60.0  # seconds; a busy node needs a few
+CLEARING_TIMEOUT = 10.0  # seconds for a container that removes files of another user
 
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
-    """What to run in a container: of a task, or to initialise the node."""
+    """What to run in a container: a task, or what initialises the node."""
 
-    alias: str  # what error texts call it
+    alias: str  # its name in error texts
     image: str
     args: tuple[str, ...]
     env: Mapping[str, str]
     timeout: float | None  # seconds
     limits: Limits
-    dump: bool  # copy what it says to the pilot's own stdout and stderr
-    keep: bool  # leave it in its files
-    pinned: tuple[int, ...] = ()  # CPUs to run on; none: any
+    dump: bool  # copy its stdout and stderr to those of the pilot
+    keep: bool  # keep its files
+    pinned: tuple[int, ...] = ()  # CPUs to run on; empty: any
 
     @classmethod
     def task(cls, settings: Settings) -> "RunSpec":
-        """Order what is run for each event."""
+        """Return what is run for each event."""
         what = settings.task_image, settings.task_args, settings.task_env_json, settings.task_timeout
         return cls("task", *what, settings.limits, settings.dump_task_output, settings.keep_all_task_files)
 
     @classmethod
     def init(cls, settings: Settings) -> "RunSpec":
-        """Order what is run before the first event."""
+        """Return what is run before the first event."""
         what = settings.init_image, settings.init_args, settings.init_env_json, settings.init_timeout
         return cls("init-container", *what, settings.limits, settings.dump_task_output, settings.keep_all_task_files)
 
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What tasks work with."""
+    """What containers are run with."""
 
     guardian: Guardian
     data_directory: DataDirectory
@@ -70,16 +70,16 @@ class Tools:
 
     @property
     def any_user(self) -> bool:
-        """Whether a container may be another user than we are."""
+        """Whether a container may run as another user than the pilot."""
         return self.runtime.engine is not None
 
     def make(self, files: TaskFiles) -> None:
-        """Make the directory of a container. Blocks; raises NodeError if the disk does not take it."""
+        """Make the directory of a container. Blocks. Raises NodeError if it cannot be made."""
         task_directory.make(files, any_user=self.any_user)
 
 
 def task_files(tools: Tools, settings: Settings) -> TaskFiles:
-    """Name the directory of a task, and the files in it."""
+    """Make up a name for a task, and with it the paths of its files."""
     name = tools.data_directory.new_name()
     return TaskFiles(
         tools.data_directory.root / name,
@@ -88,50 +88,51 @@ def task_files(tools: Tools, settings: Settings) -> TaskFiles:
     )
 
 
-async def run(tools: Tools, disk: BlockingCalls, outputs: TaskLogs, order: RunSpec, files: TaskFiles) -> None:
-    """Run a container as ordered, to its end.
+async def run(tools: Tools, disk: BlockingCalls, logs: TaskLogs, spec: RunSpec, files: TaskFiles) -> None:
+    """Run a container to its end.
 
     Raises:
-        ContainerRunError: it ended with an error, or (ContainerTimeoutError) not in time, or (ContainerOutOfMemoryError) it
-            was killed for want of memory.
+        ContainerRunError: it ended with an error.
+        ContainerTimeoutError: it did not end in time.
+        ContainerOutOfMemoryError: it was killed because it used too much memory.
         NodeError: it could not be started.
     """
-    timeout, ended, reason = order.timeout or math.inf, None, None
-    with outputs.growing(files.stdout, files.stderr):
+    timeout, ended, reason = spec.timeout or math.inf, None, None
+    with logs.growing(files.stdout, files.stderr):
         try:
             with trio.move_on_after(timeout):
-                ended = await tools.runtime.run(_container(tools, order, files))
+                ended = await tools.runtime.run(_container(tools, spec, files))
         finally:
-            reason = await disk.finish(0, _conclude, outputs, files, ended)
-    if order.dump:
-        await outputs.show(files)
+            reason = await disk.finish(0, _conclude, logs, files, ended)
+    if spec.dump:
+        await logs.show(files)
     if ended is None:
-        raise ContainerTimeoutError(f"{order.alias} failed: [Timeout-Error] timed out after {timeout:g}s")
+        raise ContainerTimeoutError(f"{spec.alias} failed: [Timeout-Error] timed out after {timeout:g}s")
     if ended.out_of_memory:
-        limit = f"more than {order.limits.memory} bytes" if order.limits.memory else "more than there was"
-        raise ContainerOutOfMemoryError(f"{order.alias} failed (exit code {ended.code}): out of memory: it used {limit}")
+        limit = f"more than {spec.limits.memory} bytes" if spec.limits.memory else "more than there was"
+        raise ContainerOutOfMemoryError(f"{spec.alias} failed (exit code {ended.code}): out of memory: it used {limit}")
     if ended.code:
-        raise ContainerRunError(f"{order.alias} failed (exit code {ended.code}): {reason or ''}")
+        raise ContainerRunError(f"{spec.alias} failed (exit code {ended.code}): {reason or ''}")
 
 
-def _conclude(outputs: TaskLogs, files: TaskFiles, ended: Exit | None) -> str:
-    """Give the reason of a failure: it is at the end of what was said, which is not kept if that is too long."""
+def _conclude(logs: TaskLogs, files: TaskFiles, ended: Exit | None) -> str:
+    """Return the reason of a failure from the end of stderr, and only then cut logs that are too long."""
     reason = ""
     if ended and ended.code:
-        reason = error_summary(files.stderr) or disk_checks.disk_fault(files.root)  # which may be why it could not say more
-    outputs.finish(files.stdout, files.stderr)
+        reason = error_summary(files.stderr) or disk_checks.disk_fault(files.root)  # a full disk may be why stderr is empty
+    logs.finish(files.stdout, files.stderr)
     return reason
 
 
-async def run_init(tools: Tools, settings: Settings, outputs: TaskLogs) -> None:
-    """Run the init container; raises what `run` raises."""
-    async with _aside(tools, "init", settings.init_image, keep=settings.keep_all_task_files) as files:
+async def run_init(tools: Tools, settings: Settings, logs: TaskLogs) -> None:
+    """Run the init container. Raises what `run` raises."""
+    async with _open_directory(tools, "init", settings.init_image, keep=settings.keep_all_task_files) as files:
         await tools.runtime.prepare(settings.init_image)
-        await run(tools, BlockingCalls(), outputs, RunSpec.init(settings), files)
+        await run(tools, BlockingCalls(), logs, RunSpec.init(settings), files)
 
 
 async def run_once(tools: Tools, settings: Settings, data: Any) -> int:
-    """Run the task for an event, show what it said, and give its exit code; its output goes nowhere.
+    """Run the task for an event, show its stdout and stderr, and return its exit code. Its output is not sent.
 
     Raises:
         ContainerTimeoutError: it took too long.
@@ -153,16 +154,16 @@ async def run_once(tools: Tools, settings: Settings, data: Any) -> int:
 
 
 async def probe(tools: Tools, settings: Settings, error: PilotError | None = None) -> None:
-    """Run next to nothing, on this disk, by this clock, in a container like that of a task: of one that failed, if so.
+    """Check disk and clock, and run `true` in a container like that of a task; `error` is of the task that failed, if any.
 
     Raises:
-        NodeError: it does not work here. An image need not have such a command; but it must have this, or the task's own.
+        NodeError: the node is broken, or the image has neither `true` nor the task's own command.
     """
     await BlockingCalls().call(math.inf, _check_machine, tools.data_directory.root)
-    async with _aside(tools, "probe", settings.task_image, keep=False) as files:
-        order = replace(RunSpec.task(settings), args=PROBE, env={})
+    async with _open_directory(tools, "probe", settings.task_image, keep=False) as files:
+        spec = replace(RunSpec.task(settings), args=PROBE, env={})
         with trio.move_on_after(PROBE_TIMEOUT):
-            ended = await tools.runtime.run(replace(_container(tools, order, files), plain=True))
+            ended = await tools.runtime.run(replace(_container(tools, spec, files), plain=True))
             reason = error_summary(files.stderr) if ended.code else ""
             is_missing = reason.endswith(NOT_FOUND_REASONS)
             if is_missing and str(error).endswith(tuple(f" {settings.task_args[0]}: {why}" for why in NOT_FOUND_REASONS)):
@@ -179,8 +180,8 @@ def _check_machine(root: Path) -> None:
 
 
 @asynccontextmanager
-async def _aside(tools: Tools, what: str, image: str, *, keep: bool) -> AsyncIterator[TaskFiles]:
-    """Make the directory of a container that is no task's, and remove it."""
+async def _open_directory(tools: Tools, what: str, image: str, *, keep: bool) -> AsyncIterator[TaskFiles]:
+    """Make the directory of a container other than a task's, and remove it at the end."""
     name = f"{what}-{tools.data_directory.new_name().replace('-', '')}"
     files, disk = TaskFiles(tools.data_directory.root / name, infile="", outfile=""), BlockingCalls()
     try:
@@ -209,7 +210,7 @@ async def _empty(tools: Tools, directories: Iterable[Path], image: str) -> None:
     """Empty directories that a container could write to, with the rights of the image's user."""
     mounts = [Mount(path, f"/{DATA_DIRECTORY}/{path.name}", writable=True) for path in directories]
     there = tuple(mount for mount in mounts if is_directory(mount.source))
-    async with _aside(tools, "clearing", "", keep=False) as own:
+    async with _open_directory(tools, "clearing", "", keep=False) as own:
         args = "rm", "-rf", *(mount.target for mount in there)
         container = Container(own.root.name, image, args, {}, there, own.scratch, own.stdout, own.stderr, plain=True)
         with suppress(NodeError):
@@ -219,23 +220,23 @@ async def _empty(tools: Tools, directories: Iterable[Path], image: str) -> None:
 INSIDE = (f"/{DATA_DIRECTORY}/{TASK_IO}", f"/{DATA_DIRECTORY}/{HUB}")  # where a container has its files mounted
 
 
-def _container(tools: Tools, order: RunSpec, files: TaskFiles) -> Container:
+def _container(tools: Tools, spec: RunSpec, files: TaskFiles) -> Container:
     io, hub = INSIDE if tools.runtime.mounts else (files.io, tools.data_directory.data_hub)
     names = {"EWMS_TASK_DATA_HUB_DIR": f"{hub}"}
     if files.infile:
         names |= {"EWMS_TASK_INFILE": f"{io}/{files.infile}", "EWMS_TASK_OUTFILE": f"{io}/{files.outfile}"}
     return Container(
         name=files.root.name,
-        image=order.image,
-        args=tuple(_filled_in(arg, names) for arg in order.args),
-        env={**order.env, **names},
+        image=spec.image,
+        args=tuple(_filled_in(arg, names) for arg in spec.args),
+        env={**spec.env, **names},
         mounts=_mounts(tools, files.io if files.infile else None),
         scratch=files.scratch,
         stdout=files.stdout,
         stderr=files.stderr,
-        limits=order.limits,
-        pinned=order.pinned,
-        heard=order.dump or order.keep,
+        limits=spec.limits,
+        pinned=spec.pinned,
+        heard=spec.dump or spec.keep,
     )
 
 

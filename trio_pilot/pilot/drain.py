@@ -1,4 +1,4 @@
-"""The ways in which a pilot comes to its end."""
+"""How a pilot stops taking events, and how long its running tasks may go on."""
 
 from collections.abc import AsyncIterable
 
@@ -9,10 +9,10 @@ from trio_pilot.log import LOGGER
 
 
 class Drain:
-    """The ways to end: no more events, and a deadline for those that run."""
+    """The cancel scopes by which a pilot ends: one around taking events, one around running tasks."""
 
     def __init__(self, grace: float, time_left: TimeLeft) -> None:
-        self.listening = trio.CancelScope()  # around init and the taking of events
+        self.listening = trio.CancelScope()  # around initialising and taking events
         self.tasks = trio.CancelScope(deadline=time_left.end)
         self.begun = trio.Event()
         self.signal: int | None = None
@@ -20,7 +20,7 @@ class Drain:
         self._time_left = time_left
 
     async def heed(self, signals: AsyncIterable[int]) -> None:
-        """Drain at the first signal; at any further one, at once."""
+        """Drain at the first signal; at any further signal, cancel all tasks."""
         async for number in signals:
             if self.begun.is_set():
                 LOGGER.warning("signal %d again: ending all tasks now", number)
@@ -33,13 +33,13 @@ class Drain:
                 self.stop_listening()
 
     def stop_listening(self) -> None:
-        """Take no more events."""
+        """Take no more events; running tasks go on."""
         self.listening.cancel()
 
     def watch_the_time(self) -> None:
-        """Take no more events from the moment on in which another task is not likely to end in time."""
+        """Set the moment after which no event is taken: from then on another task is not likely to end in time."""
         self.listening.deadline = self._time_left.last_start
 
     def time_is_short(self) -> bool:
-        """Tell whether that moment has come."""
+        """Return whether that moment has passed."""
         return trio.current_time() >= self._time_left.last_start
