@@ -103,7 +103,7 @@ async def _queue(open_queue: Callable[..., Any], queue: QueueAddress, lease: flo
 
 async def _queue_in_file(open_queue: Callable[..., Any], queue: QueueAddress) -> str:
     file = file_of(queue.address)
-    if not await trio.to_thread.run_sync(exists, file):  # which is no fault, and not ours to make
+    if not await trio.to_thread.run_sync(exists, file):  # no fault: the pilot makes it
         if not os.access(file.parent, os.W_OK | os.X_OK):
             raise BrokerError(f"{queue.queue}: the queue file {file} cannot be made")
         return f"{queue.queue}, in the queue file {file}, which will be made"
