@@ -130,7 +130,7 @@ def make_apptainer(request: pytest.FixtureRequest, directory: Path) -> Subject:
 def make_apptainer_sif(request: pytest.FixtureRequest, directory: Path) -> Subject:
     subject = make_apptainer(request, directory)
     subject.name, subject.image = "apptainer-sif", str(request.getfixturevalue("sif"))
-    subject.refusals = "is neither a directory nor a file", "is none that apptainer knows"
+    subject.refusals = "is neither a directory nor a file", "is of no format that apptainer knows"
     subject.open = lambda options: apptainer.open_runtime(
         replace(options, only_directories=False, build_directory=directory / "images", data_parent=directory)
     )
