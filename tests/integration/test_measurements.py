@@ -103,7 +103,7 @@ def test_instructions(rabbitmq: RabbitServer, need: Callable[[str, str], None]) 
 def test_start_and_end(rabbitmq: RabbitServer) -> None:
     found = start.measure(start.Plan(rounds=1, idle=0.5), rabbitmq)
     assert found.find(what="start to listening").median < found.find(what="start to first result").median + 2000
-    assert found.find(what="CPU of an idle pilot").median > 0
+    assert found.find(what="CPU of an idle pilot").median >= 0  # in half a second it may not run at all
     assert len(found.figures) == 7
 
 
