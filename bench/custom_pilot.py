@@ -14,7 +14,7 @@ from trio_pilot.allocation.resources import find_allocation, fitted
 from trio_pilot.brokers import Sink, Source, open_sinks, open_sources
 from trio_pilot.cleanup.client import Guardian
 from trio_pilot.pilot.serve import Parts, serve
-from trio_pilot.processes.children import end_strays
+from trio_pilot.processes.children import end_all_children
 from trio_pilot.runtimes import Runtime
 from trio_pilot.settings import Settings, load
 from trio_pilot.status import Status
@@ -52,4 +52,4 @@ def run_pilot(
     try:
         trio.run(run)
     finally:
-        end_strays()
+        end_all_children()

@@ -123,7 +123,7 @@ class TimedRuntime(TimedPart):
 
     async def run(self, container: Container) -> Exit:
         """Run a container, and record when that was requested, when the runtime first waited, and when it ended."""
-        if container.plain:  # a probe of the node
+        if container.without_entrypoint:  # a probe of the node
             return cast(Exit, await self._part.run(container))
         self._times.stage_ended()
         ended: Exit = await CallOnFirstWait(self._part.run(container), self._times.stage_ended)

@@ -43,7 +43,7 @@ from trio_pilot.runtimes.selection import NAMES
 
 CONFIG_FILE = "trio-pilot.toml"
 PREFIX = "EWMS_PILOT_"
-LAST_STEPS = 5.0  # seconds for the end of a pilot, apart from killing tasks; it usually takes a few tenths
+SHUTDOWN_TIME = 5.0  # seconds for the end of a pilot, apart from killing tasks; it usually takes a few tenths
 MAX_SHOWN = 80  # characters of a wrong value in a message
 
 
@@ -281,9 +281,9 @@ class Settings:
         return self.timeout_queue_wait_for_first_message or self.timeout_queue_incoming
 
     @property
-    def last_steps(self) -> float:
+    def shutdown_time(self) -> float:
         """Return the seconds from the end of the tasks' time to that of the pilot: to kill, settle, clean up and report."""
-        return self.kill_grace + LAST_STEPS
+        return self.kill_grace + SHUTDOWN_TIME
 
     @property
     def limits(self) -> Limits:
@@ -319,7 +319,7 @@ class Settings:
         return self.dead_letter_directory or self.data_dir_parent_path_on_host / DEAD_LETTERS
 
     @property
-    def most_at_hand(self) -> int:
+    def max_events_at_hand(self) -> int:
         """Return the most events to have at once: one for each slot, so that all fill at once, or more if `prefetch` is."""
         return max(self.prefetch, self.max_concurrent_tasks)
 
@@ -328,7 +328,7 @@ class Settings:
         """Return the seconds for which an event may be unsettled: while it waits for a slot, is run, sent, or held back."""
         if self.task_timeout is None:
             return LONGEST_LEASE
-        turns = math.ceil(self.most_at_hand / self.max_concurrent_tasks)
+        turns = math.ceil(self.max_events_at_hand / self.max_concurrent_tasks)
         return min(turns * self.task_timeout + LEASE_MARGIN, LONGEST_LEASE)
 
     def at_broker(self, queue: str) -> QueueAddress:
@@ -346,7 +346,7 @@ class Settings:
             self._aligned(f"queue_{direction}_{what}", len(names))
             for what in ("broker_address", "broker_type", "auth_token")
         )
-        spare = self.most_at_hand - self.max_concurrent_tasks
+        spare = self.max_events_at_hand - self.max_concurrent_tasks
         return [
             replace(self._queue_address(name, kind, address or self.broker, token or self.broker_token), spare=spare)
             for name, kind, address, token in zip(names, kinds, addresses, tokens, strict=True)

@@ -227,7 +227,7 @@ class FakeGuardian:
 
     watched: list[tuple[str, Path]] = field(default_factory=list)
     swept: int = 0
-    outlives_us: bool = False
+    outlives_pilot: bool = False
     fault: Fault = no_fault
 
     @asynccontextmanager
@@ -240,9 +240,9 @@ class FakeGuardian:
         """Record a path to watch."""
         self.watched.append((what, path))
 
-    def outlive_us(self) -> None:
+    def outlive_pilot(self) -> None:
         """Record that the guardian is to outlive the pilot."""
-        self.outlives_us = True
+        self.outlives_pilot = True
 
     async def sweep(self) -> None:
         """Count a sweep: there is nothing to remove."""
@@ -281,10 +281,10 @@ class FakeRuntime:
     most_running: int = 0
     ran: list[Container] = field(default_factory=list)
     name: str = "fake"
-    mounts: bool = False
+    has_mounts: bool = False
     engine: Path | None = None
-    leaves_some: bool = False
-    images: Path | None = None
+    has_unremoved_containers: bool = False
+    image_directory: Path | None = None
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator["FakeRuntime"]:
@@ -301,7 +301,7 @@ class FakeRuntime:
         """Run the script of a container; cancelled, take `kill_seconds` to kill it."""
         await trio.lowlevel.checkpoint()
         self.fault("runtime.run")
-        if container.plain:
+        if container.without_entrypoint:
             return Exit(await self.probe(container))
         container.stdout.write_bytes(b"")
         container.stderr.write_bytes(b"")

@@ -18,7 +18,7 @@ class CpuSets:
         self._free = deque(tuple(sorted(cpus)) for cpus in sets)
 
     @contextmanager
-    def lent(self) -> Iterator[tuple[int, ...]]:
+    def lend(self) -> Iterator[tuple[int, ...]]:
         """Lend a set of CPUs to the body; an empty one, which is no restriction, if there are no sets."""
         cpus = self._free.popleft() if self._free else ()
         try:

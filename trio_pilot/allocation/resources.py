@@ -133,7 +133,7 @@ def _most_at_once(settings: Settings, allocation: Allocation) -> int:
 def _grace(settings: Settings, allocation: Allocation) -> float:
     if settings.grace != AUTO:
         return settings.grace
-    return DEFAULT_GRACE if allocation.vacate is None else max(0.0, allocation.vacate - settings.last_steps)
+    return DEFAULT_GRACE if allocation.vacate is None else max(0.0, allocation.vacate - settings.shutdown_time)
 
 
 def _threads(cpus: float) -> dict[str, str]:

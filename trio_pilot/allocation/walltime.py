@@ -32,7 +32,7 @@ class End:
 
     def is_too_soon(self, settings: Settings) -> bool:
         """Return whether there is no more time than the pilot needs for its own last steps."""
-        return self.at - time.time() <= settings.last_steps
+        return self.at - time.time() <= settings.shutdown_time
 
     def __str__(self) -> str:
         return f"{datetime.fromtimestamp(self.at, UTC):%Y-%m-%d %H:%M:%S} UTC, by {self.who}"
@@ -106,7 +106,7 @@ class TimeLeft:
     def __init__(self, settings: Settings, run_times: RunTimes) -> None:
         """Take the end of the job from the setting `until`."""
         now, end = trio.current_time(), math.inf if settings.until is None else settings.until
-        self.end = now + (end - time.time()) - settings.last_steps
+        self.end = now + (end - time.time()) - settings.shutdown_time
         """The time at which the last task must have ended, on trio's clock."""
         self._timeout = math.inf if settings.task_timeout is None else settings.task_timeout
         self._unknown = min(self._timeout, UNKNOWN_SHARE * (self.end - now)) if self._timeout < math.inf else 0.0

@@ -17,7 +17,7 @@ from trio_pilot.cleanup.sweep import sweep
 from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.log import LOGGER
 from trio_pilot.processes import identity
-from trio_pilot.processes.children import Children, spare
+from trio_pilot.processes.children import Children, let_outlive
 
 DISMISSAL_TIMEOUT = 2.0  # seconds for a guardian to end when it is dismissed
 RESTART_INTERVAL = 0.5  # seconds between two starts of a guardian that is killed again and again
@@ -34,7 +34,7 @@ class Guardian(Protocol):
     def watch(self, what: str, path: Path) -> None:
         """Clean up at a path when this pilot is dead: the socket of an `engine`, a `data` directory, or one of `images`."""
 
-    def outlive_us(self) -> None:
+    def outlive_pilot(self) -> None:
         """Stay after the end of this pilot, and remove what it could not remove."""
 
     async def sweep(self) -> None:
@@ -81,7 +81,7 @@ class GuardianClient:
                 env={},
                 start_new_session=True,
             )
-        Children.know(self._process.pid)
+        Children.register(self._process.pid)
 
     def watch(self, what: str, path: Path) -> None:
         """Clean up at a path when this pilot is dead: the socket of an `engine`, a `data` directory, or one of `images`."""
@@ -89,7 +89,7 @@ class GuardianClient:
         self._watched.append(line)
         self._send(line)
 
-    def outlive_us(self) -> None:
+    def outlive_pilot(self) -> None:
         """Let the guardian stay after the end of this pilot, to remove what it could not remove."""
         self._outlives_pilot = True
 
@@ -108,7 +108,7 @@ class GuardianClient:
     async def dismiss(self) -> None:
         """End the guardian, and wait until it has ended; if it is to outlive the pilot, only close its pipe."""
         if self._outlives_pilot and self._process and self._process.stdin:
-            spare(self._process.pid)
+            let_outlive(self._process.pid)
             self._process.stdin.close()
             return
         self._send("done")
@@ -142,7 +142,7 @@ class GuardianClient:
     def _forget(self) -> None:
         if self._process and self._process.stdin:
             self._process.stdin.close()
-            Children.forget(self._process.pid)
+            Children.unregister(self._process.pid)
         self._process = None
 
 

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from trio_pilot.files.data_directory import has_orphaned
 from trio_pilot.processes.identity import Identity, own
-from trio_pilot.processes.orphans import Theirs
+from trio_pilot.processes.orphans import PilotFilter
 
 LABEL = "trio-pilot.pilot"  # the label of a container that names its pilot
 DATA_LABEL = "trio-pilot.data"  # the label that names the data directory, where its pilot has its owner file
@@ -27,7 +27,7 @@ SHOWN = 200  # bytes of an answer in an error
 ENGINE_TIMEOUT = 10.0  # seconds for an engine to answer, and to remove a container
 
 
-def remove_containers(engine: Path, theirs: Theirs) -> int:
+def remove_containers(engine: Path, theirs: PilotFilter) -> int:
     """Remove the containers of some pilots, and of those that their owner files show to be dead; return their number.
 
     Args:
@@ -71,7 +71,7 @@ def _label(container: Mapping[str, Any], name: str) -> str:
     return str((container.get("Labels") or {}).get(name, ""))
 
 
-def _is_left(container: Mapping[str, Any], theirs: Theirs) -> bool:
+def _is_left(container: Mapping[str, Any], theirs: PilotFilter) -> bool:
     pilot = Identity.parse(_label(container, LABEL))
     return pilot is not None and (theirs(pilot) or _is_past(container, pilot) or _is_orphaned(container, pilot))
 

@@ -73,7 +73,7 @@ def clean_up(
         dead = {directory: data_directory.owner_files_of_dead(directory, pilot) for directory in data}
         is_clean = _cleaned(pilot, engines, begun + seconds)
         for directory, owner_files in dead.items():
-            _found(partial(data_directory.sweep, forget=owner_files if is_clean or not engines else ()), directory)
+            _found(partial(data_directory.sweep, removable=owner_files if is_clean or not engines else ()), directory)
         for directory in images:  # now that no process of that pilot unpacks one and holds its lock
             _found(image_builds.remove_unfinished, directory)
         if is_clean:

@@ -25,7 +25,7 @@ def sweep(watched: Collection[tuple[str, Path]]) -> None:
             elif what == "images":
                 found["half-unpacked image(s)"] = image_builds.remove_unfinished(path)
             else:
-                found["task directory(ies)"] = data_directory.sweep(path, forget=dead.get(path, ()))
+                found["task directory(ies)"] = data_directory.sweep(path, removable=dead.get(path, ()))
         except OSError as error:
             if what == "engine":
                 dead.clear()

@@ -12,7 +12,7 @@ from trio_pilot.allocation.resources import find_allocation, fitted
 from trio_pilot.cli.check_finding import Check, SkippedError
 from trio_pilot.errors import NodeError, PilotError
 from trio_pilot.files.filesystem import is_directory, is_link
-from trio_pilot.runtimes import OWN_ROOT, Runtime, bubblewrap, confinement
+from trio_pilot.runtimes import HOST_ROOT, Runtime, bubblewrap, confinement
 from trio_pilot.runtimes.selection import ENGINES, choose, open_runtime
 from trio_pilot.settings import Settings
 
@@ -52,7 +52,7 @@ async def check_limits(settings: Settings) -> str:
         raise SkippedError from error
     if choice.name in ENGINES:
         return f"by {choice.name}"
-    enforced = await confinement.how(settings.limits)
+    enforced = await confinement.enforcement(settings.limits)
     if missing := [f"--task-{kind}: {how}" for kind, how in enforced.items() if how.startswith(confinement.NOT_ENFORCED)]:
         raise NodeError("; ".join(missing))
     return ", ".join(f"{kind}: {how}" for kind, how in enforced.items())
@@ -80,7 +80,7 @@ async def _image(settings: Settings, image: str) -> str:
         await runtime.prepare(image)
         if runtime.name == "process":
             return f"{image or 'none'}: not used, the process runtime has no images"
-        return "/, this machine's own root" if image in OWN_ROOT else image
+        return "/, this machine's own root" if image in HOST_ROOT else image
 
 
 def _commands(settings: Settings) -> list[tuple[str, str, tuple[str, ...]]]:
@@ -94,12 +94,12 @@ async def _command(settings: Settings, image: str, args: Sequence[str]) -> str:
     if "{{" in command:
         return f"{command}: known only when a task runs"
     async with _open_runtime(settings) as runtime:
-        contained = runtime.mounts
+        contained = runtime.has_mounts
         try:
             await runtime.prepare(image)
         except PilotError as error:
             raise SkippedError from error
-    root = Path("/") if image in OWN_ROOT or not contained else Path(image)
+    root = Path("/") if image in HOST_ROOT or not contained else Path(image)
     if runtime.engine or not await trio.to_thread.run_sync(is_directory, root):
         return f"{command}: cannot be looked for in this image"
     for path in _candidates(command, root):
@@ -121,7 +121,7 @@ def _is_executable(path: Path, root: Path, settings: Settings, *, contained: boo
     """Return whether a path is that of a program, as a container with this root sees it."""
     if not contained or any(path.is_relative_to(directory) for directory in settings.external_directories):
         return os.access(path, os.X_OK) and path.is_file()
-    if path.parts[1] in bubblewrap.ITS_OWN:
+    if path.parts[1] in bubblewrap.OWN_DIRECTORIES:
         return False
     outside = root / path.relative_to("/")
     # A link in an image may point below the image's own root, and cannot be followed from outside.

@@ -124,7 +124,7 @@ def _submit_file(settings: Settings, variables: Mapping[str, str], request: Requ
         yield f"+OriginalTime = {math.ceil(request.time)}"
     yield ""
     yield ENDS.format(
-        grace=VACATE_TIME if settings.grace == AUTO else math.ceil(settings.grace + settings.last_steps),
+        grace=VACATE_TIME if settings.grace == AUTO else math.ceil(settings.grace + settings.shutdown_time),
         silence=math.ceil(max(LEAST_SILENCE, 10 * settings.htchirp_ratelimit_interval)),
         silent=SILENT,
         max_starts=MAX_STARTS,

@@ -28,7 +28,7 @@ from trio_pilot.files.data_directory import open_data_directory, root_in
 from trio_pilot.files.task_logs import TaskLogs
 from trio_pilot.pilot import container_runs
 from trio_pilot.pilot.serve import guarded
-from trio_pilot.processes.children import end_strays
+from trio_pilot.processes.children import end_all_children
 from trio_pilot.runtimes.selection import open_runtime
 from trio_pilot.settings import Settings
 from trio_pilot.wire import WIRES, Message
@@ -84,7 +84,7 @@ def run(settings: Settings, queue: str, message_id: str) -> int:
     try:
         return run_until_signalled(_run, fitted(settings, find_allocation(os.environ)), event)
     finally:
-        end_strays()
+        end_all_children()
 
 
 async def _list(settings: Settings, queue: str, as_json: bool) -> list[str]:

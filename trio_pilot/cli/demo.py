@@ -22,7 +22,7 @@ from trio_pilot.cli.send import Sender
 from trio_pilot.cli.signals import run_until_signalled
 from trio_pilot.errors import PilotError
 from trio_pilot.files.data_directory import FORBIDDEN
-from trio_pilot.processes.children import end_strays
+from trio_pilot.processes.children import end_all_children
 from trio_pilot.runtimes import Options, bubblewrap
 from trio_pilot.runtimes.selection import choose
 from trio_pilot.settings import Settings, load
@@ -45,7 +45,7 @@ def demo(given: Mapping[str, Any]) -> int:
             results = run_until_signalled(_scan, settings)
             _show(results, time.perf_counter() - started)
     finally:
-        end_strays()
+        end_all_children()
     return 0
 
 
@@ -88,7 +88,7 @@ def _hidden_paths(paths: Iterable[Path]) -> Iterable[Path]:
     """Return the paths that a container with this machine's root does not see: it has a directory of its own there."""
     found: list[Path] = []
     for path in [name for one in paths for name in (one.absolute(), one.resolve())]:
-        is_hidden = path.parts[1:2] and path.parts[1] in bubblewrap.ITS_OWN
+        is_hidden = path.parts[1:2] and path.parts[1] in bubblewrap.OWN_DIRECTORIES
         if is_hidden and not any(path.is_relative_to(one) for one in found):
             found.append(path)
     return found

@@ -16,7 +16,7 @@ from trio_pilot.cli.exit_codes import SIGNALLED
 from trio_pilot.condor.reporter import open_reporter
 from trio_pilot.log import LOGGER
 from trio_pilot.pilot.serve import Parts, serve
-from trio_pilot.processes.children import end_strays
+from trio_pilot.processes.children import end_all_children
 from trio_pilot.runtimes.selection import open_runtime
 from trio_pilot.settings import Settings
 from trio_pilot.status import Status
@@ -29,7 +29,7 @@ def run(settings: Settings) -> int:
     try:
         ended_by = trio.run(run_pilot, settings)
     finally:
-        end_strays()
+        end_all_children()
     return SIGNALLED + ended_by if ended_by else 0
 
 
@@ -59,7 +59,7 @@ def _fit_to_allocation(settings: Settings) -> Settings:
         LOGGER.info("this slot ends at %s", end)
         if end.is_too_soon(settings):
             LOGGER.warning(
-                "no task can run: the slot ends within %g s, which the pilot needs for its own end", settings.last_steps
+                "no task can run: the slot ends within %g s, which the pilot needs for its own end", settings.shutdown_time
             )
     return replace(fitted(settings, find_allocation(os.environ)), until=end.at if end else None)
 

@@ -249,12 +249,12 @@ def _owner_file(data_directory: DataDirectory) -> Iterator[None]:
             owner.unlink(missing_ok=True)
 
 
-def sweep(root: Path, forget: Collection[Path] | None = None) -> int:
+def sweep(root: Path, removable: Collection[Path] | None = None) -> int:
     """Remove what dead pilots left in a data directory, and the directory itself if no pilot uses it.
 
     Args:
         root: The data directory.
-        forget: The owner files of dead pilots that may be removed too, because the containers of these pilots are gone;
+        removable: The owner files of dead pilots that may be removed too, because the containers of these pilots are gone;
             None: all.
 
     Returns:
@@ -265,7 +265,7 @@ def sweep(root: Path, forget: Collection[Path] | None = None) -> int:
         with suppress(OSError), owner.open("rb") as file:
             if _is_orphaned(pilot_at_node, file.fileno()):
                 removed += _remove_task_directories(root, prefix)
-                if forget is None or owner in forget:
+                if removable is None or owner in removable:
                     owner.unlink()
     with suppress(OSError), (root / LOCK).open("r+b") as lock:
         _remove_unused(root, lock)

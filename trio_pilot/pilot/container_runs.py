@@ -44,7 +44,7 @@ class RunSpec:
     limits: Limits
     dump: bool  # copy its stdout and stderr to those of the pilot
     keep: bool  # keep its files
-    pinned: tuple[int, ...] = ()  # CPUs to run on; empty: any
+    cpu_set: tuple[int, ...] = ()  # CPUs to run on; empty: any
 
     @classmethod
     def task(cls, settings: Settings) -> "RunSpec":
@@ -163,7 +163,7 @@ async def probe(tools: Tools, settings: Settings, error: PilotError | None = Non
     async with _open_directory(tools, "probe", settings.task_image, keep=False) as files:
         spec = replace(RunSpec.task(settings), args=PROBE, env={})
         with trio.move_on_after(PROBE_TIMEOUT):
-            ended = await tools.runtime.run(replace(_container(tools, spec, files), plain=True))
+            ended = await tools.runtime.run(replace(_container(tools, spec, files), without_entrypoint=True))
             reason = error_summary(files.stderr) if ended.code else ""
             is_missing = reason.endswith(NOT_FOUND_REASONS)
             if is_missing and str(error).endswith(tuple(f" {settings.task_args[0]}: {why}" for why in NOT_FOUND_REASONS)):
@@ -212,7 +212,9 @@ async def _empty(tools: Tools, directories: Iterable[Path], image: str) -> None:
     there = tuple(mount for mount in mounts if is_directory(mount.source))
     async with _open_directory(tools, "clearing", "", keep=False) as own:
         args = "rm", "-rf", *(mount.target for mount in there)
-        container = Container(own.root.name, image, args, {}, there, own.scratch, own.stdout, own.stderr, plain=True)
+        container = Container(
+            own.root.name, image, args, {}, there, own.scratch, own.stdout, own.stderr, without_entrypoint=True
+        )
         with suppress(NodeError):
             await tools.runtime.run(container)
 
@@ -221,7 +223,7 @@ INSIDE = (f"/{DATA_DIRECTORY}/{TASK_IO}", f"/{DATA_DIRECTORY}/{HUB}")  # where a
 
 
 def _container(tools: Tools, spec: RunSpec, files: TaskFiles) -> Container:
-    io, hub = INSIDE if tools.runtime.mounts else (files.io, tools.data_directory.data_hub)
+    io, hub = INSIDE if tools.runtime.has_mounts else (files.io, tools.data_directory.data_hub)
     names = {"EWMS_TASK_DATA_HUB_DIR": f"{hub}"}
     if files.infile:
         names |= {"EWMS_TASK_INFILE": f"{io}/{files.infile}", "EWMS_TASK_OUTFILE": f"{io}/{files.outfile}"}
@@ -235,8 +237,8 @@ def _container(tools: Tools, spec: RunSpec, files: TaskFiles) -> Container:
         stdout=files.stdout,
         stderr=files.stderr,
         limits=spec.limits,
-        pinned=spec.pinned,
-        heard=spec.dump or spec.keep,
+        cpu_set=spec.cpu_set,
+        needs_logs=spec.dump or spec.keep,
     )
 
 

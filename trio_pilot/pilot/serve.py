@@ -91,12 +91,12 @@ async def guarded(opening: AbstractAsyncContextManager[Runtime], guardian: Guard
         async with opening as runtime:
             if runtime.engine:
                 guardian.watch("engine", runtime.engine)
-            if runtime.images:
-                guardian.watch("images", runtime.images)
+            if runtime.image_directory:
+                guardian.watch("images", runtime.image_directory)
             yield runtime
     finally:
-        if runtime and runtime.leaves_some:
-            guardian.outlive_us()
+        if runtime and runtime.has_unremoved_containers:
+            guardian.outlive_pilot()
 
 
 class Pilot:
@@ -108,7 +108,7 @@ class Pilot:
         self._runner = runner
         self._status = status
         self._drain = drain
-        self._slots = Slots(settings.max_concurrent_tasks, settings.most_at_hand, status.slots)
+        self._slots = Slots(settings.max_concurrent_tasks, settings.max_events_at_hand, status.slots)
         self._retries = DelayedRetries(settings.retry_delay)
         self._deduplicator = Deduplicator()
         self._settler = Settler(self._deduplicator, settings.settle_grace)
@@ -154,7 +154,7 @@ class Pilot:
         async with AsyncExitStack() as stack:
             consumers = deque[Consumer]([self._retries])
             for source in sources:
-                listening = source.consume(settings.most_at_hand, settings.lease)
+                listening = source.consume(settings.max_events_at_hand, settings.lease)
                 consumers.append(await stack.enter_async_context(listening))
             slots, runtime = settings.max_concurrent_tasks, self._tools.runtime.name
             LOGGER.info("listening for events: %d slot(s), runtime %s", slots, runtime)

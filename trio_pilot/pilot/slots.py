@@ -23,9 +23,9 @@ TURNS = 8  # of Trio's scheduler, from a slot that is free to a container that r
 class Slots:
     """All slots of a pilot, and the room for the events at hand; it alone writes the counts of both."""
 
-    def __init__(self, slots: int, most_at_hand: int, counts: SlotCounts) -> None:
+    def __init__(self, slots: int, max_events_at_hand: int, counts: SlotCounts) -> None:
         self.free = trio.CapacityLimiter(slots)
-        self.room = trio.CapacityLimiter(most_at_hand)
+        self.room = trio.CapacityLimiter(max_events_at_hand)
         self.counts = counts
 
     async def room_for_one(self) -> "Slot":

@@ -113,8 +113,8 @@ class TaskRunner:
 
     async def _run_container(self, task: Task) -> None:
         started = trio.current_time()
-        with self._cpu_sets.lent() as cpus:
-            spec = replace(self._spec, pinned=cpus) if cpus else self._spec
+        with self._cpu_sets.lend() as cpus:
+            spec = replace(self._spec, cpu_set=cpus) if cpus else self._spec
             await run(self._tools, self._blocking, self.logs, spec, task.files)
         self._run_times.add(trio.current_time() - started)
 

@@ -87,12 +87,12 @@ class Children:
         return [pid for pid in _own_children() if pid not in self._living and pid not in _EXCLUDED]
 
     @classmethod
-    def know(cls, pid: int) -> None:
+    def register(cls, pid: int) -> None:
         """Register a child that other code starts and reaps."""
         cls._living.add(pid)
 
     @classmethod
-    def forget(cls, pid: int) -> None:
+    def unregister(cls, pid: int) -> None:
         """Unregister a child that was reaped."""
         cls._living.discard(pid)
 
@@ -118,7 +118,7 @@ class Child:
             await trio.lowlevel.wait_readable(self._pidfd)
         return exit_code(self._process.returncode)
 
-    async def see_to_its_end(self, grace: float, terminate: Callable[[], None] | None = None) -> int:
+    async def wait_and_end(self, grace: float, terminate: Callable[[], None] | None = None) -> int:
         """Wait for the child, and `end` it and all processes below it in any case; return its exit code."""
         try:
             return await self.wait()
@@ -181,7 +181,7 @@ class Child:
 
     def _close(self) -> None:
         os.close(self._pidfd)
-        self._children.forget(self.pid)
+        self._children.unregister(self.pid)
 
 
 @contextmanager
@@ -230,7 +230,7 @@ def exit_code(returncode: int) -> int:
     return returncode if returncode >= 0 else 128 - returncode
 
 
-def end_strays() -> None:
+def end_all_children() -> None:
     """Kill and reap all children of this program, which is about to exit, and what becomes its child by that.
 
     Nothing else finds a process with a new session *and* a cleaned environment.
@@ -252,7 +252,7 @@ def _own_children() -> list[int]:
 _EXCLUDED = set(_own_children())
 
 
-def spare(pid: int) -> None:
+def let_outlive(pid: int) -> None:
     """Let a child outlive this process: never end it."""
     _EXCLUDED.add(pid)
 

@@ -18,7 +18,7 @@ MARKER = "TRIO_PILOT_CONTAINER"  # environment variable that marks the processes
 KILL_TIMEOUT = 5.0  # seconds for SIGKILL to act; a process that waits in the kernel may take longer, and nothing helps
 KILL_INTERVAL = 0.01  # seconds between two searches
 
-Theirs = Callable[[Identity], bool]  # selects the pilots whose processes, groups or containers are removed
+PilotFilter = Callable[[Identity], bool]  # selects the pilots whose processes, groups or containers are removed
 
 
 def mark(container: str) -> str:
@@ -34,7 +34,7 @@ class _Process:
     pilot: Identity | None  # that it runs for, by its environment
 
 
-def end_processes(theirs: Theirs) -> int:
+def end_processes(theirs: PilotFilter) -> int:
     """Kill all processes of some pilots, and their descendants; return the number of processes.
 
     The processes of a container are found by the marker in their environment, those that have cleaned it by their session
@@ -52,7 +52,7 @@ def end_processes(theirs: Theirs) -> int:
     return len(killed)
 
 
-def _find(theirs: Theirs, sessions: set[int]) -> set[int]:
+def _find(theirs: PilotFilter, sessions: set[int]) -> set[int]:
     processes = list(_processes())
     marked = [one for one in processes if one.pilot and theirs(one.pilot)]
     sessions |= {one.session for one in marked} - {os.getsid(0)}

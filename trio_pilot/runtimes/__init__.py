@@ -11,7 +11,7 @@ from typing import Protocol
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 NOT_FOUND_REASONS = os.strerror(errno.ENOENT), os.strerror(errno.ENOTDIR)
 
-OWN_ROOT = ("", "/")  # names of the image that is this machine's root
+HOST_ROOT = ("", "/")  # names of the image that is this machine's root
 ENVFILE = "ewms_htcondor_envfile.sh"  # EWMS's file of the pilot's variables, tokens included: hidden from every container
 
 # The variables of two settings of apptainer, for errors that name them.
@@ -50,9 +50,9 @@ class Container:
     stdout: Path
     stderr: Path
     limits: Limits = Limits()
-    pinned: tuple[int, ...] = ()  # the CPUs that it may run on; empty: any
-    plain: bool = False  # run the arguments without the image's entrypoint
-    heard: bool = True  # stdout and stderr are needed even if it succeeds; if not, a runtime may skip them then
+    cpu_set: tuple[int, ...] = ()  # the CPUs that it may run on; empty: any
+    without_entrypoint: bool = False  # run the arguments without the image's entrypoint
+    needs_logs: bool = True  # stdout and stderr are needed even if it succeeds; if not, a runtime may skip them then
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +82,13 @@ class Runtime(Protocol):
     """Runs containers to their ends."""
 
     name: str
-    mounts: bool
+    has_mounts: bool
     """Whether a container sees a mount at its target; if not, it sees this machine's own paths."""
     engine: Path | None
     """The socket of the daemon that runs the containers; None if they are processes below the pilot."""
-    leaves_some: bool
+    has_unremoved_containers: bool
     """Whether a container is left that the runtime could not remove by the time it was closed."""
-    images: Path | None
+    image_directory: Path | None
     """The directory that it unpacks images in; None if it unpacks none, or leaves that to a daemon."""
 
     async def prepare(self, image: str) -> None:

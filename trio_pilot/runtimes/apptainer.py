@@ -103,14 +103,14 @@ class ApptainerRuntime:
     """Runs containers with `apptainer run`, or `exec` where an image has no runscript."""
 
     name = "apptainer"
-    mounts = True
+    has_mounts = True
     engine: Path | None = None
-    leaves_some = False
+    has_unremoved_containers = False
 
     def __init__(self, apptainer: Apptainer, options: Options, limiter: Limiter) -> None:
         self._apptainer = apptainer
         self._images = Images(apptainer, options)
-        self.images: Path | None = self._images.directory
+        self.image_directory: Path | None = self._images.directory
         self._kill_grace = options.kill_grace
         self._debug = options.debug
         self._limiter = limiter
@@ -129,7 +129,7 @@ class ApptainerRuntime:
                 run = _ApptainerRun(container, image, confinement, address_space)
                 child = self._start(run)
                 # The starter passes SIGTERM on to the payload; the namespace ends with its parent.
-                code = await child.see_to_its_end(self._kill_grace, terminate=partial(child.terminate_below, child.pid))
+                code = await child.wait_and_end(self._kill_grace, terminate=partial(child.terminate_below, child.pid))
                 if refusal := confinement.refusal(code, container.stderr):
                     raise NodeError(f"cannot limit what a container uses: {refusal}")
                 if code == FAILED and not confinement.out_of_memory:
@@ -152,11 +152,11 @@ class ApptainerRuntime:
         with open_log(container.stdout) as stdout, open_log(container.stderr) as stderr:
             argv = run.confinement.argv([*LEADER, *self._argv(run)], env)
             return self._apptainer.children.spawn(
-                Command(argv, env, container.scratch, stdout, stderr, marker=container.name, cpus=container.pinned)
+                Command(argv, env, container.scratch, stdout, stderr, marker=container.name, cpus=container.cpu_set)
             )
 
     def _argv(self, run: _ApptainerRun) -> list[str]:
-        container, action = run.container, "exec" if run.container.plain else run.image.action
+        container, action = run.container, "exec" if run.container.without_entrypoint else run.image.action
         args: Sequence[str] = container.args
         if apptainer_quoting.needs_help(args, container.env) or run.address_space is not None:
             command = [f"/{RUNSCRIPT}"] if action == "run" else []

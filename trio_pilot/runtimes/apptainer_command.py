@@ -80,7 +80,7 @@ class Apptainer:
         with starting, tempfile.TemporaryFile(dir=self._directory) as output:
             marker = f"apptainer-{uuid.uuid4()}"
             command = Command([*LEADER, self.path, *args], env, Path.cwd(), output, output, marker, pass_fds)
-            code = await self.children.spawn(command).see_to_its_end(KILL_GRACE)
+            code = await self.children.spawn(command).wait_and_end(KILL_GRACE)
             size = output.seek(0, os.SEEK_END)
             output.seek(max(0, size - MOST_TEXT))
             return CommandResult(code, COLOUR.sub("", output.read().decode(errors="replace")))

@@ -20,7 +20,7 @@ from trio_pilot.cleanup.image_builds import UNFINISHED, is_own, open_lock, remov
 from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.files.filesystem import exists, is_file, remove_tree
 from trio_pilot.log import LOGGER
-from trio_pilot.runtimes import APPTAINER_BUILD, APPTAINER_IMAGE, OWN_ROOT, Options
+from trio_pilot.runtimes import APPTAINER_BUILD, APPTAINER_IMAGE, HOST_ROOT, Options
 from trio_pilot.runtimes.apptainer_command import Apptainer, environment
 
 # The sources of an image other than a file: apptainer-build(1).
@@ -71,7 +71,7 @@ class Images:
         return self._ready[name]
 
     async def _prepare(self, name: str) -> Image:
-        if name in OWN_ROOT:
+        if name in HOST_ROOT:
             raise NodeError(f"apptainer takes no {name or 'empty name'!r} as an image: name one, or choose another runtime")
         fault = await trio.to_thread.run_sync(_directory_fault, name)
         if fault is None:

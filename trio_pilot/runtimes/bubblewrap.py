@@ -17,12 +17,12 @@ from trio_pilot.files.task_logs import open_log
 from trio_pilot.processes import cgroups
 from trio_pilot.processes.children import Child, Children, Command
 from trio_pilot.processes.orphans import MARKER, mark
-from trio_pilot.runtimes import ENVFILE, NOT_EXECUTABLE, NOT_FOUND, OWN_ROOT, Container, Exit, Options, cannot_run
+from trio_pilot.runtimes import ENVFILE, HOST_ROOT, NOT_EXECUTABLE, NOT_FOUND, Container, Exit, Options, cannot_run
 from trio_pilot.runtimes.confinement import NOT_ENTERED, Confinement, Limiter, OpenGroups, open_limiter
 
 # Directories of a container's own: bubblewrap makes them, the host's would undo the isolation, or they must be writable.
-ITS_OWN = ("proc", "dev", "sys", "tmp", "run")
-NOT_FROM_THE_IMAGE = {f"/{name}" for name in (*ITS_OWN, DATA_DIRECTORY)}
+OWN_DIRECTORIES = ("proc", "dev", "sys", "tmp", "run")
+NOT_FROM_THE_IMAGE = {f"/{name}" for name in (*OWN_DIRECTORIES, DATA_DIRECTORY)}
 
 HOME = "/tmp"  # noqa: S108 -- the container's own: its scratch directory is mounted there
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -80,10 +80,10 @@ class BubblewrapRuntime:
     """Runs containers in namespaces of their own (the network apart), on a read-only image."""
 
     name = "bubblewrap"
-    mounts = True
+    has_mounts = True
     engine: Path | None = None
-    leaves_some = False
-    images: Path | None = None
+    has_unremoved_containers = False
+    image_directory: Path | None = None
 
     def __init__(self, bwrap: str, kill_grace: float, limiter: Limiter) -> None:
         self._bwrap = bwrap
@@ -110,7 +110,7 @@ class BubblewrapRuntime:
             with map_exceptions({OSError: NodeError}, "cannot start bubblewrap"), StatusPipe() as status:
                 child = self._start(container, root, status, confinement)
                 # The namespace ends with its parent, which SIGKILL ends.
-                code = await child.see_to_its_end(
+                code = await child.wait_and_end(
                     self._kill_grace, terminate=lambda: child.terminate_below(status.read().get("child-pid"))
                 )
                 if code in NOT_THE_PAYLOADS and "exit-code" not in status.read():
@@ -119,7 +119,7 @@ class BubblewrapRuntime:
 
     def _start(self, container: Container, root: Sequence[str], status: "StatusPipe", confinement: Confinement) -> Child:
         with open_log(container.stdout) as stdout, open_log(container.stderr) as stderr:
-            path = os.environ.get("PATH", PATH) if container.image in OWN_ROOT else PATH
+            path = os.environ.get("PATH", PATH) if container.image in HOST_ROOT else PATH
             env = {"PATH": path, "HOME": HOME, "TMPDIR": HOME, **container.env}
             command = Command(
                 confinement.argv(self._argv(container, root, status.writing), env),
@@ -129,7 +129,7 @@ class BubblewrapRuntime:
                 stderr,
                 container.name,
                 [status.writing],
-                container.pinned,
+                container.cpu_set,
             )
             return self._children.spawn(command)
 

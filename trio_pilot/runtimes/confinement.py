@@ -97,7 +97,7 @@ class Limiter:
         async with self._lock:
             if self._means is None:
                 self._means = await trio.to_thread.run_sync(lambda: Means(self._open_groups()))
-                for kind, by in self._means.how(limits).items():
+                for kind, by in self._means.enforcement(limits).items():
                     if by.startswith(NOT_ENFORCED):
                         LOGGER.warning("--task-%s is %s", kind, by)
         return self._means
@@ -109,15 +109,15 @@ class Limiter:
                 await trio.to_thread.run_sync(self._means.close)
 
 
-async def how(limits: Limits) -> Mapping[str, str]:
+async def enforcement(limits: Limits) -> Mapping[str, str]:
     """Return what enforces each of the limits that are set, or NOT_ENFORCED and the reason."""
-    return await trio.to_thread.run_sync(_how, limits)
+    return await trio.to_thread.run_sync(_enforcement, limits)
 
 
-def _how(limits: Limits) -> Mapping[str, str]:
+def _enforcement(limits: Limits) -> Mapping[str, str]:
     means = Means(cgroups.Groups())
     try:
-        return means.how(limits)
+        return means.enforcement(limits)
     finally:
         means.close()
 
@@ -134,7 +134,7 @@ class Means:
         """Remove what was made."""
         self.groups.close()
 
-    def how(self, limits: Limits) -> Mapping[str, str]:
+    def enforcement(self, limits: Limits) -> Mapping[str, str]:
         """Return what enforces each of the limits that are set."""
         return {kind: self._by(kind) for kind in CONTROLLERS if getattr(limits, kind) is not None}
 

@@ -51,7 +51,7 @@ def spec(request: CreateRequest) -> Spec:
     return {
         "NetworkDisabled": is_alone,
         "Image": request.image,
-        **({"Entrypoint": container.args} if container.plain else {"Cmd": container.args}),
+        **({"Entrypoint": container.args} if container.without_entrypoint else {"Cmd": container.args}),
         "Env": [f"{name}={value}" for name, value in container.env.items()],
         "User": options.user,
         "Labels": labels(request),
@@ -69,7 +69,7 @@ def spec(request: CreateRequest) -> Spec:
             },
             **({"ShmSize": options.shm_size} if options.shm_size else {}),
             **_limits(container.limits),
-            **({"CpusetCpus": ",".join(map(str, container.pinned))} if container.pinned else {}),
+            **({"CpusetCpus": ",".join(map(str, container.cpu_set))} if container.cpu_set else {}),
         },
     }
 

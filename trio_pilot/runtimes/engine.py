@@ -88,13 +88,13 @@ async def open_engine(
 class EngineRuntime:
     """Runs containers at an engine."""
 
-    mounts = True
-    images: Path | None = None
+    has_mounts = True
+    image_directory: Path | None = None
 
     def __init__(self, outages: EngineOutages, dialect: Dialect, options: Options, nursery: trio.Nursery) -> None:
         self.name = dialect.name
         self.engine: Path | None = outages.api.socket
-        self.leaves_some = False
+        self.has_unremoved_containers = False
         self._outages = outages
         self._timeouts = outages.api.timeouts
         self._dialect = dialect
@@ -165,7 +165,7 @@ class EngineRuntime:
 
     async def _run_created(self, at_engine: EngineContainer, container: Container) -> Exit:
         code = await at_engine.run()
-        if not code and not container.heard:
+        if not code and not container.needs_logs:
             return Exit(0)
         try:
             with trio.fail_after(self._timeouts.fetch_logs):
@@ -230,7 +230,7 @@ class EngineRuntime:
             with trio.move_on_after(self._timeouts.last_removal, shield=True) as deadline:
                 await at_engine.remove(0)
             if deadline.cancelled_caught:
-                self.leaves_some = True
+                self.has_unremoved_containers = True
                 LOGGER.error("the container %s is left to the guardian: %s could not remove it", at_engine.name, self.name)
             raise
 

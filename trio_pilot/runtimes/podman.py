@@ -61,7 +61,7 @@ def spec(request: CreateRequest) -> Spec:
     return {
         "name": request.name,
         "image": request.image,
-        **({"entrypoint": container.args} if container.plain else {"command": container.args}),
+        **({"entrypoint": container.args} if container.without_entrypoint else {"command": container.args}),
         "env": dict(container.env),
         "user": options.user,
         "labels": labels(request),
@@ -90,8 +90,8 @@ def _limits(container: Container) -> Spec:
         settings["memory"] = {"limit": limits.memory, "swap": limits.memory}
     if limits.cpus is not None:
         settings["cpu"] = {"quota": int(limits.cpus * CPU_PERIOD), "period": CPU_PERIOD}
-    if container.pinned:
-        settings["cpu"] = {**settings.get("cpu", {}), "cpus": ",".join(map(str, container.pinned))}
+    if container.cpu_set:
+        settings["cpu"] = {**settings.get("cpu", {}), "cpus": ",".join(map(str, container.cpu_set))}
     if limits.pids is not None:
         settings["pids"] = {"limit": limits.pids + 1}  # the init does not count as the task's
     return settings

@@ -34,10 +34,10 @@ class ProcessRuntime:
     """Runs the arguments of a container as a command of this machine; its image is not used."""
 
     name = "process"
-    mounts = False
+    has_mounts = False
     engine: Path | None = None
-    leaves_some = False
-    images: Path | None = None
+    has_unremoved_containers = False
+    image_directory: Path | None = None
 
     def __init__(self, kill_grace: float, limiter: Limiter) -> None:
         self._kill_grace = kill_grace
@@ -54,7 +54,7 @@ class ProcessRuntime:
             started = self._start(container, confinement)
             if isinstance(started, Exit):
                 return started
-            code = await started.see_to_its_end(self._kill_grace)
+            code = await started.wait_and_end(self._kill_grace)
             if refusal := confinement.refusal(code, container.stderr):
                 return _cannot_run(container, code, refusal)
             return Exit(code, code != 0 and confinement.out_of_memory)
@@ -72,7 +72,7 @@ class ProcessRuntime:
         ):
             try:
                 return self._children.spawn(
-                    Command(argv, env, container.scratch, stdout, stderr, marker=container.name, cpus=container.pinned)
+                    Command(argv, env, container.scratch, stdout, stderr, marker=container.name, cpus=container.cpu_set)
                 )
             except OSError as error:
                 if error.filename != container.args[0]:

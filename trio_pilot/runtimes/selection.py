@@ -9,7 +9,7 @@ from typing import Protocol, cast
 from trio_pilot.errors import NodeError
 from trio_pilot.files.filesystem import exists, is_directory
 from trio_pilot.log import LOGGER
-from trio_pilot.runtimes import OWN_ROOT, Options, Runtime
+from trio_pilot.runtimes import HOST_ROOT, Options, Runtime
 
 ENGINES = ("docker", "podman")
 NAMES = (*ENGINES, "apptainer", "bubblewrap", "process")
@@ -61,7 +61,7 @@ async def choose(name: str, image: str, options: Options, families: Families = i
 
 def _candidates(image: str, options: Options) -> Sequence[str]:
     """List the runtimes that can run an image: this machine's root, a directory, a file, or a tag to pull."""
-    if image in OWN_ROOT:
+    if image in HOST_ROOT:
         return ("bubblewrap", "process")
     if is_directory(image):
         return ("apptainer", "bubblewrap")

@@ -130,7 +130,7 @@ async def test_a_plain_container_runs_its_arguments_without_the_entrypoint(
     subject: Subject, options: Options, archive: str
 ) -> None:
     container = new_container(subject.directory, ("printf", "<%s>", "alone"), image=archive)
-    assert await output(options, replace(container, plain=True)) == "<alone>"
+    assert await output(options, replace(container, without_entrypoint=True)) == "<alone>"
 
 
 async def test_an_unpacked_docker_image_has_its_entrypoint_for_any_arguments(

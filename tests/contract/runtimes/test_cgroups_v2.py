@@ -75,7 +75,7 @@ INSIDE = textwrap.dedent("""\
                 yield name, {**ended, "stdout": container.stdout.read_text(), "stderr": container.stderr.read_text()}
 
     async def main():
-        found = {"how": dict(await confinement.how(ALL))}
+        found = {"how": dict(await confinement.enforcement(ALL))}
         for family in (process, bubblewrap) if not os.geteuid() else (process,):
             found[family.__name__.rpartition(".")[2]] = {name: ended async for name, ended in run_all(family)}
         found["left"] = [str(path) for path in HERE.rglob("trio-pilot-*")]

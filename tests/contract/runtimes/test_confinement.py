@@ -250,7 +250,7 @@ async def main(directory, runtime, args, **limit):
     async with {"process": process, "bubblewrap": bubblewrap}[runtime].open_runtime(Options(0.3)) as opened:
         ended = await opened.run(container)
     said = container.stderr.read_text()
-    print(json.dumps([ended.code, ended.out_of_memory, said, dict(await confinement.how(limit))]))
+    print(json.dumps([ended.code, ended.out_of_memory, said, dict(await confinement.enforcement(limit))]))
 
 given = json.loads(sys.argv[1])
 ctypes.CDLL(None).prctl(47, 4, 0, 0, 0)  # what it takes to read Python is not for children: no ambient capabilities

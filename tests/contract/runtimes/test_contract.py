@@ -97,14 +97,14 @@ async def test_a_command_not_executable_ends_with_126_and_a_reason(subject: Subj
 async def test_a_pinned_container_runs_on_its_cpus_and_this_process_on_all(subject: Subject, runtime: Runtime) -> None:
     allowed = os.sched_getaffinity(0)
     container = subject.container("sh", "-c", "sed -n 's/Cpus_allowed_list:.//p' /proc/self/status")
-    assert await output(runtime, replace(container, pinned=(max(allowed),))) == f"{max(allowed)}\n".encode()
+    assert await output(runtime, replace(container, cpu_set=(max(allowed),))) == f"{max(allowed)}\n".encode()
     assert os.sched_getaffinity(0) == allowed
 
 
 @real_ones
 async def test_a_plain_container_can_check_whether_a_command_is_there(subject: Subject, runtime: Runtime) -> None:
-    assert await run(runtime, replace(subject.container("true"), plain=True)) == 0
-    missing = replace(subject.container("no-such-command"), plain=True)
+    assert await run(runtime, replace(subject.container("true"), without_entrypoint=True)) == 0
+    missing = replace(subject.container("no-such-command"), without_entrypoint=True)
     assert await run(runtime, missing) == 127
     assert error_summary(missing.stderr).endswith(": No such file or directory")
 

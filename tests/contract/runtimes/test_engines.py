@@ -159,7 +159,7 @@ async def test_logs_are_requested_once_if_the_disk_is_full(subject: Subject, pro
 async def test_logs_that_are_not_needed_are_requested_for_failures_only(
     subject: Subject, runtime: Runtime, proxy: EngineProxy, code: int
 ) -> None:
-    container = replace(subject.container("sh", "-c", f"echo said; exit {code}"), heard=False)
+    container = replace(subject.container("sh", "-c", f"echo said; exit {code}"), needs_logs=False)
     assert await end_of(runtime, container) == Exit(code)
     assert proxy.has_had(REQUESTS["logs"]) == bool(code)
     assert container.stdout.read_text() == ("said\n" if code else "")
@@ -579,7 +579,7 @@ async def test_a_frozen_engine_does_not_delay_the_end_of_a_pilot(own_docker: Eng
             own_docker.freeze()
             begun = trio.current_time()
             scope.cancel()
-    assert runtime.leaves_some
+    assert runtime.has_unremoved_containers
     assert trio.current_time() - begun < OPTIONS.kill_grace + timeouts.removal + timeouts.last_removal + 2
     own_docker.thaw()
     remove_containers(own_docker.socket, lambda pilot: pilot == own())  # as the guardian does

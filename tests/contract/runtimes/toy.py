@@ -17,10 +17,10 @@ class ToyRuntime:
     """Runs `sleep SECONDS` and `sh -c "exit CODE"`."""
 
     name = "toy"
-    mounts = False
+    has_mounts = False
     engine: Path | None = None
-    leaves_some = False
-    images: Path | None = None
+    has_unremoved_containers = False
+    image_directory: Path | None = None
 
     def __init__(self) -> None:
         self.running: set[str] = set()

@@ -146,20 +146,20 @@ def test_a_number_of_threads_that_the_user_sets_stays() -> None:
 def test_each_running_task_has_cpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 5, 7, 9})
     pins = CpuSets(2, 2.5)
-    with pins.lent() as one, pins.lent() as other:
+    with pins.lend() as one, pins.lend() as other:
         assert len({*one, *other}) == 4
         assert {*one, *other} <= {1, 3, 5, 7, 9}
-    with pins.lent() as again:
+    with pins.lend() as again:
         assert again in (one, other)
 
 
 def test_few_cpus_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     pins = CpuSets(3, 1)
-    with pins.lent() as one, pins.lent() as two, pins.lent() as three:
+    with pins.lend() as one, pins.lend() as two, pins.lend() as three:
         assert {*one, *two, *three} == {0, 1}
 
 
 def test_without_cpu_sets_there_is_no_restriction() -> None:
-    with CpuSets(0, 1).lent() as cpus:
+    with CpuSets(0, 1).lend() as cpus:
         assert cpus == ()

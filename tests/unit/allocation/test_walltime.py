@@ -16,7 +16,7 @@ from trio_pilot.allocation.resources import Allocation, find_allocation, fitted
 from trio_pilot.allocation.walltime import End, TimeLeft, find_end
 from trio_pilot.errors import SettingsError
 from trio_pilot.runtimes import Container
-from trio_pilot.settings import LAST_STEPS, Settings, load
+from trio_pilot.settings import SHUTDOWN_TIME, Settings, load
 from trio_pilot.status import RunTimes
 from trio_pilot.testing import FakeBroker, copy
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.mock_clock
 
 NOW = 1_800_000_000.0
 QUEUES = {"queue_incoming": "in", "queue_outgoing": "out"}
-LAST = 2 + LAST_STEPS  # seconds before the end of the job in which no task runs
+LAST = 2 + SHUTDOWN_TIME  # seconds before the end of the job in which no task runs
 
 
 def end_of(environ: Mapping[str, str], **texts: str) -> End | None:

@@ -57,7 +57,7 @@ def test_an_owner_file_is_removed_with_the_last_container(
 def test_the_owner_file_of_a_pilot_that_dies_meanwhile_is_kept(
     engine: FakeEngine, tmp_path: Path, clean_up_by: Callable[[FakeEngine, Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def find_nothing(_engine: Path, _theirs: orphans.Theirs) -> int:
+    def find_nothing(_engine: Path, _theirs: orphans.PilotFilter) -> int:
         held.close()
         return 0
 
@@ -75,7 +75,7 @@ def test_the_owner_file_of_a_pilot_that_dies_meanwhile_is_kept(
 def test_a_guardian_removes_an_owner_file_that_is_locked_a_moment_longer(
     engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unlock(_theirs: orphans.Theirs) -> int:
+    def unlock(_theirs: orphans.PilotFilter) -> int:
         held.close()
         return 0
 

@@ -64,12 +64,12 @@ async def test_events_become_outputs_and_are_acked_after_the_confirm(lab: Lab) -
 
 
 @pytest.mark.parametrize(
-    ("options", "heard"), [({}, False), ({"dump_task_output": True}, True), ({"keep_all_task_files": True}, True)]
+    ("options", "needs_logs"), [({}, False), ({"dump_task_output": True}, True), ({"keep_all_task_files": True}, True)]
 )
-async def test_what_a_task_says_is_wanted_where_it_is_kept(lab: Lab, options: dict[str, bool], heard: bool) -> None:
+async def test_what_a_task_says_is_wanted_where_it_is_kept(lab: Lab, options: dict[str, bool], needs_logs: bool) -> None:
     lab.put(1)
     await lab.run(**options)
-    assert [container.heard for container in lab.runtime.ran] == [heard]
+    assert [container.needs_logs for container in lab.runtime.ran] == [needs_logs]
 
 
 async def test_an_output_of_whatever_depth_ends_no_pilot(lab: Lab) -> None:
@@ -335,18 +335,18 @@ async def test_the_engine_is_made_known_to_the_guard(lab: Lab) -> None:
     assert ("engine", Path("/engine.sock")) in lab.guardian.watched
 
 
-@pytest.mark.parametrize("leaves_some", [False, True])
-async def test_the_guard_stays_if_the_runtime_leaves_something(lab: Lab, leaves_some: bool) -> None:
-    lab.runtime.leaves_some = leaves_some
+@pytest.mark.parametrize("has_unremoved_containers", [False, True])
+async def test_the_guard_stays_if_the_runtime_leaves_something(lab: Lab, has_unremoved_containers: bool) -> None:
+    lab.runtime.has_unremoved_containers = has_unremoved_containers
     await lab.run()
-    assert lab.guardian.outlives_us == leaves_some
+    assert lab.guardian.outlives_pilot == has_unremoved_containers
 
 
 async def test_the_directory_of_images_is_made_known_to_the_guard_before_one_is_unpacked(lab: Lab) -> None:
     def looking(call: str) -> None:
         assert call != "runtime.prepare" or ("images", Path("/images")) in lab.guardian.watched
 
-    lab.runtime.images = Path("/images")
+    lab.runtime.image_directory = Path("/images")
     lab.runtime.fault = looking
     await lab.run()
 
@@ -507,7 +507,7 @@ async def test_placeholders_are_filled_in_wherever_they_stand(lab: Lab) -> None:
 
 
 async def test_a_container_with_mounts_sees_the_paths_of_the_contract(lab: Lab) -> None:
-    lab.runtime.mounts = True
+    lab.runtime.has_mounts = True
     lab.runtime.script = writes_nothing
     lab.put(1)
     await lab.run(task_env_json={"A": "b"})

@@ -232,7 +232,7 @@ def few_file_descriptors(left: int) -> Iterator[None]:
 STRAY = """
 import os, subprocess, sys, trio
 from pathlib import Path
-from trio_pilot.processes.children import Children, Command, end_strays
+from trio_pilot.processes.children import Children, Command, end_all_children
 
 async def main():
     script = "env -i setsid sleep 1000 & echo $! > pid"
@@ -247,7 +247,7 @@ try:
     trio.run(main)
     print(Path("pid").read_text(), Path(f"/proc/{Path('pid').read_text().strip()}").exists(), flush=True)
 finally:
-    end_strays()
+    end_all_children()
 print(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split(), flush=True)
 """
 
@@ -290,7 +290,7 @@ def test_children_from_before_an_exec_are_no_orphans(tmp_path: Path) -> None:
 
 
 def test_what_was_started_before_this_program_is_not_ended_with_it(tmp_path: Path) -> None:
-    script = 'sleep 1000 & echo $! > pid; exec "$0" -c "from trio_pilot.processes.children import end_strays; end_strays()"'
+    script = 'sleep 1000 & echo $! > pid; exec "$0" -c "from trio_pilot.processes.children import end_all_children; end_all_children()"'
     subprocess.run(["sh", "-c", script, sys.executable], cwd=tmp_path, check=True, timeout=PATIENCE, stdout=DEVNULL)
     helper = int((tmp_path / "pid").read_text())
     assert not is_zombie(helper)

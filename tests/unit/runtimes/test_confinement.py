@@ -143,11 +143,11 @@ def test_cpus_are_assigned_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_enforces_a_limit_is_named_for_those_that_are_set(monkeypatch: pytest.MonkeyPatch, user: int, by: str) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: user)
     means = Means(NoGroups())
-    assert means.how(Limits()) == {}
-    assert means.how(Limits(pids=5)).keys() == {"pids"}
-    assert means.how(Limits(pids=5))["pids"].startswith(by)
+    assert means.enforcement(Limits()) == {}
+    assert means.enforcement(Limits(pids=5)).keys() == {"pids"}
+    assert means.enforcement(Limits(pids=5))["pids"].startswith(by)
     means.taskset = None
-    assert means.how(Limits(cpus=1))["cpus"].endswith("and there is no taskset")
+    assert means.enforcement(Limits(cpus=1))["cpus"].endswith("and there is no taskset")
 
 
 @pytest.mark.usefixtures("no_groups")

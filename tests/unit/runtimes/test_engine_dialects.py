@@ -74,7 +74,7 @@ def test_a_plain_container_replaces_the_entrypoint_of_its_image(
 ) -> None:
     as_usual = order(Options())
     assert (spec(as_usual)[command], entrypoint in spec(as_usual)) == (("true",), False)
-    plain = replace(as_usual, container=replace(as_usual.container, plain=True))
+    plain = replace(as_usual, container=replace(as_usual.container, without_entrypoint=True))
     assert (spec(plain)[entrypoint], command in spec(plain)) == (("true",), False)
 
 
