@@ -210,11 +210,11 @@ async def test_network_faults_cost_no_result_and_no_second_run(
     campaign.check(await campaign.run(proxy.address, faults * rounds, TIMEOUT_QUEUE_INCOMING=10))
 
 
-@pytest.mark.parametrize("seconds", ["10", pytest.param("60", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("seconds", ["20", pytest.param("60", marks=pytest.mark.soak)])
 async def test_a_task_longer_than_the_consumer_timeout_is_run_and_sent_once(
     tmp_path: Path, suite: str, seconds: str
 ) -> None:
-    with open_rabbitmq(suite, config="heartbeat = 2\nconsumer_timeout = 5000\n") as server:
+    with open_rabbitmq(suite, config="heartbeat = 2\nconsumer_timeout = 10000\n") as server:
         server.evaluate("application:set_env(rabbit, channel_tick_interval, 1000).")  # milliseconds between two checks
         campaign = Campaign(Rabbit(server), tmp_path, 10, seconds)
         stderr = await campaign.run(server.address, [], MAX_CONCURRENT_TASKS=10)
