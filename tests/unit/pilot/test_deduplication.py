@@ -40,7 +40,7 @@ async def test_an_event_that_comes_again_while_it_is_run_is_adopted(lab: Lab) ->
     lab.assert_the_promise([1, 2])
 
 
-async def test_an_event_that_comes_again_once_its_slot_is_free_is_settled_and_not_run(lab: Lab) -> None:
+async def test_an_event_redelivered_once_its_slot_is_free_is_not_run_again(lab: Lab) -> None:
     lab.runtime.script = slow
     lab.put(1)
     async with trio.open_nursery() as nursery:
@@ -109,9 +109,7 @@ async def test_an_ack_that_a_lost_connection_may_have_lost_is_made_up_for(lab: L
     assert not known.was_done(delivery(source, "a"))
 
 
-async def test_an_event_that_comes_again_while_its_files_are_removed_is_settled_and_not_run(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_event_redelivered_while_its_files_go_is_not_run_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     settle, discard = FakeSource.settle, TaskRunner.discard
 
     async def lose_the_first_ack(source: FakeSource, delivery: Delivery, settlement: Settlement, *said: str) -> None:
@@ -143,7 +141,7 @@ async def test_an_ack_of_long_ago_has_arrived(lab: Lab) -> None:
     assert [known.was_done(delivery(source, message_id)) for message_id in "ab"] == [False, True]
 
 
-async def test_an_ack_into_a_connection_that_is_dead_is_in_doubt_for_longer_than_it_takes_to_know(lab: Lab) -> None:
+async def test_an_ack_is_in_doubt_until_a_dead_connection_must_be_known(lab: Lab) -> None:
     source = Losing(lab.broker, "in")
     known = Deduplicator()
     known.acked(delivery(source, "a"))

@@ -92,7 +92,7 @@ def is_bad(directory: Path) -> None:
         (has_a_bad_clock, "ewms-pilot-data is bad"),
     ],
 )
-async def test_a_node_that_is_bad_from_the_start_touches_no_event_and_holds_its_slot(
+async def test_a_node_bad_from_the_start_takes_no_event_and_holds_its_slot(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, how: Callable[..., None], why: str
 ) -> None:
     how(lab, monkeypatch)
@@ -106,7 +106,7 @@ async def test_a_node_that_is_bad_from_the_start_touches_no_event_and_holds_its_
 @pytest.mark.parametrize("slots", [1, 2, 3, 8])
 @pytest.mark.parametrize("breaks_at", [0.5, 5.5])
 @pytest.mark.parametrize(("options", "ends_after"), [(GO_ON, 0), (QUARANTINED, 600)])
-async def test_a_node_that_breaks_touches_what_runs_by_then_charges_none_and_holds_its_slot(
+async def test_a_node_that_breaks_charges_no_event_and_holds_its_slot(
     lab: Lab, slots: int, breaks_at: float, options: dict[str, Any], ends_after: float
 ) -> None:
 
@@ -176,9 +176,7 @@ async def test_those_that_fail_while_the_node_is_looked_at_share_the_next_look(l
     assert looks == [0, 11, 21]
 
 
-async def test_an_event_that_fills_the_disk_is_charged_with_it_though_another_has_met_a_full_disk_before(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_event_that_fills_the_disk_again_is_charged_with_it(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     async def script(container: Container) -> int:
         (container.scratch / "filling").touch()
         await trio.sleep(int(event_of(container)))
@@ -276,7 +274,7 @@ async def test_a_pilot_told_to_end_does_not_wait_for_a_probe(
     lab.assert_the_promise([1])
 
 
-async def test_an_engine_that_goes_with_the_probe_leaves_it_open_whose_fault_it_was(lab: Lab) -> None:
+async def test_an_engine_lost_during_the_probe_leaves_the_fault_open(lab: Lab) -> None:
     calls = itertools.count()
 
     async def is_lost(container: Container) -> int:

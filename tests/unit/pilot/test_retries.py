@@ -55,7 +55,7 @@ async def test_a_failing_event_is_tried_again_after_longer_and_longer(lab: Lab) 
     lab.assert_the_promise([7])
 
 
-async def test_three_poison_events_among_a_thousand_delay_nobody_and_are_tried_as_often_as_they_may(lab: Lab) -> None:
+async def test_three_failing_events_among_a_thousand_delay_no_other(lab: Lab) -> None:
     lab.runtime.script = starts = Starts()
     lab.put(*range(1000))
     begun = trio.current_time()
@@ -69,7 +69,7 @@ async def test_three_poison_events_among_a_thousand_delay_nobody_and_are_tried_a
     assert {message.message_id for message in lab.broker.queues["in.dead-letters"]} == POISON
 
 
-async def test_a_pilot_that_is_told_to_stop_gives_back_what_is_on_the_bench_at_once(lab: Lab) -> None:
+async def test_a_pilot_told_to_stop_returns_events_that_wait_for_a_retry_at_once(lab: Lab) -> None:
     lab.runtime.script = Starts()
     lab.put(7)
     with pytest.raises(ExceptionGroup):
@@ -78,7 +78,7 @@ async def test_a_pilot_that_is_told_to_stop_gives_back_what_is_on_the_bench_at_o
     lab.assert_the_promise([7])
 
 
-async def test_a_pilot_with_nothing_else_to_do_waits_for_what_is_on_the_bench(lab: Lab) -> None:
+async def test_a_pilot_with_nothing_else_to_do_waits_for_delayed_retries(lab: Lab) -> None:
     lab.runtime.script = starts = Starts()
     lab.put(7)
     begun = trio.current_time()

@@ -145,7 +145,7 @@ async def test_an_event_just_before_the_timeout_is_still_run(lab: Lab) -> None:
     assert lab.outputs() == ["1"]
 
 
-async def test_an_event_that_comes_while_the_broker_is_asked_whether_it_is_there_is_still_run(lab: Lab) -> None:
+async def test_an_event_that_comes_while_the_broker_is_asked_is_run(lab: Lab) -> None:
     lab.broker.delays["consumer.is_idle"] = 20.0
 
     async def late() -> None:
@@ -264,7 +264,7 @@ async def test_no_quarantine_without_an_error(lab: Lab) -> None:
     assert trio.current_time() < 10
 
 
-async def test_a_fault_of_the_node_returns_the_event_uncounted_and_ends_the_pilot(lab: Lab) -> None:
+async def test_a_node_failure_returns_the_event_uncounted_and_ends_the_pilot(lab: Lab) -> None:
     calls = iter(range(100))
 
     def broken(call: str) -> None:
@@ -294,7 +294,7 @@ async def test_other_tasks_finish_when_the_node_fails_one(lab: Lab) -> None:
     assert sorted(lab.outputs()) == ["1", "3"]
 
 
-async def test_a_container_that_is_lost_with_its_engine_returns_the_event_uncounted_and_the_pilot_goes_on(lab: Lab) -> None:
+async def test_a_container_lost_with_its_engine_returns_its_event_uncounted(lab: Lab) -> None:
     calls = iter(range(100))
 
     def restarted(call: str) -> None:
@@ -329,7 +329,7 @@ async def test_what_dead_pilots_have_left_is_swept_before_an_event_is_taken(lab:
     assert lab.guardian.watched == [("data", lab.directory / "ewms-pilot-data")]
 
 
-async def test_the_engine_is_made_known_to_the_guard(lab: Lab) -> None:
+async def test_the_guardian_knows_the_engine(lab: Lab) -> None:
     lab.runtime.engine = Path("/engine.sock")
     await lab.run()
     assert ("engine", Path("/engine.sock")) in lab.guardian.watched
@@ -342,7 +342,7 @@ async def test_the_guard_stays_if_the_runtime_leaves_something(lab: Lab, has_unr
     assert lab.guardian.outlives_pilot == has_unremoved_containers
 
 
-async def test_the_directory_of_images_is_made_known_to_the_guard_before_one_is_unpacked(lab: Lab) -> None:
+async def test_the_guardian_knows_the_image_directory_before_one_is_unpacked(lab: Lab) -> None:
     def looking(call: str) -> None:
         assert call != "runtime.prepare" or ("images", Path("/images")) in lab.guardian.watched
 
@@ -465,7 +465,7 @@ async def test_an_output_that_is_there_is_sent_although_the_pilot_is_being_ended
     lab.assert_the_promise([1])
 
 
-async def test_an_output_that_cannot_be_sent_in_the_settle_grace_is_given_up_and_its_event_returned(lab: Lab) -> None:
+async def test_an_output_not_sent_within_the_settle_grace_is_given_up(lab: Lab) -> None:
     lab.broker.delays["sink.send"] = 1000
     lab.put(1)
     await lab.run_signalled([10, 10], settle_grace=6.0)

@@ -67,9 +67,7 @@ async def test_the_next_task_runs_while_an_event_waits_for_its_ack(lab: Lab) -> 
 
 
 @pytest.mark.parametrize(("slots", "prefetch"), AT_HAND)
-async def test_no_more_events_are_at_hand_than_prefetched_though_nothing_is_confirmed(
-    lab: Lab, slots: int, prefetch: int
-) -> None:
+async def test_unconfirmed_outputs_count_towards_the_events_at_hand(lab: Lab, slots: int, prefetch: int) -> None:
     lab.broker.delays["sink.confirm"] = 1000
     watched = Watched(lab)
     trio.lowlevel.add_instrument(watched)
@@ -87,7 +85,7 @@ async def test_a_slot_that_waits_for_confirms_does_not_take_the_queue_for_empty(
     assert sorted(lab.outputs()) == ["1", "2", "3"]
 
 
-async def test_a_pilot_stops_listening_though_an_output_is_not_confirmed_and_ends_when_it_is(lab: Lab) -> None:
+async def test_a_pilot_ends_only_when_its_last_output_is_confirmed(lab: Lab) -> None:
     lab.broker.delays["sink.confirm"] = 30
     lab.put(1)
 
@@ -102,7 +100,7 @@ async def test_a_pilot_stops_listening_though_an_output_is_not_confirmed_and_end
     lab.assert_the_promise([1])
 
 
-async def test_a_broker_is_waited_for_without_end_while_an_output_is_to_be_sent_though_no_task_runs(lab: Lab) -> None:
+async def test_a_broker_is_waited_for_without_limit_while_an_output_is_unsent(lab: Lab) -> None:
     lab.broker.delays["sink.confirm"] = 30
     lab.put(1)
     patience = patience_of(Settings(broker_patience=5.0), lab.status)
@@ -159,7 +157,7 @@ async def test_a_failed_task_keeps_its_slot_until_it_is_settled_for_good(lab: La
     assert starts == [0, 6, 12]
 
 
-async def test_a_refused_output_is_a_failure_after_which_what_runs_by_then_is_finished(lab: Lab) -> None:
+async def test_after_a_refused_output_running_tasks_are_finished(lab: Lab) -> None:
     lab.broker.delays["sink.send"] = 0.5
 
     def refuse(call: str) -> None:
@@ -212,7 +210,7 @@ async def test_one_event_is_staged_while_it_waits_for_its_slot_if_there_is_room(
     lab.assert_the_promise(range(4))
 
 
-async def test_what_takes_long_to_stage_is_not_staged_ahead_for_a_free_slot_would_wait_for_it(lab: Lab) -> None:
+async def test_an_event_that_takes_long_to_stage_is_not_staged_ahead(lab: Lab) -> None:
     lab.put("0", "1" * (blocking_calls.SMALL + 1))
     seen: list[list[str]] = []
     async with trio.open_nursery() as nursery:

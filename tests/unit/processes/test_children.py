@@ -290,7 +290,8 @@ def test_children_from_before_an_exec_are_no_orphans(tmp_path: Path) -> None:
 
 
 def test_what_was_started_before_this_program_is_not_ended_with_it(tmp_path: Path) -> None:
-    script = 'sleep 1000 & echo $! > pid; exec "$0" -c "from trio_pilot.processes.children import end_all_children; end_all_children()"'
+    program = "from trio_pilot.processes import children; children.end_all_children()"
+    script = f'sleep 1000 & echo $! > pid; exec "$0" -c "{program}"'
     subprocess.run(["sh", "-c", script, sys.executable], cwd=tmp_path, check=True, timeout=PATIENCE, stdout=DEVNULL)
     helper = int((tmp_path / "pid").read_text())
     assert not is_zombie(helper)
