@@ -219,9 +219,9 @@ def test_the_output_of_tasks_is_copied_to_the_pilots_when_asked_for(pilots: Pilo
     ("script", "reason"),
     [
         ("echo one >&2; echo the reason >&2; exit 1", "(exit code 1): the reason"),
-        ("kill -9 $$", "(exit code 137): "),
+        ("kill -9 $$", "(exit code 137): killed by SIGKILL"),
         ("printf 'bad \\377 byte\\n' >&2; exit 2", "(exit code 2): bad \ufffd byte"),
-        ("echo one; exit 3", "(exit code 3): "),
+        ("echo one; exit 3", "(exit code 3): <no stderr logs>"),
     ],
 )
 def test_the_last_line_says_which_tasks_failed_and_why(pilots: PilotCommand, runtime: str, script: str, reason: str) -> None:

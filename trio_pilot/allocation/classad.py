@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from itertools import accumulate
 from pathlib import Path
+
+from trio_pilot.files.shortened import shortened
 
 ESCAPES = {
     ord("\n"): r"\n",
@@ -17,25 +18,20 @@ ESCAPES = {
     ord("\\"): r"\\",
 }
 PRINTABLE = range(0x20, 0x7F)
-CUT = "..."  # in place of what did not fit
 
 
-def quoted(text: str, most: int, *, keep_end: bool = False) -> str:
-    """Return a text as a ClassAd string of at most `most` bytes, quotes included. A longer text is cut at its end.
-
-    With `keep_end`, it is cut at its beginning.
+def quoted(text: str, most: int) -> str:
+    """Return a text as a ClassAd string of at most `most` bytes, quotes included; a longer one is `shortened`.
 
     Anything but printable ASCII is written as `classad.quote` of HTCondor's own Python bindings does. NUL is left out: there
     is none in a ClassAd string (the reference manual, "Literals").
     """
-    text = text.replace("\0", "")
-    pieces = [_escaped(char) for char in (text[-most:] if keep_end else text[:most])]
-    if len(pieces) == len(text) and sum(map(len, pieces)) <= most - 2:
-        return f'"{"".join(pieces)}"'
-    order = pieces[::-1] if keep_end else pieces
-    fitting = sum(length <= most - 2 - len(CUT) for length in accumulate(map(len, order)))
-    kept = CUT + "".join(pieces[len(pieces) - fitting :]) if keep_end else "".join(pieces[:fitting]) + CUT
-    return f'"{kept}"'
+    text = shortened(text.replace("\0", ""), most - 2, _size)
+    return f'"{"".join(map(_escaped, text))}"'
+
+
+def _size(char: str) -> int:
+    return len(_escaped(char))
 
 
 def _escaped(char: str) -> str:

@@ -19,9 +19,9 @@ from trio_pilot.errors import ReportError, map_exceptions
 
 CONFIG, DEFAULT_CONFIG = "_CONDOR_CHIRP_CONFIG", ".chirp.config"
 
-# Bytes of a quoted text. The event log cuts a line near 1024 bytes, and its closing quote would be lost; the proxy takes
-# lines of up to 5120 bytes, in which a space or backslash counts twice.
-MOST_QUOTED = {"JOB_ATTR": 2400, "JOB_EVENT_LOG": 999}
+# Bytes of a quoted text. Of the event log 1023 bytes of a line are read, its name and header included, and the closing quote
+# would be lost; the proxy takes lines of up to 5120 bytes, in which a space or backslash counts twice.
+MOST_QUOTED = {"JOB_ATTR": 2400, "JOB_EVENT_LOG": 940}
 
 Value = int | str | BaseException  # an exception stands for its traceback
 
@@ -48,10 +48,8 @@ def report(destination: str, attributes: Iterable[tuple[str, Value]], reported: 
 
 
 def _report_one(proxy: HTChirp, destination: str, name: str, value: Value) -> None:
-    text, is_traceback = str(value), isinstance(value, BaseException)
-    if isinstance(value, BaseException):
-        text = "".join(traceback.format_exception(value))
-    quote = quoted(text, MOST_QUOTED[destination], keep_end=is_traceback)
+    text = "".join(traceback.format_exception(value)).rstrip("\n") if isinstance(value, BaseException) else str(value)
+    quote = quoted(text, MOST_QUOTED[destination])
     if destination == "JOB_EVENT_LOG":
         proxy.ulog(f"{name}: {quote}")
     else:

@@ -21,7 +21,7 @@ from trio_pilot.errors import (
 from trio_pilot.files import disk_checks, task_directory
 from trio_pilot.files.blocking_calls import BlockingCalls
 from trio_pilot.files.data_directory import DATA_DIRECTORY, HUB, TASK_IO, DataDirectory
-from trio_pilot.files.error_summary import error_summary
+from trio_pilot.files.error_summary import NO_REASON, error_summary, without_words
 from trio_pilot.files.filesystem import is_directory
 from trio_pilot.files.task_directory import TaskFiles
 from trio_pilot.files.task_logs import TaskLogs
@@ -112,7 +112,7 @@ async def run(tools: Tools, disk: BlockingCalls, logs: TaskLogs, spec: RunSpec, 
         limit = f"more than {spec.limits.memory} bytes" if spec.limits.memory else "more than there was"
         raise ContainerOutOfMemoryError(f"{spec.alias} failed (exit code {ended.code}): out of memory: it used {limit}")
     if ended.code:
-        raise ContainerRunError(f"{spec.alias} failed (exit code {ended.code}): {reason or ''}")
+        raise ContainerRunError(f"{spec.alias} failed (exit code {ended.code}): {reason or NO_REASON}")
 
 
 def _conclude(logs: TaskLogs, files: TaskFiles, ended: Exit | None) -> str:
@@ -120,6 +120,7 @@ def _conclude(logs: TaskLogs, files: TaskFiles, ended: Exit | None) -> str:
     reason = ""
     if ended and ended.code:
         reason = error_summary(files.stderr) or disk_checks.disk_fault(files.root)  # a full disk may be why stderr is empty
+        reason = reason or without_words(ended.code)
     logs.finish(files.stdout, files.stderr)
     return reason
 
@@ -164,7 +165,7 @@ async def probe(tools: Tools, settings: Settings, error: PilotError | None = Non
         spec = replace(RunSpec.task(settings), args=PROBE, env={})
         with trio.move_on_after(PROBE_TIMEOUT):
             ended = await tools.runtime.run(replace(_container(tools, spec, files), without_entrypoint=True))
-            reason = error_summary(files.stderr) if ended.code else ""
+            reason = (error_summary(files.stderr) or without_words(ended.code)) if ended.code else ""
             is_missing = reason.endswith(NOT_FOUND_REASONS)
             if is_missing and str(error).endswith(tuple(f" {settings.task_args[0]}: {why}" for why in NOT_FOUND_REASONS)):
                 raise NodeError(f"the image has neither `{settings.task_args[0]}` nor `{PROBE[0]}`")

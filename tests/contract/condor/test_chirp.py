@@ -1,4 +1,7 @@
 import logging
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -9,7 +12,9 @@ import pytest
 from tests.support import chirp_proxy
 from tests.support.chirp_proxy import ChirpProxy, Fault
 from trio_pilot.condor.chirp import CONFIG, Value, report
-from trio_pilot.errors import ReportError
+from trio_pilot.condor.reporter import error_text
+from trio_pilot.errors import ContainerRunError, ReportError
+from trio_pilot.files.error_summary import error_summary
 
 NAME = "HTChirpEWMSPilotError"
 
@@ -42,12 +47,13 @@ def test_a_line_of_the_event_log_is_the_name_and_a_quoted_value(proxy: ChirpProx
     assert proxy.lines == ['ulog HTChirpEWMSPilotTasksTotal: "3"', r'ulog HTChirpEWMSPilotError: "\303\251 \t"']
 
 
-@pytest.mark.parametrize(("destination", "most"), [("JOB_ATTR", 2400), ("JOB_EVENT_LOG", 999)])
-@pytest.mark.parametrize("char", ["x", " ", "\\", "é", "\x01", "\n", "🙂"])
+@pytest.mark.parametrize(("destination", "most"), [("JOB_ATTR", 2400), ("JOB_EVENT_LOG", 940)])
+@pytest.mark.parametrize("char", ["x", " ", "\\", "é", "\x01", "\nx", "🙂"])
 def test_a_text_of_any_kind_and_length_fits_into_a_line(proxy: ChirpProxy, destination: str, most: int, char: str) -> None:
     send(destination, {"HTChirpEWMSPilotErrorTraceback": char * 100_000, "HTChirpEWMSPilotTasksTotal": 1}, {}, 5)
     assert len(proxy.values("ErrorTraceback")[0]) <= most
-    assert proxy.values("ErrorTraceback")[0].endswith('..."')
+    assert "..." in proxy.values("ErrorTraceback")[0]
+    assert proxy.values("ErrorTraceback")[0].endswith('"')
     assert proxy.longest <= chirp_proxy.LONGEST_LINE
     assert len(proxy.lines) == 2
 
@@ -57,7 +63,58 @@ def test_the_end_of_a_traceback_is_reported(proxy: ChirpProxy) -> None:
         raise ReportError("x" * 500)
     except ReportError as error:
         send("JOB_EVENT_LOG", {NAME: error}, {}, 5)
-    assert proxy.values("Error")[0].endswith(r"trio_pilot.errors.ReportError: " + "x" * 500 + r'\n"')
+    assert proxy.values("Error")[0].endswith(r"trio_pilot.errors.ReportError: " + "x" * 500 + '"')
+
+
+def deep_traceback(tmp_path: Path) -> str:
+    """Return the traceback of a Python program: a chain of exceptions, each raised below twenty functions."""
+    program = tmp_path / "task_with_a_long_name.py"
+    program.write_text(
+        """
+def calibrate_the_detector(depth):
+    if depth:
+        calibrate_the_detector_again(depth - 1)
+    raise ValueError(f'no "calibration" of string {depth}, \u00e9')
+
+def calibrate_the_detector_again(depth):
+    calibrate_the_detector(depth)
+
+try:
+    calibrate_the_detector(10)
+except ValueError as error:
+    try:
+        calibrate_the_detector(10)
+    except ValueError as second:
+        raise KeyError("the last") from second
+""".replace("raise KeyError", "calibrate_the_detector(12); raise KeyError")
+    )
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert len(done.stderr) > 5000
+    return done.stderr
+
+
+@pytest.mark.parametrize("destination", ["JOB_ATTR", "JOB_EVENT_LOG"])
+def test_a_long_traceback_arrives_with_its_exception_in_a_whole_quote(
+    proxy: ChirpProxy, destination: str, tmp_path: Path
+) -> None:
+    stderr = tmp_path / "stderrfile"
+    stderr.write_text(deep_traceback(tmp_path))
+    with pytest.raises(ContainerRunError) as raised:
+        raise ContainerRunError(f"task failed (exit code 1): {error_summary(stderr)}")
+    error = raised.value
+    changes: dict[str, Value] = {NAME: error_text(error), "HTChirpEWMSPilotErrorTraceback": error}
+    send(destination, changes, {}, 5)
+    for name in ("Error", "ErrorTraceback"):
+        (quote,) = proxy.values(name)
+        assert len(quote) <= (940 if destination == "JOB_EVENT_LOG" else 2400)
+        assert re.fullmatch(r'"(?:[ !#-\[\]-~]|\\(?:[ntrabvf"\\]|[0-7]{3}))*"', quote)
+        assert quote.endswith(r'\nValueError: no \"calibration\" of string 0, \303\251"')
+        assert r"\n  ...\n  File \"" in quote
+    assert proxy.values("Error")[0].startswith(
+        '"ContainerRunError: task failed (exit code 1): Traceback (most recent call last):'
+    )
+    assert proxy.values("ErrorTraceback")[0].startswith('"Traceback (most recent call last):')
 
 
 def test_an_attribute_that_is_refused_does_not_hold_back_others(proxy: ChirpProxy) -> None:

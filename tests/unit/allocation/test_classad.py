@@ -23,17 +23,32 @@ def test_a_text_is_quoted_as_classads_quote_it(text: str, quote: str) -> None:
     assert quoted(text, 1000) == quote
 
 
-@pytest.mark.parametrize("text", ["x" * 2000, "é" * 300, "\n" * 900, '"' * 700, "a" + "🙂" * 100, "\x01" * 400])
-@pytest.mark.parametrize("keep_end", [False, True])
-@pytest.mark.parametrize("most", [17, 100, 101, 102, 103, 999])
-def test_a_long_text_is_cut_between_characters(text: str, keep_end: bool, most: int) -> None:
-    quote = quoted(text, most, keep_end=keep_end)
-    assert most - 16 <= len(quote) <= most
-    body = quote[1:-1].removeprefix("...") if keep_end else quote[1:-1].removesuffix("...")
-    assert len(body) == len(quote) - 5
-    raw = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), body.encode())
-    plain = raw.replace(rb"\n", b"\n").replace(rb"\"", b'"').decode()  # raises an error if a character is cut in two
-    assert text.endswith(plain) if keep_end else text.startswith(plain)
+def plain(quote: str) -> str:
+    """Return the text of a quoted one that has no escapes but these; raises an error if a character is cut in two."""
+    raw = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), quote[1:-1].encode())
+    return raw.replace(rb"\n", b"\n").replace(rb"\"", b'"').decode()
+
+
+@pytest.mark.parametrize("text", ["x" * 2000, "é" * 300, '"' * 700, "a" + "🙂" * 100, "\x01" * 400])
+@pytest.mark.parametrize("most", [69, 100, 101, 102, 103, 940])
+def test_a_long_line_is_cut_between_characters(text: str, most: int) -> None:
+    quote = quoted(text, most)
+    assert most - 32 <= len(quote) <= most
+    beginning, _, end = plain(quote).partition("...")
+    assert beginning
+    assert end
+    assert text.startswith(beginning)
+    assert text.endswith(end)
+
+
+@pytest.mark.parametrize("most", [100, 101, 102, 940])
+def test_of_many_short_lines_the_last_are_kept(most: int) -> None:
+    text = "\n".join(map(str, range(1000)))
+    quote = quoted(text, most)
+    assert most - 32 <= len(quote) <= most
+    beginning, _, end = plain(quote).partition("\n  ...\n")
+    assert beginning == "0"
+    assert text.endswith(f"\n{end}")
 
 
 @pytest.mark.parametrize("length", range(90, 110))
