@@ -20,6 +20,7 @@ from bench.measured_process import running
 from tests.support.chirp_proxy import FAULTS, Fault, chirp_proxy, hangs
 from tests.support.pilot_process import COMMAND, Ended, assert_nothing_left, environment, pilot, run_pilot
 from tests.support.waiting import until_sync
+from trio_pilot.allocation.classad import quoted
 from trio_pilot.condor.reporter import LAST_TIMEOUT
 
 EVENTS = 20
@@ -76,6 +77,63 @@ def test_a_failed_task_is_reported_in_the_event_log(slot: Path) -> None:
     assert r'ulog HTChirpEWMSPilotError: "ContainerRunError: task failed (exit code 3): \303\226h!"' in proxy.lines
     assert proxy.values("TasksFailed") == ['"1"']
     assert proxy.values("Status")[-1] == '"FatalError"'
+
+
+ENVFILE = "ewms_htcondor_envfile.sh"
+WRONG = {"TASK_IMAGE": "/", "PREFETCH": "many"}
+WRONG_LINE = "EWMS_PILOT_PREFETCH must be an integer ≥ 1, not 'many'"
+
+
+@pytest.mark.parametrize(
+    ("more", "arguments", "line"),
+    [
+        (WRONG, [], WRONG_LINE),
+        (WRONG, ["run", "--task-args", "true"], WRONG_LINE),
+        ({"QUEUE_INCOMING": ""}, [], "EWMS_PILOT_QUEUE_INCOMING must name a queue: set it, or give --queue-incoming"),
+        ({"BROKER": "amqp://"}, ["--no-such-flag"], "Unknown option: --no-such-flag."),
+        ({"HTCHIRP": "maybe"}, [], "EWMS_PILOT_HTCHIRP must be a boolean (true or false), not 'maybe'"),
+    ],
+)
+def test_a_wrong_setting_is_reported(slot: Path, more: dict[str, object], arguments: list[str], line: str) -> None:
+    with chirp_proxy(slot.parent) as proxy:
+        ended = run_pilot(slot, settings(slot, HTCHIRP_DEST="JOB_EVENT_LOG", **more), *arguments)
+    assert (ended.code, ended.stderr) == (2, f"trio-pilot: {line}\n")
+    assert proxy.values("Status") == ['"FatalError"']
+    kind = "UsageError" if "option" in line else "SettingsError"
+    assert proxy.values("Error") == [quoted(f"{kind}: {line}", 940)]
+    assert all(line.startswith("ulog ") for line in proxy.lines)
+
+
+@pytest.mark.parametrize("last_line", ["", "export EWMS_PILOT_TASK_ARGS='echo \n"])  # the second cannot be read
+def test_a_wrong_setting_is_reported_as_the_envfile_says(slot: Path, last_line: str) -> None:
+    asked = {"HTCHIRP": "True", "HTCHIRP_DEST": "JOB_EVENT_LOG", "PREFETCH": "many"}
+    lines = "".join(f"export EWMS_PILOT_{name}='{value}'\n" for name, value in asked.items())
+    (slot / ENVFILE).write_text(lines + last_line)
+    given = {"_CONDOR_CHIRP_CONFIG": slot.parent / "chirp.config"}
+    with chirp_proxy(slot.parent) as proxy:
+        ended = run_pilot(slot, given)
+    assert ended.code == 2
+    assert len(ended.stderr.splitlines()) == 1
+    assert proxy.lines[0] == 'ulog HTChirpEWMSPilotStatus: "FatalError"'
+    assert len(proxy.values("Error")) == 1
+
+
+@pytest.mark.parametrize(("more", "arguments"), [({"HTCHIRP": "no"}, []), ({}, ["send"]), ({}, ["check"])])
+def test_a_wrong_setting_is_not_reported_unasked(slot: Path, more: dict[str, object], arguments: list[str]) -> None:
+    with chirp_proxy(slot.parent) as proxy:
+        assert run_pilot(slot, settings(slot, **WRONG, **more), *arguments).code == 2
+    assert proxy.lines == []
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_a_fault_of_the_proxy_does_not_hide_a_wrong_setting(slot: Path, fault: Fault | None) -> None:
+    with chirp_proxy(slot.parent, fault) as proxy:
+        if fault is None:
+            proxy.config.unlink()
+        begun = time.monotonic()
+        ended = run_pilot(slot, settings(slot, **WRONG))
+    assert (ended.code, ended.stderr) == (2, f"trio-pilot: {WRONG_LINE}\n")
+    assert time.monotonic() - begun < 15
 
 
 @pytest.mark.parametrize("fault", [None, *FAULTS])

@@ -19,7 +19,9 @@ from trio_pilot.errors import (
     ContainerRunError,
     NodeError,
     PilotError,
+    SettingsError,
     TasksFailedError,
+    UsageError,
     leaves,
     map_exceptions,
     reported_name,
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit; an expected error is printed as a line of text, without a traceback."""
     code = SOFTWARE_ERROR
     try:
-        code = _run_command(sys.argv[1:] if argv is None else argv)
+        code = _run_command_or_report(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except* PilotError as errors:
         found = list(leaves(errors))
@@ -48,6 +50,19 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except* Exception as errors:
         code = _print_unexpected(next(leaves(errors)))
     sys.exit(code)
+
+
+def _run_command_or_report(argv: Sequence[str]) -> int:
+    """Run the command. If a setting is wrong so that no pilot can begin, print that, and tell HTCondor of it."""
+    try:
+        return _run_command(argv)
+    except (SettingsError, UsageError) as error:  # an error of a pilot that has begun is in a group, and was reported
+        code = _print_lines([_line(error)], error.exit_code)
+        if not argv or argv[0] == "run" or argv[0].startswith("-"):
+            from trio_pilot.cli.report_wrong_setting import report_wrong_setting
+
+            report_wrong_setting(error)
+        return code
 
 
 def _run_command(argv: Sequence[str]) -> int:

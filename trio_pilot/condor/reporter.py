@@ -21,7 +21,9 @@ from trio_pilot.settings import Settings
 from trio_pilot.status import Status
 
 PREFIX = "HTChirpEWMSPilot"
-ERROR, TRACEBACK, LAST_UPDATED = (PREFIX + name for name in ("Error", "ErrorTraceback", "LastUpdatedTimestamp"))
+STATUS, ERROR, TRACEBACK, LAST_UPDATED = (
+    PREFIX + name for name in ("Status", "Error", "ErrorTraceback", "LastUpdatedTimestamp")
+)
 
 LEAST_INTERVAL = 1.0  # seconds between two reports of counts, even if less is set
 REPORT_TIMEOUT = 10.0  # seconds for one report
