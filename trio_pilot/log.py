@@ -4,6 +4,7 @@ import logging
 import os
 import select
 import sys
+import time
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
@@ -59,6 +60,14 @@ class NonBlockingHandler(logging.Handler):
         self.writer.write(self.format(record))
 
 
+class UtcFormatter(logging.Formatter):
+    """Writes times as 2027-01-31T18:30:05.123Z."""
+
+    converter = staticmethod(time.gmtime)
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+    default_msec_format = "%s.%03dZ"
+
+
 def _has_room(stream: TextIO, seconds: float) -> bool:
     """Return whether the stream takes PIPE_BUF bytes (pipe(7)) within `seconds`."""
     try:
@@ -71,7 +80,9 @@ def _has_room(stream: TextIO, seconds: float) -> bool:
 
 def set_up(level: str, third_party_level: str) -> None:
     """Log to stderr: records of this package from `level` on, those of other libraries from `third_party_level` on."""
-    logging.basicConfig(handlers=[NonBlockingHandler(sys.stderr)], format=FORMAT, level=third_party_level)
+    handler = NonBlockingHandler(sys.stderr)
+    handler.setFormatter(UtcFormatter(FORMAT))
+    logging.basicConfig(handlers=[handler], level=third_party_level)
     LOGGER.setLevel(level)
     if logging.getLevelName(third_party_level) >= logging.WARNING:
         # pika logs a page for each lost connection; the pilot logs a line.

@@ -2,14 +2,18 @@ import fcntl
 import io
 import logging
 import os
+import re
 import select
+import subprocess
 import sys
 import threading
+import time
+from datetime import UTC, datetime
 
 import pytest
 
 from trio_pilot import log
-from trio_pilot.log import MOST_KEPT, NonBlockingHandler
+from trio_pilot.log import MOST_KEPT, NonBlockingHandler, UtcFormatter
 
 
 def record(message: str) -> logging.LogRecord:
@@ -75,3 +79,24 @@ def test_a_stream_without_a_file_is_written_to() -> None:
     stream = io.StringIO()
     NonBlockingHandler(stream).emit(record("a line"))
     assert stream.getvalue() == "a line\n"
+
+
+def test_times_are_utc_with_their_zone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        moment = record("a line")
+        moment.created, moment.msecs = 1801420205.123, 123.0
+        assert UtcFormatter(log.FORMAT).format(moment) == "2027-01-31T18:30:05.123Z INFO a line"
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_the_programs_log_has_times_in_utc() -> None:
+    program = "from trio_pilot import log; log.set_up('INFO', 'INFO'); log.LOGGER.info('a line')"
+    env = {**os.environ, "TZ": "Asia/Tokyo"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO a line\n", done.stderr)
+    told = datetime.fromisoformat(done.stderr.split()[0])
+    assert abs((datetime.now(UTC) - told).total_seconds()) < 60

@@ -28,6 +28,7 @@ from trio_pilot.pilot.container_runs import RunSpec, Tools, probe, remove, run
 from trio_pilot.pilot.node_health import NodeHealth
 from trio_pilot.pilot.slots import Slot
 from trio_pilot.pilot.task import EventFailed, NodeFailed, Outcome, Success, Task
+from trio_pilot.pilot.task_lines import TaskLines
 from trio_pilot.settings import Settings
 from trio_pilot.status import RunTimes
 from trio_pilot.wire import WIRES, Message
@@ -63,6 +64,7 @@ class TaskRunner:
         self._blocking = blocking
         self._spec = RunSpec.task(settings)
         self._wire = WIRES[settings.wire]
+        self._task_lines = TaskLines()
         self._cpu_sets = CpuSets(settings.max_concurrent_tasks if settings.pin_tasks else 0, settings.cpus_per_task or 1)
 
     async def run(self, task: Task, slot: Slot) -> Outcome:
@@ -113,7 +115,7 @@ class TaskRunner:
 
     async def _run_container(self, task: Task) -> None:
         started = trio.current_time()
-        with self._cpu_sets.lend() as cpus:
+        with self._cpu_sets.lend() as cpus, self._task_lines.around(task.delivery):
             spec = replace(self._spec, cpu_set=cpus) if cpus else self._spec
             await run(self._tools, self._blocking, self.logs, spec, task.files)
         self._run_times.add(trio.current_time() - started)
