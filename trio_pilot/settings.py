@@ -174,7 +174,7 @@ class Settings:
     quarantine_time: float = setting(
         "0",
         seconds_or_none_at_all,
-        "time for which the pilot holds its job's slot after a task, or this node, has failed, in seconds",
+        "time for which the pilot holds its job's slot after an error (of a task, this node or a broker), in seconds",
     )
     max_attempts: int = setting("20", integer(1), "failures after which an event becomes a dead letter")
     retry_delay: float = setting(

@@ -22,7 +22,7 @@ import trio
 from trio_pilot.allocation.walltime import TimeLeft
 from trio_pilot.brokers import Consumer, Settlement, Sink, Source
 from trio_pilot.cleanup.client import Guardian
-from trio_pilot.errors import BrokerError, ContainerLostError, NodeError, TasksFailedError, names
+from trio_pilot.errors import ContainerLostError, NodeError, TasksFailedError, names
 from trio_pilot.files.data_directory import open_data_directory, root_in
 from trio_pilot.log import LOGGER
 from trio_pilot.pilot.container_runs import Tools, probe, run_init, task_files
@@ -216,12 +216,11 @@ class Pilot:
 
 @asynccontextmanager
 async def _quarantine(settings: Settings, status: Status, drain: Drain) -> AsyncIterator[None]:
-    """Hold the slot for a while after an error, so that a bad node does not eat job after job."""
+    """Hold the slot for a while after an error, so that a bad node, or one without a broker, does not eat job after job."""
     try:
         yield
     finally:
-        is_brokers = isinstance(status.error.value, BrokerError)
-        if status.state.value is State.FATAL and not is_brokers and settings.quarantine_time:
+        if status.state.value is State.FATAL and settings.quarantine_time:
             LOGGER.warning("holding the slot for %g s after an error", settings.quarantine_time)
             with trio.move_on_after(settings.quarantine_time):
                 await drain.begun.wait()

@@ -249,6 +249,21 @@ async def test_a_slot_is_held_in_quarantine_after_an_error(lab: Lab) -> None:
     assert trio.current_time() - started == 601
 
 
+@pytest.mark.parametrize("call", ["source.ready", "sink.ready", "sink.send"])
+async def test_a_slot_is_held_in_quarantine_after_an_error_of_a_broker(lab: Lab, call: str) -> None:
+    def unreachable(now: str) -> None:
+        if now == call:
+            raise BrokerError("unreachable")
+
+    lab.broker.fault = unreachable
+    lab.put(1)
+    with pytest.raises(BaseExceptionGroup) as failure:
+        await lab.run(quarantine_time=600.0)
+    assert failure.group_contains(BrokerError, match="unreachable")
+    assert 600 <= trio.current_time() < 610
+    lab.assert_the_promise([1])
+
+
 async def test_a_signal_ends_the_quarantine(lab: Lab) -> None:
     lab.runtime.script = fails
     lab.put(1)
