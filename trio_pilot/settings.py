@@ -248,7 +248,9 @@ class Settings:
     config: Path | None = setting(None, path, f"TOML file of settings; none: {CONFIG_FILE}, if it exists")
     cl_log: str = setting("INFO", log_level, "log level of the pilot")
     cl_log_third_party: str = setting("WARNING", log_level, "log level of the libraries that the pilot uses")
-    dump_task_output: bool = setting("false", boolean, "copy stdout and stderr of each task to those of the pilot")
+    dump_task_output: bool = setting(
+        "false", boolean, "copy stdout and stderr of each task, not only of one that has failed, to those of the pilot"
+    )
     htchirp: bool = setting("false", boolean, "report to HTCondor by chirp")
     htchirp_dest: str = setting(
         "JOB_ATTR",

@@ -134,6 +134,14 @@ def test_the_pilot_imports_nothing_that_it_does_not_need(tmp_path: Path, by_flag
     assert {"trio", "sqlite3"} <= loaded
 
 
+def test_a_job_tells_its_site_on_stdout(command: Run) -> None:
+    flags = {"task-args": "true", "queue-incoming": "a", "queue-outgoing": "b", "timeout-queue-incoming": "0.01"}
+    arguments = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    done = command(*arguments, environ=[("GLIDEIN_Site", "Pole"), ("GLIDEIN_Proxy", "hunter2")])
+    assert (done.returncode, done.stdout) == (0, f"GLIDEIN_Site=Pole\nHOST={os.uname().nodename}\n".encode())
+    assert command(*arguments).stdout == b""
+
+
 def test_everything_may_be_in_the_environment(command: Run) -> None:
     command("send", "in", stdin=b'"one"\n"two"\n')
     settings = {

@@ -21,7 +21,7 @@ def outputs(pilots: PilotCommand) -> dict[str, Path]:
 
 def test_a_task_that_writes_much_and_fails_reports_why_and_leaves_little(pilots: PilotCommand, runtime: str) -> None:
     pilots.send("event")
-    settings = {"max_output": "1m", "keep_all_task_files": True, "dump_task_output": True}
+    settings = {"max_output": "1m", "keep_all_task_files": True}
     pilot = pilots.run(*FILL, runtime=runtime, **settings)
     assert pilot.wait() == TASK_FAILED
     assert "task failed (exit code 3): no sky" in pilot.last_line
@@ -30,7 +30,9 @@ def test_a_task_that_writes_much_and_fails_reports_why_and_leaves_little(pilots:
     for path in files.values():
         assert path.stat().st_size == BOUND + len(NOTE)
         assert path.read_bytes().endswith(NOTE)
-    assert pilot.stdout.startswith(b"\0" * BOUND + NOTE)
+    mark, _, rest = pilot.stdout.partition(b"\n")
+    assert mark.startswith(b"[trio-pilot: start of stdout of ")
+    assert rest.startswith(b"\0" * BOUND + NOTE)
 
 
 def test_a_task_that_writes_without_end_is_held_to_the_bound_while_it_runs(pilots: PilotCommand, runtime: str) -> None:

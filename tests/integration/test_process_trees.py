@@ -1,3 +1,4 @@
+import re
 import signal
 import time
 import uuid
@@ -210,6 +211,17 @@ def test_the_output_of_tasks_is_copied_to_the_pilots_when_asked_for(pilots: Pilo
     assert pilot.stdout == b"to-stdout\n"
     assert "\nto-stderr\n" in pilot.stderr
     assert pilots.run("sh", "-c", "echo to-stdout; echo to-stderr >&2", runtime=runtime).stdout == b""
+
+
+def test_the_output_of_a_task_that_fails_is_copied_between_marks(pilots: PilotCommand, runtime: str) -> None:
+    pilots.send("event")
+    pilot = pilots.run("sh", "-c", "echo to-stdout; exit 3", runtime=runtime)
+    assert pilot.wait() == 1
+    marked = r"\[trio-pilot: start of stdout of (\S+)\]\nto-stdout\n\[trio-pilot: end of stdout of \1\]\n"
+    assert re.fullmatch(marked, pilot.stdout.decode())
+    assert re.search(
+        r"\n\[trio-pilot: start of stderr of \S+\]\n<no stderr logs>\n\[trio-pilot: end of stderr of ", pilot.stderr
+    )
 
 
 # What a failing run reports.

@@ -11,6 +11,7 @@ import trio
 from trio.testing import MockClock
 
 from tests.support.lab import Lab
+from trio_pilot.files import log_copies
 from trio_pilot.files.blocking_calls import BlockingCalls
 
 
@@ -52,6 +53,7 @@ def no_call_goes_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(BlockingCalls, "call", call)
     monkeypatch.setattr(BlockingCalls, "finish", finish)
+    monkeypatch.setattr(log_copies, "are_files", lambda: True)  # with `pytest -s` they are not
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

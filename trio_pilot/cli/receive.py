@@ -19,7 +19,7 @@ from trio_pilot.brokers.listening import next_delivery
 from trio_pilot.cli.signals import print_summary, run_until_signalled
 from trio_pilot.errors import BrokerError, DecodeError, DeliveryLostError, NodeError, SettingsError, map_exceptions
 from trio_pilot.files.filesystem import exists, is_directory, write_all, write_durably
-from trio_pilot.files.task_directory import STDOUT
+from trio_pilot.files.log_copies import STDOUT
 from trio_pilot.log import LOGGER
 from trio_pilot.settings import Settings
 from trio_pilot.wire import WIRES

@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 import time
 from dataclasses import replace
 
@@ -13,8 +14,9 @@ from trio_pilot.allocation.walltime import find_end
 from trio_pilot.brokers import Patience, open_sinks, open_sources
 from trio_pilot.cleanup.client import open_guardian
 from trio_pilot.cli.exit_codes import SIGNALLED
+from trio_pilot.cli.site_lines import site_lines
 from trio_pilot.condor.reporter import open_reporter
-from trio_pilot.log import LOGGER
+from trio_pilot.log import LOGGER, NonBlockingWriter
 from trio_pilot.pilot.serve import Parts, serve
 from trio_pilot.processes.children import end_all_children
 from trio_pilot.runtimes.selection import open_runtime
@@ -25,12 +27,20 @@ from trio_pilot.status import Status
 def run(settings: Settings) -> int:
     """Run the pilot to its end, and return the exit code. Raises what `trio_pilot.pilot.serve.serve` raises."""
     settings.check_complete()
+    _print_site()
     gc.freeze()  # modules imported by now stay until the end: the collector need not visit them again and again
     try:
         ended_by = trio.run(run_pilot, settings)
     finally:
         end_all_children()
     return SIGNALLED + ended_by if ended_by else 0
+
+
+def _print_site() -> None:
+    if sys.stdout:
+        stdout = NonBlockingWriter(sys.stdout)
+        for line in site_lines(os.environ):
+            stdout.write(line)
 
 
 async def run_pilot(settings: Settings) -> int | None:

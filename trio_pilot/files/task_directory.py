@@ -5,7 +5,6 @@ import json
 import os
 import stat
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +12,7 @@ from typing import Any
 
 from trio_pilot.errors import DecodeError, NodeError, OutfileError, map_exceptions
 from trio_pilot.files import filesystem
-from trio_pilot.files.filesystem import opened, remove_tree, write_all
-
-STDOUT, STDERR = 1, 2
-PIECE = 65536  # bytes that are copied in one step
+from trio_pilot.files.filesystem import opened, remove_tree
 
 
 @dataclass(frozen=True)
@@ -191,18 +187,5 @@ def _not_kept(files: TaskFiles) -> Path:
     return files.scratch if was_started else files.root
 
 
-def dump(files: TaskFiles) -> None:
-    """Copy the logs of a container to the stdout and stderr of this process."""
-    _copy(files.stdout, STDOUT)
-    _copy(files.stderr, STDERR)
-
-
 def _text(data: Any) -> str:
     return data if isinstance(data, str) else json.dumps(data)
-
-
-def _copy(path: Path, descriptor: int) -> None:
-    """Copy a file to a descriptor. Not through sys.stdout: a thread that waits there would hold its lock."""
-    with suppress(OSError), path.open("rb") as file:
-        while piece := file.read(PIECE):
-            write_all(descriptor, piece)

@@ -6,7 +6,7 @@ there. So they never take more room on the disk than that and what is written be
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -14,16 +14,18 @@ from typing import IO
 import trio
 from trio_util import AsyncValue
 
+from trio_pilot.files import log_copies
 from trio_pilot.files.blocking_calls import BlockingCalls
 from trio_pilot.files.error_summary import MOST
 from trio_pilot.files.filesystem import opened
-from trio_pilot.files.task_directory import TaskFiles, dump
+from trio_pilot.files.task_directory import TaskFiles
 from trio_pilot.log import LOGGER
 
 TAIL = MOST  # bytes of the end that are kept while a task runs: the error summary is taken from them
 
 INTERVAL = 1.0  # seconds between two checks
 SHOW_TIMEOUT = 30.0  # seconds to wait for a reader of this process's stdout and stderr
+FAILED_SHOW_TIMEOUT = 2.0  # seconds, likewise, if showing the logs was not asked for
 
 
 def open_log(path: Path) -> IO[bytes]:
@@ -62,19 +64,10 @@ def finish(path: Path, most: int) -> None:
 class TaskLogs:
     """The logs of all running tasks. Keeps each from growing without limit."""
 
-    def __init__(
-        self,
-        most: int,
-        disk: BlockingCalls,
-        *,
-        show_timeout: float | None = None,
-        dump: Callable[[TaskFiles], None] = dump,
-    ) -> None:
-        """Keep `most` bytes of each log, and `show` them through `dump`. Without a `show_timeout` it is SHOW_TIMEOUT."""
+    def __init__(self, most: int, disk: BlockingCalls) -> None:
+        """Keep `most` bytes of each log."""
         self._most = most
         self._disk = disk
-        self._show_timeout = SHOW_TIMEOUT if show_timeout is None else show_timeout
-        self._dump = dump
         self._growing: set[Path] = set()
         self._some_grow = AsyncValue(False)
         self._showing = trio.CapacityLimiter(1)
@@ -105,12 +98,20 @@ class TaskLogs:
             self._growing.difference_update(paths)
             self._some_grow.value = bool(self._growing)
 
-    async def show(self, files: TaskFiles) -> None:
-        """Copy the logs of a task to this process's stdout and stderr. While these are not read, only one task waits."""
+    async def show(self, files: TaskFiles, *, failed: bool = False) -> None:
+        """Copy the logs of a task to this process's stdout and stderr. While these are not read, only one task waits.
+
+        Those of a task that has failed are marked, and nothing waits long for a reader: they may not be wanted.
+        """
+        copy = log_copies.copy_marked_logs if failed else log_copies.copy_logs
+        if log_copies.are_files():
+            await self._disk.finish(_size(files), copy, files)
+            return
         if self._is_unread and not self._showing.available_tokens:
             return
-        with trio.move_on_after(self._show_timeout, shield=True) as scope:  # the output of the task must not be lost
-            await trio.to_thread.run_sync(self._dump, files, abandon_on_cancel=True, limiter=self._showing)
+        seconds = FAILED_SHOW_TIMEOUT if failed else SHOW_TIMEOUT
+        with trio.move_on_after(seconds, shield=True) as scope:  # the output of the task must not be lost
+            await trio.to_thread.run_sync(copy, files, abandon_on_cancel=True, limiter=self._showing)
         if scope.cancelled_caught and not self._is_unread:
             LOGGER.warning("stdout or stderr is not read: the logs of tasks are not copied to it until it is")
         self._is_unread = scope.cancelled_caught
@@ -119,3 +120,11 @@ class TaskLogs:
         """Keep only the beginning of logs that are complete. Blocks."""
         for path in paths:
             finish(path, self._most)
+
+
+def _size(files: TaskFiles) -> int:
+    size = 0
+    for path in (files.stdout, files.stderr):
+        with suppress(OSError):
+            size += path.lstat().st_size
+    return size

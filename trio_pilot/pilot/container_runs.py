@@ -23,6 +23,7 @@ from trio_pilot.files.blocking_calls import BlockingCalls
 from trio_pilot.files.data_directory import DATA_DIRECTORY, HUB, TASK_IO, DataDirectory
 from trio_pilot.files.error_summary import NO_REASON, error_summary, without_words
 from trio_pilot.files.filesystem import is_directory
+from trio_pilot.files.log_copies import copy_logs
 from trio_pilot.files.task_directory import TaskFiles
 from trio_pilot.files.task_logs import TaskLogs
 from trio_pilot.runtimes import NOT_FOUND_REASONS, Container, Exit, Limits, Mount, Runtime
@@ -42,7 +43,7 @@ class RunSpec:
     env: Mapping[str, str]
     timeout: float | None  # seconds
     limits: Limits
-    dump: bool  # copy its stdout and stderr to those of the pilot
+    dump: bool  # copy its stdout and stderr to those of the pilot even if it succeeds
     keep: bool  # keep its files
     cpu_set: tuple[int, ...] = ()  # CPUs to run on; empty: any
 
@@ -104,8 +105,9 @@ async def run(tools: Tools, disk: BlockingCalls, logs: TaskLogs, spec: RunSpec, 
                 ended = await tools.runtime.run(_container(tools, spec, files))
         finally:
             reason = await disk.finish(0, _conclude, logs, files, ended)
-    if spec.dump:
-        await logs.show(files)
+    failed = ended is None or ended.out_of_memory or ended.code != 0
+    if spec.dump or failed:
+        await logs.show(files, failed=failed)
     if ended is None:
         raise ContainerTimeoutError(f"{spec.alias} failed: [Timeout-Error] timed out after {timeout:g}s")
     if ended.out_of_memory:
@@ -146,7 +148,7 @@ async def run_once(tools: Tools, settings: Settings, data: Any) -> int:
         ended = None
         with trio.move_on_after(timeout):
             ended = await tools.runtime.run(_container(tools, replace(RunSpec.task(settings), dump=True), files))
-        await trio.to_thread.run_sync(task_directory.dump, files, abandon_on_cancel=True)
+        await trio.to_thread.run_sync(copy_logs, files, abandon_on_cancel=True)
     finally:
         await remove(tools, disk, files, settings.task_image, keep=settings.keep_all_task_files)
     if ended is None:

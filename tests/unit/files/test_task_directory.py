@@ -329,18 +329,3 @@ def test_what_cannot_be_removed_from_a_kept_directory_is_logged(files: TaskFiles
         task_directory.keep_only_files(files)
     assert f"cannot remove all of {files.scratch}" in caplog.text
     assert files.infile_path.exists()
-
-
-# Showing logs.
-
-
-def test_logs_are_copied_to_stdout_and_stderr(files: TaskFiles, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    files.stdout.write_bytes(b"out \xff\n")
-    files.stderr.write_bytes(b"err \xff\n")
-    task_directory.dump(files)
-    assert capfdbinary.readouterr() == (b"out \xff\n", b"err \xff\n")
-
-
-def test_logs_that_do_not_exist_are_not_copied(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    task_directory.dump(TaskFiles(tmp_path / "none", "in", "out"))
-    assert capfdbinary.readouterr() == (b"", b"")

@@ -1,5 +1,8 @@
 import math
-import threading
+import os
+import re
+from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import trio
 from tests.support.lab import Lab
 from tests.support.waiting import PATIENCE
 from trio_pilot.errors import TasksFailedError
+from trio_pilot.files import log_copies, task_logs
 from trio_pilot.files.blocking_calls import BlockingCalls
 from trio_pilot.files.error_summary import error_summary
 from trio_pilot.files.task_directory import TaskFiles
@@ -75,30 +79,30 @@ def test_what_a_task_puts_in_the_place_of_its_log_is_not_changed(log: Path, tmp_
 
 
 async def test_logs_are_cut_while_they_grow_and_no_longer(autojump_clock: trio.testing.MockClock, tmp_path: Path) -> None:
-    task_logs = TaskLogs(5, BlockingCalls())
+    logs = TaskLogs(5, BlockingCalls())
     (growing := tmp_path / "growing").write_bytes(b"x" * 10 * TAIL)
     (other := tmp_path / "other").write_bytes(b"x" * 10 * TAIL)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(task_logs.watch)
-        with task_logs.growing(growing):
+        nursery.start_soon(logs.watch)
+        with logs.growing(growing):
             await trio.sleep(1.5)
             assert growing.stat().st_size == 5 + TAIL
             growing.write_bytes(b"x" * 10 * TAIL)
         await trio.sleep(10)
         assert growing.stat().st_size == other.stat().st_size == 10 * TAIL
-        task_logs.close()
+        logs.close()
     assert autojump_clock.current_time() == 11.5
 
 
 async def test_without_running_tasks_nothing_wakes_up(tmp_path: Path) -> None:
-    task_logs = TaskLogs(5, BlockingCalls())
+    logs = TaskLogs(5, BlockingCalls())
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(task_logs.watch)
-        with task_logs.growing(tmp_path):
+        nursery.start_soon(logs.watch)
+        with logs.growing(tmp_path):
             pass
         await trio.testing.wait_all_tasks_blocked()
         assert trio.lowlevel.current_statistics().seconds_to_next_deadline == math.inf
-        task_logs.close()
+        logs.close()
 
 
 # In a pilot.
@@ -166,23 +170,92 @@ def test_sixteen_mebibytes_are_kept_by_default() -> None:
     assert Settings().max_output == 16 * 2**20
 
 
-async def test_while_stdout_is_not_read_only_one_task_waits_for_it(tmp_path: Path) -> None:
-    shown: list[TaskFiles] = []
-    reads_on = threading.Event()
+def files_of(directory: Path, stdout: bytes) -> TaskFiles:
+    files = TaskFiles(directory, "", "")
+    files.stdout.parent.mkdir(parents=True)
+    files.stdout.write_bytes(stdout)
+    files.stderr.write_bytes(b"")
+    return files
 
-    def dump(files: TaskFiles) -> None:
-        reads_on.wait()
-        shown.append(files)
 
-    first, second, third = (TaskFiles(tmp_path / str(number), "", "") for number in range(3))
-    task_logs = TaskLogs(100, BlockingCalls(), show_timeout=0.5, dump=dump)
+@pytest.fixture
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[BufferedReader]:
+    """The end to read of a pipe in the place of this process's stdout and stderr."""
+    read_end, write_end = os.pipe()
+    with os.fdopen(read_end, "rb") as reader, os.fdopen(write_end, "wb") as writer:
+        monkeypatch.setattr(log_copies, "STDOUT", writer.fileno())
+        monkeypatch.setattr(log_copies, "STDERR", writer.fileno())
+        monkeypatch.setattr(log_copies, "are_files", lambda: False)
+        yield reader
+
+
+@pytest.mark.parametrize("failed", [False, True])
+async def test_while_stdout_is_not_read_only_one_task_waits_for_it(
+    tmp_path: Path, pipe: BufferedReader, failed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task_logs, "FAILED_SHOW_TIMEOUT" if failed else "SHOW_TIMEOUT", 0.5)
+    content = b"x" * 2**17  # a pipe has room for 64 KiB
+    first, second, third = (files_of(tmp_path / str(number), content) for number in range(3))
+    logs, received = TaskLogs(2**20, BlockingCalls()), b""
     with trio.fail_after(PATIENCE):
-        await task_logs.show(first)
         begun = trio.current_time()
-        await task_logs.show(second)
+        await logs.show(first, failed=failed)
+        assert trio.current_time() - begun < 1.5
+        begun = trio.current_time()
+        await logs.show(second, failed=failed)
         assert trio.current_time() - begun < 0.5
-        reads_on.set()
-        while third not in shown:  # until the thread that was given up has ended
-            await trio.sleep(0.01)
-            await task_logs.show(third)
-    assert shown == [first, third]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(show_until_read, logs, third, failed)
+            while received.count(b"x") < 2 * len(content):
+                received += await trio.to_thread.run_sync(pipe.read1, 2**16)
+            nursery.cancel_scope.cancel()
+    names = [f"start of stdout of {number}" in received.decode() for number in range(3)]
+    assert names == ([True, False, True] if failed else [False, False, False])
+
+
+async def show_until_read(logs: TaskLogs, files: TaskFiles, failed: bool) -> None:
+    while True:  # until the thread that was given up has ended
+        await logs.show(files, failed=failed)
+        await trio.sleep(0.01)
+
+
+@pytest.mark.mock_clock
+@pytest.mark.parametrize(("name", "code", "task_timeout"), [("event", 3, None), ("event", 0, 0.25), ("init", 3, None)])
+async def test_the_logs_of_what_fails_are_shown_between_marks(
+    lab: Lab, capfd: pytest.CaptureFixture[str], name: str, code: int, task_timeout: float | None
+) -> None:
+    async def script(container: Container) -> int:
+        container.stdout.write_text("to stdout")
+        await trio.sleep(1)
+        return code
+
+    lab.runtime.script = script
+    lab.put("event")
+    with pytest.raises((TasksFailedError, BaseExceptionGroup)):
+        await lab.run(task_timeout=task_timeout, **({"init_args": ("prepare",)} if name == "init" else {}))
+    out, err = capfd.readouterr()
+    assert re.fullmatch(r"\[trio-pilot: start of stdout of (\S+)\]\nto stdout\n\[trio-pilot: end of stdout of \1\]\n", out)
+    assert re.search(
+        r"\[trio-pilot: start of stderr of (\S+)\]\n<no stderr logs>\n\[trio-pilot: end of stderr of \1\]\n", err
+    )
+
+
+@pytest.mark.mock_clock
+async def test_of_what_a_failing_task_writes_the_bound_is_shown(lab: Lab, capfd: pytest.CaptureFixture[str]) -> None:
+    lab.runtime.script = Writer(seconds=1)
+    lab.put("event")
+    with pytest.raises(TasksFailedError):
+        await lab.run(max_output=1000)
+    out, err = capfd.readouterr()
+    assert out.count("o" * 100) == 10
+    assert NOTE.decode() % 1000 in out
+    assert NOTE.decode() % 1000 in err
+    assert len(out) < 1500
+
+
+@pytest.mark.mock_clock
+async def test_the_logs_of_a_task_that_succeeds_are_not_shown(lab: Lab, capfd: pytest.CaptureFixture[str]) -> None:
+    lab.runtime.script = Writer(seconds=1, code=0)
+    lab.put("event")
+    await lab.run()
+    assert capfd.readouterr().out == ""
