@@ -13,6 +13,7 @@ from trio_pilot.cli.check_finding import Check, SkippedError
 from trio_pilot.errors import NodeError, PilotError
 from trio_pilot.files.filesystem import is_directory, is_link
 from trio_pilot.runtimes import HOST_ROOT, Runtime, bubblewrap, confinement
+from trio_pilot.runtimes.apptainer_directory import ImageDirectory
 from trio_pilot.runtimes.selection import ENGINES, choose, open_runtime
 from trio_pilot.settings import Settings
 
@@ -102,6 +103,8 @@ async def _command(settings: Settings, image: str, args: Sequence[str]) -> str:
     root = Path("/") if image in HOST_ROOT or not contained else Path(image)
     if runtime.engine or not await trio.to_thread.run_sync(is_directory, root):
         return f"{command}: cannot be looked for in this image"
+    if contained and root != Path("/") and await trio.to_thread.run_sync(ImageDirectory.of, root) != ImageDirectory():
+        return f"{command}: passed on to the entrypoint, or found in the PATH, of this image when a task runs"
     for path in _candidates(command, root):
         if _is_executable(path, root, settings, contained=contained):
             return str(path)

@@ -25,7 +25,8 @@ from trio_pilot.processes.children import Child, Command
 from trio_pilot.processes.orphans import MARKER, mark
 from trio_pilot.runtimes import Container, Exit, Limits, Mount, Options, apptainer_quoting, cannot_run
 from trio_pilot.runtimes.apptainer_command import LEADER, MOST_TEXT, Apptainer, environment, fatal
-from trio_pilot.runtimes.apptainer_images import PROBE, RUNSCRIPT, Image, Images, probe
+from trio_pilot.runtimes.apptainer_directory import RUNSCRIPT
+from trio_pilot.runtimes.apptainer_images import PROBE, Image, Images, probe
 from trio_pilot.runtimes.confinement import Confinement, Limiter, OpenGroups, open_limiter
 
 HOME = "/tmp"  # noqa: S108 -- the container's own: its scratch directory is mounted there
@@ -45,10 +46,10 @@ VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 KERNEL_FILES = tuple(map(Path, ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus")))
 
 # Apptainer's errors for a command that it cannot execute, with the kernel's reason.
-NO_COMMAND = re.compile(r'".*": executable file not found in \$PATH', re.DOTALL)
+NO_COMMAND = re.compile(r'"(?P<command>.*)": executable file not found in \$PATH', re.DOTALL)
 CANNOT_EXECUTE = re.compile(
-    r"(?:stat .*: |exec .* failed: .*: )?"
-    r"(no such file or directory|not a directory|permission denied|is a directory|exec format error)",
+    r"(?:stat (?P<command>.*): |exec .* failed: .*: )?"
+    r"(?P<reason>no such file or directory|not a directory|permission denied|is a directory|exec format error)",
     re.DOTALL,
 )
 REASONS = {
@@ -185,13 +186,16 @@ class ApptainerRuntime:
         reason = fatal(text, among_others=self._debug)
         if reason is None:
             return Exit(FAILED)
-        refused = CANNOT_EXECUTE.fullmatch(reason)
-        if not refused and not NO_COMMAND.fullmatch(reason):
+        refused = NO_COMMAND.fullmatch(reason) or CANNOT_EXECUTE.fullmatch(reason)
+        if not refused:
             if await self._could_be_made(run):
                 return Exit(FAILED)
             raise NodeError(f"apptainer could not make the container: {reason}")
-        why = os.strerror(REASONS.get(refused[1], errno.ENOENT) if refused else errno.ENOENT)
-        line = f"{container.args[0]}: {why}"
+        facts, runs_script = refused.groupdict(), run.image.action == "run" and not container.without_entrypoint
+        why = os.strerror(REASONS.get(facts.get("reason", ""), errno.ENOENT))
+        # What an image executes is its own affair; apptainer quotes the arguments of a task in its errors.
+        command = facts["command"] if runs_script else None
+        line = f"{command or container.args[0]}: {why}"
         with container.stderr.open("ab", 0) as stderr:
             stderr.write(os.fsencode(f"{line}\n"))
         return cannot_run(line)

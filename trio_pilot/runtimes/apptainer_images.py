@@ -22,6 +22,7 @@ from trio_pilot.files.filesystem import exists, is_file, remove_tree
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import APPTAINER_BUILD, APPTAINER_IMAGE, HOST_ROOT, Options
 from trio_pilot.runtimes.apptainer_command import Apptainer, environment
+from trio_pilot.runtimes.apptainer_directory import has_runscript, is_runscript
 
 # The sources of an image other than a file: apptainer-build(1).
 SOURCES = ("docker", "docker-archive", "docker-daemon", "oci", "oci-archive", "oras", "library", "shub", "http", "https")
@@ -31,9 +32,6 @@ FOR_BUILDING = re.compile(
     r"(APPTAINER|SINGULARITY|DOCKER|XDG|SSL)_.*|(http|https|no|all)_proxy|PATH|HOME|USER|LOGNAME|REGISTRY_AUTH_FILE",
     re.IGNORECASE,
 )
-
-RUNSCRIPT = ".singularity.d/runscript"
-NO_RUNSCRIPT = "There is no runscript defined for this container"  # the only text of the runscript that apptainer makes up
 
 UNKNOWN = "image format not recognized"
 
@@ -99,7 +97,7 @@ class Images:
         reason = await self._cannot_run(path)
         if reason is None:
             result = await self._apptainer.run(["--silent", "inspect", "--runscript", str(path)], environment())
-            return Image(str(path), _action(result.text if result.code == 0 else ""))
+            return Image(str(path), _action(runs_script=result.code == 0 and is_runscript(result.text)))
         if UNKNOWN in reason:  # a build would take it for a definition file, and execute it
             raise NodeError(f"the image {name} is of no format that apptainer knows: {reason}")
         LOGGER.info("image %s: being unpacked, because it cannot be mounted here: %s", name, reason)
@@ -160,14 +158,11 @@ def _directory_fault(name: str) -> str | None:
 
 def _directory(name: str) -> Image:
     path = Path(name).absolute()
-    try:
-        return Image(str(path), _action((path / RUNSCRIPT).read_text(errors="replace")))
-    except OSError:
-        return Image(str(path))
+    return Image(str(path), _action(runs_script=has_runscript(path)))
 
 
-def _action(runscript: str) -> str:
-    return "run" if runscript.strip() and NO_RUNSCRIPT not in runscript else "exec"
+def _action(*, runs_script: bool) -> str:
+    return "run" if runs_script else "exec"
 
 
 def _make_own(directory: Path) -> None:

@@ -4,9 +4,12 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import IO
 
 import trio
 
@@ -18,6 +21,7 @@ from trio_pilot.processes import cgroups
 from trio_pilot.processes.children import Child, Children, Command
 from trio_pilot.processes.orphans import MARKER, mark
 from trio_pilot.runtimes import ENVFILE, HOST_ROOT, NOT_EXECUTABLE, NOT_FOUND, Container, Exit, Options, cannot_run
+from trio_pilot.runtimes.apptainer_directory import ImageDirectory, Launch
 from trio_pilot.runtimes.confinement import NOT_ENTERED, Confinement, Limiter, OpenGroups, open_limiter
 
 # Directories of a container's own: bubblewrap makes them, the host's would undo the isolation, or they must be writable.
@@ -90,11 +94,19 @@ class BubblewrapRuntime:
         self._kill_grace = kill_grace
         self._children = Children()
         self._limiter = limiter
+        self._directories: dict[str, ImageDirectory] = {}
         self._roots: dict[tuple[str, tuple[str, ...]], tuple[str, ...]] = {}
 
     async def prepare(self, image: str) -> None:
         """Read the image directory. Raises NodeError if there is none."""
         await self._root(image, ())
+
+    async def _directory(self, image: str) -> ImageDirectory:
+        if image in HOST_ROOT:
+            return ImageDirectory()
+        if image not in self._directories:
+            self._directories[image] = await trio.to_thread.run_sync(ImageDirectory.of, Path(image))
+        return self._directories[image]
 
     async def _root(self, image: str, targets: tuple[str, ...]) -> tuple[str, ...]:
         key = image, targets
@@ -106,34 +118,42 @@ class BubblewrapRuntime:
         """Run a container to its end; on every way out its PID namespace has ended."""
         await trio.lowlevel.checkpoint_if_cancelled()
         root = await self._root(container.image, tuple(mount.target for mount in container.mounts))
+        launch = (await self._directory(container.image)).launch(container)
         async with self._limiter.confine(container) as confinement:
             with map_exceptions({OSError: NodeError}, "cannot start bubblewrap"), StatusPipe() as status:
-                child = self._start(container, root, status, confinement)
+                child = self._start(container, _Plan(root, launch, status.writing, confinement))
                 # The namespace ends with its parent, which SIGKILL ends.
                 code = await child.wait_and_end(
                     self._kill_grace, terminate=lambda: child.terminate_below(status.read().get("child-pid"))
                 )
                 if code in NOT_THE_PAYLOADS and "exit-code" not in status.read():
                     return _own_fault(container, code, confinement)
+                if refusal := launch.refusal(code, container.stderr):
+                    return _refused(container, refusal)
             return Exit(code, code != 0 and confinement.out_of_memory)
 
-    def _start(self, container: Container, root: Sequence[str], status: "StatusPipe", confinement: Confinement) -> Child:
-        with open_log(container.stdout) as stdout, open_log(container.stderr) as stderr:
-            path = os.environ.get("PATH", PATH) if container.image in HOST_ROOT else PATH
-            env = {"PATH": path, "HOME": HOME, "TMPDIR": HOME, **container.env}
+    def _start(self, container: Container, plan: "_Plan") -> Child:
+        # Variables such as LD_PRELOAD are for the payload alone, and may be secret: bubblewrap reads them from a file.
+        path = os.environ.get("PATH", PATH) if container.image in HOST_ROOT else PATH
+        env = {"PATH": path, "HOME": HOME, "TMPDIR": HOME, **plan.launch.env}
+        with (
+            open_log(container.stdout) as stdout,
+            open_log(container.stderr) as stderr,
+            _open_content(_variables(env), container.scratch) as options,
+        ):
             command = Command(
-                confinement.argv(self._argv(container, root, status.writing), env),
-                env,
+                plan.confinement.argv(self._argv(container, plan, options), {}),
+                {},
                 container.scratch,
                 stdout,
                 stderr,
                 container.name,
-                [status.writing],
+                [plan.status, options],
                 container.cpu_set,
             )
             return self._children.spawn(command)
 
-    def _argv(self, container: Container, root: Sequence[str], status: int) -> list[str]:
+    def _argv(self, container: Container, plan: "_Plan", options: int) -> list[str]:
         mounts = [
             option
             for mount in container.mounts
@@ -142,13 +162,53 @@ class BubblewrapRuntime:
         return [
             self._bwrap,
             # Root would keep its capabilities, and could undo the rest with them.
-            *("--unshare-all", "--share-net", "--cap-drop", "ALL", "--die-with-parent", "--json-status-fd", str(status)),
-            *root,
+            *("--unshare-all", "--share-net", "--cap-drop", "ALL", "--die-with-parent"),
+            *("--json-status-fd", str(plan.status), "--args", str(options)),
+            *plan.root,
             *("--proc", "/proc", *_devices(), "--bind", str(container.scratch), HOME),
             *mounts,
             *("--remount-ro", "/", "--chdir", HOME, "--"),
-            *container.args,
+            *plan.launch.argv,
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a container is run with."""
+
+    root: Sequence[str]  # options that mount its image
+    launch: Launch
+    status: int  # the descriptor that bubblewrap writes its status to
+    confinement: Confinement
+
+
+def _variables(env: Mapping[str, str]) -> bytes:
+    """Return the options that set variables, as bubblewrap reads them from a file."""
+    options = [word for name, value in env.items() for word in ("--setenv", name, value)]
+    return b"".join(os.fsencode(word) + b"\0" for word in options)
+
+
+@contextmanager
+def _open_content(content: bytes, directory: Path) -> Iterator[int]:
+    """Open a file without a name, for a child to read: in memory, or else in a directory."""
+    with _open_unnamed(directory) as file:
+        file.write(content)
+        file.flush()
+        file.seek(0)
+        yield file.fileno()
+
+
+def _open_unnamed(directory: Path) -> IO[bytes]:
+    if hasattr(os, "memfd_create"):  # not every Python has it
+        return os.fdopen(os.memfd_create("trio-pilot"), "w+b")
+    return tempfile.TemporaryFile(dir=directory)
+
+
+def _refused(container: Container, reason: str) -> Exit:
+    """Return the exit of a command that a shell of the image could not execute, and write the reason."""
+    with container.stderr.open("ab", 0) as stderr:
+        stderr.write(os.fsencode(f"{reason}\n"))
+    return cannot_run(reason)
 
 
 class StatusPipe:
