@@ -14,6 +14,7 @@ from trio_pilot.errors import NodeError, PilotError
 from trio_pilot.files.filesystem import is_directory, is_link
 from trio_pilot.runtimes import HOST_ROOT, Runtime, bubblewrap, confinement
 from trio_pilot.runtimes.apptainer_directory import ImageDirectory
+from trio_pilot.runtimes.bubblewrap_root import is_own
 from trio_pilot.runtimes.selection import ENGINES, choose, open_runtime
 from trio_pilot.settings import Settings
 
@@ -124,7 +125,7 @@ def _is_executable(path: Path, root: Path, settings: Settings, *, contained: boo
     """Return whether a path is that of a program, as a container with this root sees it."""
     if not contained or any(path.is_relative_to(directory) for directory in settings.external_directories):
         return os.access(path, os.X_OK) and path.is_file()
-    if path.parts[1] in bubblewrap.OWN_DIRECTORIES:
+    if is_own(path):
         return False
     outside = root / path.relative_to("/")
     # A link in an image may point below the image's own root, and cannot be followed from outside.

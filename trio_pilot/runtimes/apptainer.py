@@ -12,13 +12,14 @@ import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path, PurePath
 
 import trio
 
 from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.files.data_directory import open_temporary
+from trio_pilot.files.filesystem import is_directory
 from trio_pilot.files.task_logs import open_log
 from trio_pilot.processes import cgroups
 from trio_pilot.processes.children import Child, Command
@@ -30,6 +31,9 @@ from trio_pilot.runtimes.apptainer_images import PROBE, Image, Images, probe
 from trio_pilot.runtimes.confinement import Confinement, Limiter, OpenGroups, open_limiter
 
 HOME = "/tmp"  # noqa: S108 -- the container's own: its scratch directory is mounted there
+
+VAR_TMP = "/var/tmp"  # noqa: S108 -- the same directory: apptainer's own would be small, or missing with that of the image
+SYS = Path("/sys")
 
 FAILED = 255  # apptainer's own exit code, whatever the reason
 
@@ -163,7 +167,8 @@ class ApptainerRuntime:
             command = [f"/{RUNSCRIPT}"] if action == "run" else []
             args = apptainer_quoting.shell(command, args, container.env, run.address_space)
             action = "exec"
-        mounts = [Mount(container.scratch, HOME, writable=True), *container.mounts, *_protection()]
+        scratch = [Mount(container.scratch, place, writable=True) for place in (HOME, VAR_TMP)]
+        mounts = [*scratch, *container.mounts, *_protection()]
         return [
             *(self._apptainer.path, "--debug" if self._debug else "--silent"),
             # As no home directory of the host is mounted, --home sets no more than HOME.
@@ -223,13 +228,23 @@ def _environment(container: Container) -> dict[str, str]:
 def _make_mount_points(container: Container) -> None:
     """Make the mount points in the scratch directory; apptainer makes the others in a layer over the image."""
     for mount in container.mounts:
-        if mount.target.startswith(f"{HOME}/"):
-            (container.scratch / PurePath(mount.target).relative_to(HOME)).mkdir(parents=True, exist_ok=True)
+        for place in (HOME, VAR_TMP):
+            if mount.target.startswith(f"{place}/"):
+                (container.scratch / PurePath(mount.target).relative_to(place)).mkdir(parents=True, exist_ok=True)
 
 
 def _protection() -> Iterator[Mount]:
+    # A mount of /sys is read-only at its top alone, so all that is mounted below it is mounted once more.
+    yield from (Mount(path, str(path)) for path in _below_sys() if os.access(path, os.R_OK | os.X_OK))
     if os.geteuid() == 0:
         yield from (Mount(path, str(path)) for path in KERNEL_FILES if path.exists())
+
+
+@cache
+def _below_sys() -> tuple[Path, ...]:
+    """List /sys, and the directories below it where something else is mounted."""
+    places = {Path(line.split()[4]) for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+    return tuple(path for path in sorted(places) if path.is_relative_to(SYS) and is_directory(path))
 
 
 def _mount(mount: Mount) -> str:
