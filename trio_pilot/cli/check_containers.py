@@ -28,7 +28,7 @@ def container_checks(settings: Settings) -> list[Check]:
     return [
         Check("runtime", partial(_runtime, settings), runtime_advice),
         Check("limits", partial(check_limits, settings), limits_advice),
-        *(Check(name, partial(_image, settings, image), image_advice) for name, image in _images(settings)),
+        *(Check(name, partial(_image, settings, image, args), image_advice) for name, image, args in _images(settings)),
         *(
             Check(name, partial(_command, settings, image, args), command_advice)
             for name, image, args in _commands(settings)
@@ -72,14 +72,14 @@ async def _open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         yield runtime
 
 
-def _images(settings: Settings) -> list[tuple[str, str]]:
-    has_init = settings.init_image or settings.init_args
-    return [("image", settings.task_image), *([("init image", settings.init_image)] if has_init else [])]
+def _images(settings: Settings) -> list[tuple[str, str, tuple[str, ...]]]:
+    task, init = (settings.task_image, settings.task_args), (settings.init_image, settings.init_args)
+    return [("image", *task), *([("init image", *init)] if any(init) else [])]
 
 
-async def _image(settings: Settings, image: str) -> str:
+async def _image(settings: Settings, image: str, args: Sequence[str]) -> str:
     async with _open_runtime(settings) as runtime:
-        await runtime.prepare(image)
+        await runtime.prepare(image, has_args=bool(args))
         if runtime.name == "process":
             return f"{image or 'none'}: not used, the process runtime has no images"
         return "/, this machine's own root" if image in HOST_ROOT else image

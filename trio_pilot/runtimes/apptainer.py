@@ -24,7 +24,7 @@ from trio_pilot.files.task_logs import open_log
 from trio_pilot.processes import cgroups
 from trio_pilot.processes.children import Child, Command
 from trio_pilot.processes.orphans import MARKER, mark
-from trio_pilot.runtimes import Container, Exit, Limits, Mount, Options, apptainer_quoting, cannot_run
+from trio_pilot.runtimes import Container, Exit, Limits, Mount, Options, apptainer_quoting, cannot_run, no_command
 from trio_pilot.runtimes.apptainer_command import LEADER, MOST_TEXT, Apptainer, environment, fatal
 from trio_pilot.runtimes.apptainer_directory import RUNSCRIPT
 from trio_pilot.runtimes.apptainer_images import PROBE, Image, Images, probe
@@ -120,9 +120,11 @@ class ApptainerRuntime:
         self._debug = options.debug
         self._limiter = limiter
 
-    async def prepare(self, image: str) -> None:
+    async def prepare(self, image: str, *, has_args: bool = True) -> None:
         """Check the image; unpack it if it cannot be run as it is."""
-        await self._images.ready(image)
+        ready = await self._images.ready(image)
+        if not has_args and not ready.has_command:
+            raise no_command(image)
 
     async def run(self, container: Container) -> Exit:
         """Run a container to its end; on every way out its PID namespace has ended."""
@@ -200,7 +202,7 @@ class ApptainerRuntime:
         why = os.strerror(REASONS.get(facts.get("reason", ""), errno.ENOENT))
         # What an image executes is its own affair; apptainer quotes the arguments of a task in its errors.
         command = facts["command"] if runs_script else None
-        line = f"{command or container.args[0]}: {why}"
+        line = f"{command or next(iter(container.args), RUNSCRIPT)}: {why}"
         with container.stderr.open("ab", 0) as stderr:
             stderr.write(os.fsencode(f"{line}\n"))
         return cannot_run(line)

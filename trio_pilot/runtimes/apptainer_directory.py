@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trio_pilot.errors import NodeError
-from trio_pilot.runtimes import NOT_EXECUTABLE, NOT_FOUND, Container
+from trio_pilot.runtimes import NOT_EXECUTABLE, NOT_FOUND, Container, no_command
 
 ENVIRONMENT = ".singularity.d/env"
 RUNSCRIPT = ".singularity.d/runscript"
@@ -61,19 +61,23 @@ class ImageDirectory:
 
     has_environment: bool = False
     has_runscript: bool = False
+    has_command: bool = False  # that can be run without arguments
 
     @classmethod
     def of(cls, image: Path) -> "ImageDirectory":
         """Read an unpacked image. Blocks."""
-        return cls((image / ENVIRONMENT).is_dir(), has_runscript(image))
+        runscript = runscript_of(image)
+        return cls((image / ENVIRONMENT).is_dir(), is_runscript(runscript), has_command(runscript))
 
     def launch(self, container: Container) -> "Launch":
         """Return the command that runs a container of this image.
 
         Raises:
-            NodeError: the name of a variable is none that a shell can export.
+            NodeError: there is nothing to run, or the name of a variable is none that a shell can export.
         """
         runs_script = self.has_runscript and not container.without_entrypoint
+        if not container.args and not (runs_script and self.has_command):
+            raise no_command(container.image)
         if not (runs_script or self.has_environment):
             return Launch(container.args, container.env)
         name = f"trio-pilot-{uuid.uuid4().hex}"
@@ -113,17 +117,24 @@ class Launch:
         return None
 
 
-def has_runscript(image: Path) -> bool:
-    """Return whether an unpacked image has a runscript of its own. Blocks."""
+def runscript_of(image: Path) -> str:
+    """Return the text of the runscript of an unpacked image; empty: it has none. Blocks."""
     try:
-        return is_runscript((image / RUNSCRIPT).read_text(errors="replace"))
+        return (image / RUNSCRIPT).read_text(errors="replace")
     except OSError:
-        return False
+        return ""
 
 
 def is_runscript(text: str) -> bool:
     """Return whether a runscript is one of the image's own."""
     return bool(text.strip()) and NO_RUNSCRIPT not in text
+
+
+def has_command(runscript: str) -> bool:
+    """Return whether a runscript executes something without arguments: that of a Docker image without a command does not."""
+    return is_runscript(runscript) and not all(
+        line in runscript.splitlines() for line in ("OCI_ENTRYPOINT=''", "OCI_CMD=''")
+    )
 
 
 def _exportable(name: str) -> str:

@@ -19,7 +19,7 @@ from trio_pilot.files.task_logs import open_log
 from trio_pilot.processes import cgroups
 from trio_pilot.processes.children import Child, Children, Command
 from trio_pilot.processes.orphans import MARKER, mark
-from trio_pilot.runtimes import HOST_ROOT, NOT_EXECUTABLE, NOT_FOUND, Container, Exit, Options, cannot_run
+from trio_pilot.runtimes import HOST_ROOT, NOT_EXECUTABLE, NOT_FOUND, Container, Exit, Options, cannot_run, no_command
 from trio_pilot.runtimes.apptainer_directory import ImageDirectory, Launch
 from trio_pilot.runtimes.bubblewrap_root import HOME, Root, root_of
 from trio_pilot.runtimes.confinement import NOT_ENTERED, Confinement, Limiter, OpenGroups, open_limiter
@@ -92,9 +92,11 @@ class BubblewrapRuntime:
         self._directories: dict[str, ImageDirectory] = {}
         self._roots: dict[tuple[str, tuple[str, ...]], Root] = {}
 
-    async def prepare(self, image: str) -> None:
-        """Read the image directory. Raises NodeError if there is none."""
+    async def prepare(self, image: str, *, has_args: bool = True) -> None:
+        """Read the image directory. Raises NodeError if there is none, or no command in it where one is needed."""
         await self._root(image, ())
+        if not has_args and not (await self._directory(image)).has_command:
+            raise no_command(image)
 
     async def _directory(self, image: str) -> ImageDirectory:
         if image in HOST_ROOT:

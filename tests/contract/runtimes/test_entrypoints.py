@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import trio
 
-from tests.contract.runtimes.subjects import ENGINES, Subject
+from tests.contract.runtimes.subjects import BUBBLEWRAPS, ENGINES, Subject
 from tests.contract.runtimes.test_contract import AWKWARD
 from tests.support.images import build_directory, make_docker_archive, make_image
 from tests.support.processes import command_line
 from tests.support.waiting import PATIENCE, until
+from trio_pilot.errors import NodeError
 from trio_pilot.files.error_summary import error_summary
 from trio_pilot.processes.orphans import MARKER
-from trio_pilot.runtimes import Container, Options, Runtime, bubblewrap
+from trio_pilot.runtimes import Container, Limits, Options, Runtime, bubblewrap
 
 SEARCH_PATH = "/app/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # apptainer would add what it lacks
 GREETING = "it's a fine  day; * ~ & é"  # apptainer's build changes \\ \" $ and `
@@ -38,6 +39,7 @@ IMAGES: Mapping[str, Mapping[str, Any]] = {
     "entrypoint": {**COMMON, "Entrypoint": ["mytool", "of the image"], "Cmd": ["by default", "it's"]},
     "no-entrypoint": {**COMMON, "Cmd": ["mytool", "by default"]},
     "missing-entrypoint": {**COMMON, "Entrypoint": ["no-such-tool"]},
+    "no-command": COMMON,
 }
 
 entrypoint = pytest.mark.parametrize("image_name", ["entrypoint"], indirect=True)
@@ -109,6 +111,34 @@ async def test_the_entrypoint_gets_the_arguments_of_the_task_exactly(subject: Su
 @no_entrypoint
 async def test_without_an_entrypoint_the_arguments_are_the_command(subject: Subject, runtime: Runtime) -> None:
     assert await output(runtime, subject.container("mytool", "a  b", "$HOME")) == words("a  b", "$HOME")
+
+
+@every_runtime
+@pytest.mark.parametrize(
+    ("image_name", "expected"),
+    [("entrypoint", ["of the image", "by default", "it's"]), ("no-entrypoint", ["by default"])],
+    indirect=["image_name"],
+)
+async def test_without_arguments_the_image_runs_its_own(subject: Subject, runtime: Runtime, expected: list[str]) -> None:
+    await runtime.prepare(subject.image, has_args=False)
+    assert await output(runtime, subject.container()) == words(*expected)
+    limited = replace(subject.container(env={"HOME": "/etc"}), limits=Limits(memory=2**29))
+    assert await output(runtime, limited) == words(*expected)
+
+
+@every_runtime
+@pytest.mark.parametrize("image_name", ["no-command"], indirect=True)
+async def test_an_image_without_a_command_needs_arguments(subject: Subject, runtime: Runtime) -> None:
+    with pytest.raises(NodeError, match=f"^the image {subject.image} has no command of its own: say what to run in it"):
+        await runtime.prepare(subject.image, has_args=False)
+    assert await output(runtime, subject.container("mytool", "first")) == words("first")
+
+
+@pytest.mark.parametrize("subject", ["process", *BUBBLEWRAPS, "apptainer-directory"], indirect=True)
+async def test_what_apptainer_has_not_built_needs_arguments(subject: Subject) -> None:
+    async with subject.open(Options()) as runtime:
+        with pytest.raises(NodeError, match=r"^the (runtime|image) \S+ has no command of .*: say what to run"):
+            await runtime.prepare(subject.image, has_args=False)
 
 
 OWN = "(APPTAINER|SINGULARITY)_.*|LD_LIBRARY_PATH|PROMPT_COMMAND|PS1|SHLVL|PWD|LANG|HOSTNAME|TERM|container|" + MARKER

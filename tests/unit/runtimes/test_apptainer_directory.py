@@ -94,6 +94,12 @@ def test_a_runscript_is_left_out_where_it_is_not_wanted(tmp_path: Path) -> None:
     assert directory.launch(container) == Launch(container.args, container.env)
 
 
+@pytest.mark.parametrize("directory", [ImageDirectory(), ImageDirectory(has_environment=True), ImageDirectory(True, True)])
+def test_nothing_to_run_is_an_error_and_no_success(tmp_path: Path, directory: ImageDirectory) -> None:
+    with pytest.raises(NodeError, match="the image / has no command of its own"):
+        directory.launch(new_container(tmp_path, []))
+
+
 def test_a_name_that_no_shell_can_set_is_an_error(tmp_path: Path) -> None:
     container = new_container(tmp_path, ["true"], env={"a; reboot": ""})
     with pytest.raises(NodeError, match="a shell cannot set a variable named 'a; reboot'"):
