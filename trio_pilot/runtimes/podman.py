@@ -61,8 +61,7 @@ def spec(request: CreateRequest) -> Spec:
     return {
         "name": request.name,
         "image": request.image,
-        # Without arguments the image's own apply.
-        **({"entrypoint" if container.without_entrypoint else "command": container.args} if container.args else {}),
+        **({"entrypoint": container.args} if container.without_entrypoint else {"command": container.args}),
         "env": dict(container.env),
         "user": options.user,
         "labels": labels(request),
