@@ -51,7 +51,7 @@ def test_a_node_that_breaks_takes_one_event_a_slot_and_charges_none(
     breaks(own_image)
     assert pilot.wait() == NodeError.exit_code
     assert "this node breaks tasks: " in pilot.last_line
-    assert sum(", attempt " in line for line in pilot.stderr.splitlines()) <= slots
+    assert sum(" WARNING event " in line and ", attempt " in line for line in pilot.stderr.splitlines()) <= slots
     waiting = pilots.queue()
     assert waiting == [(0, False)] * (EVENTS - len(pilots.queue("outputs")))
 

@@ -478,7 +478,7 @@ async def test_a_pilot_whose_log_is_not_read_does_its_work(queue: str, directory
         with trio.fail_after(LONG):
             _, stderr = await trio.to_thread.run_sync(child.communicate, abandon_on_cancel=True)
     assert child.returncode == 1
-    assert set(re.findall(r"event id-(\d+), attempt", stderr)) == set(map(str, range(100)))
+    assert set(re.findall(r"WARNING event id-(\d+), attempt", stderr)) == set(map(str, range(100)))
     assert stderr.splitlines()[-1].startswith("100 TASK(S) FAILED")
 
 
@@ -521,7 +521,7 @@ async def test_poison_is_tried_as_often_as_it_may_and_delays_no_good_event(
             taken = trio.current_time() - begun
             with trio.fail_after(LONG):
                 _, stderr = await trio.to_thread.run_sync(child.communicate)
-        tried.update(re.findall(r"event (\S+), attempt", stderr))
+        tried.update(re.findall(r"WARNING event (\S+), attempt", stderr))
         return taken
 
     tried: Counter[str] = Counter()
