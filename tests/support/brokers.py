@@ -18,6 +18,7 @@ from nats.js.api import ConsumerConfig
 from nats.js.errors import NotFoundError
 
 from tests.support.servers import NatsServer, RabbitServer
+from tests.support.waiting import Limit, until
 from trio_pilot.brokers import (
     Consumer,
     Delivery,
@@ -308,12 +309,8 @@ async def nothing_comes(consumer: Consumer, seconds: float = 0.3) -> None:
 
 
 async def eventually(check: Callable[[], bool], what: str = "") -> None:
-    """Check a condition again and again that cannot be waited for: of another process, or a server."""
-    with trio.move_on_after(LONG):
-        while not check():  # noqa: ASYNC110 -- there is no event
-            await trio.sleep(0.02)
-        return
-    raise AssertionError(f"never came true: {what}")
+    """Wait like `until`, for as long as a test of brokers waits for anything."""
+    await until(check, what, Limit(LONG, 0.02))
 
 
 def leaves(error: BaseException) -> list[BaseException]:

@@ -1,4 +1,4 @@
-"""Tell HTCondor of a wrong setting, which ends a pilot before it has a reporter: EWMS would take it for one that is done."""
+"""Report a wrong setting to HTCondor: it ends a pilot that has no reporter yet, which EWMS would count as done."""
 
 import os
 import shlex

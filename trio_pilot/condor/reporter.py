@@ -126,7 +126,7 @@ class Reporter:
         await self._status.state.wait_value(lambda now: now is not state)
 
     async def _new_error(self, error: object) -> None:
-        """Wait for an error that is to be reported at once; after MOST_ERRORS there is none."""
+        """Wait for an error that is reported at once; after MOST_ERRORS there is none."""
         await self._status.error.wait_value(
             lambda now: now is not error and len(self._errors) < MOST_ERRORS and error_text(now) not in self._errors
         )

@@ -45,7 +45,7 @@ def _remove(root: Path) -> None:
 
 
 def _unlock(root: Path) -> None:
-    """Give this user permissions in the directories that a task took them from, from the top down."""
+    """Restore this user's permissions on the directories of a tree, from the top down: a task may have removed them."""
     directories = [root]
     while directories:  # os.walk goes no deeper than a thousand
         directory = directories.pop()

@@ -58,7 +58,7 @@ class Deduplicator:
             self._acked.append((trio.current_time(), replace(delivery, body=b"")))
 
     def adopt(self, delivery: Delivery) -> bool:
-        """Give a new delivery to the running task that has lost its own. Return whether there is such a task."""
+        """Assign a new delivery to the running task that has lost its own. Return whether there is such a task."""
         for task in self._running.get(_key(delivery), ()) if delivery.redelivered else ():
             if not task.is_settled and task.is_lost:
                 task.delivery = delivery
