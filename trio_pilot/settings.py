@@ -38,7 +38,7 @@ from trio_pilot.parsing import (
     variables,
     words,
 )
-from trio_pilot.runtimes import APPTAINER_BUILD, APPTAINER_IMAGE, ENVFILE, Limits, Options
+from trio_pilot.runtimes import APPTAINER_BUILD, APPTAINER_IMAGE, ENVFILE, HOST_ROOT, Limits, Options
 from trio_pilot.runtimes.selection import NAMES
 
 CONFIG_FILE = "trio-pilot.toml"
@@ -94,7 +94,8 @@ class Settings:
     task_args: tuple[str, ...] = setting(
         "",
         arguments,
-        "arguments of the task container, with {{INFILE}}, {{OUTFILE}} and {{DATA_HUB}} replaced; no shell is used",
+        "arguments of the task container, with {{INFILE}}, {{OUTFILE}} and {{DATA_HUB}} replaced; no shell is used;"
+        " none: the command of the image",
     )
     task_env_json: Mapping[str, str] = setting(
         "{}", variables, "environment variables of the task, as a JSON object", secret=True
@@ -102,7 +103,9 @@ class Settings:
     task_timeout: float | None = setting(None, seconds, "time limit of a task, in seconds", variables=TASK_TIMEOUT)
     init_image: str = setting("", text, "image of the init container, which runs once before any event is taken")
     init_args: tuple[str, ...] = setting(
-        "", arguments, "arguments of the init container, with {{DATA_HUB}} replaced; no shell is used"
+        "",
+        arguments,
+        "arguments of the init container, with {{DATA_HUB}} replaced; no shell is used; none: the command of the image",
     )
     init_env_json: Mapping[str, str] = setting(
         "{}", variables, "environment variables of the init container, as a JSON object", secret=True
@@ -270,12 +273,16 @@ class Settings:
 
     def check_complete(self) -> None:
         """Raise SettingsError if a setting that every pilot needs is missing."""
-        if not self.task_args:
-            raise SettingsError("EWMS_PILOT_TASK_ARGS must say what to run for each event: set it, or give --task-args")
-        if self.init_image and not self.init_args:
-            raise SettingsError("EWMS_PILOT_INIT_ARGS must say what to run in EWMS_PILOT_INIT_IMAGE: set it, or neither")
+        self.check_commands()
         self.incoming()
         self.outgoing()
+
+    def check_commands(self) -> None:
+        """Raise SettingsError if there is nothing to run: no arguments, and no image that may have a command of its own."""
+        if not self.task_args and self.task_image in HOST_ROOT:
+            raise SettingsError("EWMS_PILOT_TASK_ARGS must say what to run for each event: set it, or give --task-args")
+        if self.init_image in HOST_ROOT[1:] and not self.init_args:
+            raise SettingsError("EWMS_PILOT_INIT_ARGS must say what to run in EWMS_PILOT_INIT_IMAGE: set it, or neither")
 
     @property
     def first_event_timeout(self) -> float:

@@ -17,7 +17,7 @@ import trio
 
 from trio_pilot.brokers import LONGEST_LEASE, Delivery, Settlement, dead_letter_queue, dead_letters
 from trio_pilot.errors import DeliveryLostError
-from trio_pilot.runtimes import Container, Exit
+from trio_pilot.runtimes import Container, Exit, no_command
 
 Fault = Callable[[str], None]
 
@@ -276,6 +276,7 @@ class FakeRuntime:
     probe: Script = succeed
     fault: Fault = no_fault
     kill_seconds: float = 0.5  # that killing a container takes
+    has_command: bool = True  # the images have commands of their own
     out_of_memory: bool = False  # all containers are killed for it
     running: set[str] = field(default_factory=set)
     most_running: int = 0
@@ -292,9 +293,11 @@ class FakeRuntime:
         self.fault("runtime.open")
         yield self
 
-    async def prepare(self, image: str) -> None:  # noqa: ARG002 -- there are no images
-        """Return at once: there are no images."""
+    async def prepare(self, image: str, *, has_args: bool = True) -> None:
+        """Return at once: there are no images. Raises NodeError if they are to have commands, and have none."""
         await trio.lowlevel.checkpoint()
+        if not has_args and not self.has_command:
+            raise no_command(image)
         self.fault("runtime.prepare")
 
     async def run(self, container: Container) -> Exit:

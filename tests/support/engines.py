@@ -150,6 +150,12 @@ class Engine:
         changes = "".join(f"&changes={urllib.parse.quote(change)}" for change in IMAGE_CHANGES)
         self.api("POST", self._importing + changes, archive)
 
+    def load_archive(self, archive: Path) -> None:
+        """Load an image from an archive, as of `docker save`."""
+        path = "/v1.40/images/load" if self.name == "docker" else "/v4.0.0/libpod/images/load"
+        with archive.open("rb") as file:
+            self.api("POST", path, file)
+
     def api(self, method: str, path: str, body: IO[bytes] | None = None) -> bytes:
         """Send a request; return the content of the answer."""
         with closing(UnixConnection(self.socket, API_TIMEOUT)) as connection:

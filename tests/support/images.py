@@ -1,12 +1,18 @@
 """Programs and images that runtimes need."""
 
 import functools
+import hashlib
+import io
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -59,3 +65,37 @@ def make_image(directory: Path) -> Path:
     (directory / "etc/this-is-the-image").touch()
     (directory / "sbin").symlink_to("bin")
     return directory
+
+
+def make_docker_archive(root: Path, file: Path, name: str, config: Mapping[str, Any]) -> None:
+    """Make an archive, as of `docker save`, of an image: one layer, with a configuration of ENTRYPOINT and so on."""
+    layer = io.BytesIO()
+    with tarfile.open(fileobj=layer, mode="w") as tar:
+        tar.add(root, ".")
+    digest = hashlib.sha256(layer.getvalue()).hexdigest()
+    facts = {
+        "architecture": "amd64",
+        "os": "linux",
+        "config": config,
+        "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]},
+        "history": [{"created_by": "a test"}],
+    }
+    described = json.dumps(facts).encode()
+    config_name = f"{hashlib.sha256(described).hexdigest()}.json"
+    manifest = [{"Config": config_name, "RepoTags": [name], "Layers": [f"{digest}/layer.tar"]}]
+    contents = {
+        config_name: described,
+        f"{digest}/layer.tar": layer.getvalue(),
+        "manifest.json": json.dumps(manifest).encode(),
+    }
+    with tarfile.open(file, "w") as tar:
+        for member, content in contents.items():
+            info = tarfile.TarInfo(member)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def build_directory(apptainer: Path, archive: Path, directory: Path) -> None:
+    """Unpack an archive, as of `docker save`, with apptainer, as the images that EWMS's users name are made."""
+    command = [str(apptainer / "apptainer"), "--silent", "build", "--sandbox", str(directory), f"docker-archive:{archive}"]
+    subprocess.run(command, check=True, timeout=60, stdin=subprocess.DEVNULL)

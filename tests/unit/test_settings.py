@@ -442,6 +442,25 @@ def test_an_init_container_must_have_something_to_run(tmp_path: Path) -> None:
         load({}, environ, tmp_path).check_complete()
 
 
+@pytest.mark.parametrize("init_image", ["", "/cvmfs/an/image", "an:image"])
+def test_an_image_may_run_the_command_of_its_own(tmp_path: Path, init_image: str) -> None:
+    environ = {
+        "EWMS_PILOT_TASK_IMAGE": "/cvmfs/an/image",
+        "EWMS_PILOT_TASK_ARGS": "",
+        "EWMS_PILOT_QUEUE_INCOMING": "a",
+        "EWMS_PILOT_QUEUE_OUTGOING": "b",
+        "EWMS_PILOT_INIT_IMAGE": init_image,
+        "EWMS_PILOT_INIT_ARGS": "",
+    }
+    load({}, environ, tmp_path).check_complete()
+
+
+@pytest.mark.parametrize("image", ["", "/"])
+def test_a_task_must_have_something_to_run(tmp_path: Path, image: str) -> None:
+    with pytest.raises(SettingsError, match=r"^EWMS_PILOT_TASK_ARGS must say what to run for each event: set it"):
+        load({}, {"EWMS_PILOT_TASK_IMAGE": image}, tmp_path).check_complete()
+
+
 def test_arguments_have_no_nul(tmp_path: Path) -> None:
     (tmp_path / "trio-pilot.toml").write_text('task-args = ["a\\u0000b"]\n')
     with pytest.raises(SettingsError, match="must be arguments without NUL characters"):

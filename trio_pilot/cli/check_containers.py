@@ -13,6 +13,8 @@ from trio_pilot.cli.check_finding import Check, SkippedError
 from trio_pilot.errors import NodeError, PilotError
 from trio_pilot.files.filesystem import is_directory, is_link
 from trio_pilot.runtimes import HOST_ROOT, Runtime, bubblewrap, confinement
+from trio_pilot.runtimes.apptainer_directory import ImageDirectory
+from trio_pilot.runtimes.bubblewrap_root import is_own
 from trio_pilot.runtimes.selection import ENGINES, choose, open_runtime
 from trio_pilot.settings import Settings
 
@@ -26,7 +28,7 @@ def container_checks(settings: Settings) -> list[Check]:
     return [
         Check("runtime", partial(_runtime, settings), runtime_advice),
         Check("limits", partial(check_limits, settings), limits_advice),
-        *(Check(name, partial(_image, settings, image), image_advice) for name, image in _images(settings)),
+        *(Check(name, partial(_image, settings, image, args), image_advice) for name, image, args in _images(settings)),
         *(
             Check(name, partial(_command, settings, image, args), command_advice)
             for name, image, args in _commands(settings)
@@ -70,14 +72,14 @@ async def _open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         yield runtime
 
 
-def _images(settings: Settings) -> list[tuple[str, str]]:
-    has_init = settings.init_image or settings.init_args
-    return [("image", settings.task_image), *([("init image", settings.init_image)] if has_init else [])]
+def _images(settings: Settings) -> list[tuple[str, str, tuple[str, ...]]]:
+    task, init = (settings.task_image, settings.task_args), (settings.init_image, settings.init_args)
+    return [("image", *task), *([("init image", *init)] if any(init) else [])]
 
 
-async def _image(settings: Settings, image: str) -> str:
+async def _image(settings: Settings, image: str, args: Sequence[str]) -> str:
     async with _open_runtime(settings) as runtime:
-        await runtime.prepare(image)
+        await runtime.prepare(image, has_args=bool(args))
         if runtime.name == "process":
             return f"{image or 'none'}: not used, the process runtime has no images"
         return "/, this machine's own root" if image in HOST_ROOT else image
@@ -102,6 +104,8 @@ async def _command(settings: Settings, image: str, args: Sequence[str]) -> str:
     root = Path("/") if image in HOST_ROOT or not contained else Path(image)
     if runtime.engine or not await trio.to_thread.run_sync(is_directory, root):
         return f"{command}: cannot be looked for in this image"
+    if contained and root != Path("/") and await trio.to_thread.run_sync(ImageDirectory.of, root) != ImageDirectory():
+        return f"{command}: passed on to the entrypoint, or found in the PATH, of this image when a task runs"
     for path in _candidates(command, root):
         if _is_executable(path, root, settings, contained=contained):
             return str(path)
@@ -121,7 +125,7 @@ def _is_executable(path: Path, root: Path, settings: Settings, *, contained: boo
     """Return whether a path is that of a program, as a container with this root sees it."""
     if not contained or any(path.is_relative_to(directory) for directory in settings.external_directories):
         return os.access(path, os.X_OK) and path.is_file()
-    if path.parts[1] in bubblewrap.OWN_DIRECTORIES:
+    if is_own(path):
         return False
     outside = root / path.relative_to("/")
     # A link in an image may point below the image's own root, and cannot be followed from outside.

@@ -77,8 +77,7 @@ def replay(settings: Settings, queue: str, message_ids: Sequence[str], *, every:
 
 def run(settings: Settings, queue: str, message_id: str) -> int:
     """Run the task for a dead letter on this machine, and return its exit code. The dead letter stays where it is."""
-    if not settings.task_args:
-        settings.check_complete()
+    settings.check_commands()
     letter = run_until_signalled(_find, settings, queue, message_id)
     event = WIRES[settings.wire].decode(letter.body, settings.max_payload)
     try:
@@ -118,7 +117,7 @@ async def _run(settings: Settings, event: Message) -> int:
         with open_data_directory(parent, external, keep=settings.keep_all_task_files) as data_directory:
             opening = open_runtime(settings.runtime, settings.task_image, settings.runtime_options)
             async with guarded(opening, guardian) as runtime:
-                await runtime.prepare(settings.task_image)
+                await runtime.prepare(settings.task_image, has_args=bool(settings.task_args))
                 tools = container_runs.Tools(guardian, data_directory, runtime, ())
                 if settings.init_image or settings.init_args:
                     await container_runs.run_init(tools, settings, TaskLogs(settings.max_output, BlockingCalls()))

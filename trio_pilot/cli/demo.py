@@ -23,7 +23,8 @@ from trio_pilot.cli.signals import run_until_signalled
 from trio_pilot.errors import PilotError
 from trio_pilot.files.data_directory import FORBIDDEN
 from trio_pilot.processes.children import end_all_children
-from trio_pilot.runtimes import Options, bubblewrap
+from trio_pilot.runtimes import Options
+from trio_pilot.runtimes.bubblewrap_root import is_own
 from trio_pilot.runtimes.selection import choose
 from trio_pilot.settings import Settings, load
 
@@ -88,8 +89,7 @@ def _hidden_paths(paths: Iterable[Path]) -> Iterable[Path]:
     """Return the paths that a container with this machine's root does not see: it has a directory of its own there."""
     found: list[Path] = []
     for path in [name for one in paths for name in (one.absolute(), one.resolve())]:
-        is_hidden = path.parts[1:2] and path.parts[1] in bubblewrap.OWN_DIRECTORIES
-        if is_hidden and not any(path.is_relative_to(one) for one in found):
+        if is_own(path) and not any(path.is_relative_to(one) for one in found):
             found.append(path)
     return found
 

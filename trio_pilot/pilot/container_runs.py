@@ -130,7 +130,7 @@ def _conclude(logs: TaskLogs, files: TaskFiles, ended: Exit | None) -> str:
 async def run_init(tools: Tools, settings: Settings, logs: TaskLogs) -> None:
     """Run the init container. Raises what `run` raises."""
     async with _open_directory(tools, "init", settings.init_image, keep=settings.keep_all_task_files) as files:
-        await tools.runtime.prepare(settings.init_image)
+        await tools.runtime.prepare(settings.init_image, has_args=bool(settings.init_args))
         await run(tools, BlockingCalls(), logs, RunSpec.init(settings), files)
 
 
@@ -169,8 +169,9 @@ async def probe(tools: Tools, settings: Settings, error: PilotError | None = Non
             ended = await tools.runtime.run(replace(_container(tools, spec, files), without_entrypoint=True))
             reason = (error_summary(files.stderr) or without_words(ended.code)) if ended.code else ""
             is_missing = reason.endswith(NOT_FOUND_REASONS)
-            if is_missing and str(error).endswith(tuple(f" {settings.task_args[0]}: {why}" for why in NOT_FOUND_REASONS)):
-                raise NodeError(f"the image has neither `{settings.task_args[0]}` nor `{PROBE[0]}`")
+            command = next(iter(settings.task_args), None)  # none: that of the image
+            if is_missing and command and str(error).endswith(tuple(f" {command}: {why}" for why in NOT_FOUND_REASONS)):
+                raise NodeError(f"the image has neither `{command}` nor `{PROBE[0]}`")
             if ended.code and not is_missing:
                 raise NodeError(f"`{PROBE[0]}` in a container fails (exit code {ended.code}): {reason}")
             return

@@ -141,7 +141,7 @@ class Pilot:
 
     async def _try_the_node(self) -> None:
         """Prepare the image of the tasks, and probe the node: one that is broken does not touch an event."""
-        await self._tools.runtime.prepare(self._settings.task_image)
+        await self._tools.runtime.prepare(self._settings.task_image, has_args=bool(self._settings.task_args))
         await probe(self._tools, self._settings)
 
     async def _take_events(self, sources: Sequence[Source], tasks: trio.Nursery) -> None:

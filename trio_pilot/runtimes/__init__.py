@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from trio_pilot.errors import NodeError
+
 # The exit codes of a shell for a command that it cannot execute.
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 NOT_FOUND_REASONS = os.strerror(errno.ENOENT), os.strerror(errno.ENOTDIR)
@@ -91,11 +93,11 @@ class Runtime(Protocol):
     image_directory: Path | None
     """The directory that it unpacks images in; None if it unpacks none, or leaves that to a daemon."""
 
-    async def prepare(self, image: str) -> None:
-        """Get an image ready to run.
+    async def prepare(self, image: str, *, has_args: bool = True) -> None:
+        """Get an image ready to run, with arguments or with the command of its own.
 
         Raises:
-            NodeError: the image, or the runtime itself, does not work on this machine.
+            NodeError: the image, or the runtime itself, does not work on this machine; or it has no command of its own.
         """
 
     async def run(self, container: Container) -> Exit:
@@ -108,6 +110,11 @@ class Runtime(Protocol):
             NodeError: the container could not be started, for a reason other than its own.
             ContainerLostError: it ended with its engine, or how it ended is unknown.
         """
+
+
+def no_command(image: str) -> NodeError:
+    """Return the error for an image that is run without arguments, and has no command of its own."""
+    return NodeError(f"the image {image or '/'} has no command of its own: say what to run in it (TASK_ARGS, INIT_ARGS)")
 
 
 def cannot_run(reason: str) -> Exit:

@@ -12,23 +12,28 @@ import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path, PurePath
 
 import trio
 
 from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.files.data_directory import open_temporary
+from trio_pilot.files.filesystem import is_directory
 from trio_pilot.files.task_logs import open_log
 from trio_pilot.processes import cgroups
 from trio_pilot.processes.children import Child, Command
 from trio_pilot.processes.orphans import MARKER, mark
-from trio_pilot.runtimes import Container, Exit, Limits, Mount, Options, apptainer_quoting, cannot_run
+from trio_pilot.runtimes import Container, Exit, Limits, Mount, Options, apptainer_quoting, cannot_run, no_command
 from trio_pilot.runtimes.apptainer_command import LEADER, MOST_TEXT, Apptainer, environment, fatal
-from trio_pilot.runtimes.apptainer_images import PROBE, RUNSCRIPT, Image, Images, probe
+from trio_pilot.runtimes.apptainer_directory import RUNSCRIPT
+from trio_pilot.runtimes.apptainer_images import PROBE, Image, Images, probe
 from trio_pilot.runtimes.confinement import Confinement, Limiter, OpenGroups, open_limiter
 
 HOME = "/tmp"  # noqa: S108 -- the container's own: its scratch directory is mounted there
+
+VAR_TMP = "/var/tmp"  # noqa: S108 -- the same directory: apptainer's own would be small, or missing with that of the image
+SYS = Path("/sys")
 
 FAILED = 255  # apptainer's own exit code, whatever the reason
 
@@ -45,10 +50,10 @@ VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 KERNEL_FILES = tuple(map(Path, ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus")))
 
 # Apptainer's errors for a command that it cannot execute, with the kernel's reason.
-NO_COMMAND = re.compile(r'".*": executable file not found in \$PATH', re.DOTALL)
+NO_COMMAND = re.compile(r'"(?P<command>.*)": executable file not found in \$PATH', re.DOTALL)
 CANNOT_EXECUTE = re.compile(
-    r"(?:stat .*: |exec .* failed: .*: )?"
-    r"(no such file or directory|not a directory|permission denied|is a directory|exec format error)",
+    r"(?:stat (?P<command>.*): |exec .* failed: .*: )?"
+    r"(?P<reason>no such file or directory|not a directory|permission denied|is a directory|exec format error)",
     re.DOTALL,
 )
 REASONS = {
@@ -115,9 +120,11 @@ class ApptainerRuntime:
         self._debug = options.debug
         self._limiter = limiter
 
-    async def prepare(self, image: str) -> None:
+    async def prepare(self, image: str, *, has_args: bool = True) -> None:
         """Check the image; unpack it if it cannot be run as it is."""
-        await self._images.ready(image)
+        ready = await self._images.ready(image)
+        if not has_args and not ready.has_command:
+            raise no_command(image)
 
     async def run(self, container: Container) -> Exit:
         """Run a container to its end; on every way out its PID namespace has ended."""
@@ -162,7 +169,8 @@ class ApptainerRuntime:
             command = [f"/{RUNSCRIPT}"] if action == "run" else []
             args = apptainer_quoting.shell(command, args, container.env, run.address_space)
             action = "exec"
-        mounts = [Mount(container.scratch, HOME, writable=True), *container.mounts, *_protection()]
+        scratch = [Mount(container.scratch, place, writable=True) for place in (HOME, VAR_TMP)]
+        mounts = [*scratch, *container.mounts, *_protection()]
         return [
             *(self._apptainer.path, "--debug" if self._debug else "--silent"),
             # As no home directory of the host is mounted, --home sets no more than HOME.
@@ -185,13 +193,16 @@ class ApptainerRuntime:
         reason = fatal(text, among_others=self._debug)
         if reason is None:
             return Exit(FAILED)
-        refused = CANNOT_EXECUTE.fullmatch(reason)
-        if not refused and not NO_COMMAND.fullmatch(reason):
+        refused = NO_COMMAND.fullmatch(reason) or CANNOT_EXECUTE.fullmatch(reason)
+        if not refused:
             if await self._could_be_made(run):
                 return Exit(FAILED)
             raise NodeError(f"apptainer could not make the container: {reason}")
-        why = os.strerror(REASONS.get(refused[1], errno.ENOENT) if refused else errno.ENOENT)
-        line = f"{container.args[0]}: {why}"
+        facts, runs_script = refused.groupdict(), run.image.action == "run" and not container.without_entrypoint
+        why = os.strerror(REASONS.get(facts.get("reason", ""), errno.ENOENT))
+        # What an image executes is its own affair; apptainer quotes the arguments of a task in its errors.
+        command = facts["command"] if runs_script else None
+        line = f"{command or next(iter(container.args), RUNSCRIPT)}: {why}"
         with container.stderr.open("ab", 0) as stderr:
             stderr.write(os.fsencode(f"{line}\n"))
         return cannot_run(line)
@@ -219,13 +230,23 @@ def _environment(container: Container) -> dict[str, str]:
 def _make_mount_points(container: Container) -> None:
     """Make the mount points in the scratch directory; apptainer makes the others in a layer over the image."""
     for mount in container.mounts:
-        if mount.target.startswith(f"{HOME}/"):
-            (container.scratch / PurePath(mount.target).relative_to(HOME)).mkdir(parents=True, exist_ok=True)
+        for place in (HOME, VAR_TMP):
+            if mount.target.startswith(f"{place}/"):
+                (container.scratch / PurePath(mount.target).relative_to(place)).mkdir(parents=True, exist_ok=True)
 
 
 def _protection() -> Iterator[Mount]:
+    # A mount of /sys is read-only at its top alone, so all that is mounted below it is mounted once more.
+    yield from (Mount(path, str(path)) for path in _below_sys() if os.access(path, os.R_OK | os.X_OK))
     if os.geteuid() == 0:
         yield from (Mount(path, str(path)) for path in KERNEL_FILES if path.exists())
+
+
+@cache
+def _below_sys() -> tuple[Path, ...]:
+    """List /sys, and the directories below it where something else is mounted."""
+    places = {Path(line.split()[4]) for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+    return tuple(path for path in sorted(places) if path.is_relative_to(SYS) and is_directory(path))
 
 
 def _mount(mount: Mount) -> str:

@@ -22,6 +22,7 @@ from trio_pilot.files.filesystem import exists, is_file, remove_tree
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import APPTAINER_BUILD, APPTAINER_IMAGE, HOST_ROOT, Options
 from trio_pilot.runtimes.apptainer_command import Apptainer, environment
+from trio_pilot.runtimes.apptainer_directory import has_command, is_runscript, runscript_of
 
 # The sources of an image other than a file: apptainer-build(1).
 SOURCES = ("docker", "docker-archive", "docker-daemon", "oci", "oci-archive", "oras", "library", "shub", "http", "https")
@@ -31,9 +32,6 @@ FOR_BUILDING = re.compile(
     r"(APPTAINER|SINGULARITY|DOCKER|XDG|SSL)_.*|(http|https|no|all)_proxy|PATH|HOME|USER|LOGNAME|REGISTRY_AUTH_FILE",
     re.IGNORECASE,
 )
-
-RUNSCRIPT = ".singularity.d/runscript"
-NO_RUNSCRIPT = "There is no runscript defined for this container"  # the only text of the runscript that apptainer makes up
 
 UNKNOWN = "image format not recognized"
 
@@ -50,6 +48,7 @@ class Image:
     path: str
     # `exec` runs the command itself, `run` the image's runscript with it, which is what a Docker entrypoint becomes.
     action: str = "exec"
+    has_command: bool = False  # that can be run without arguments
 
 
 class Images:
@@ -99,7 +98,7 @@ class Images:
         reason = await self._cannot_run(path)
         if reason is None:
             result = await self._apptainer.run(["--silent", "inspect", "--runscript", str(path)], environment())
-            return Image(str(path), _action(result.text if result.code == 0 else ""))
+            return _image(path, result.text if result.code == 0 else "")
         if UNKNOWN in reason:  # a build would take it for a definition file, and execute it
             raise NodeError(f"the image {name} is of no format that apptainer knows: {reason}")
         LOGGER.info("image %s: being unpacked, because it cannot be mounted here: %s", name, reason)
@@ -160,14 +159,11 @@ def _directory_fault(name: str) -> str | None:
 
 def _directory(name: str) -> Image:
     path = Path(name).absolute()
-    try:
-        return Image(str(path), _action((path / RUNSCRIPT).read_text(errors="replace")))
-    except OSError:
-        return Image(str(path))
+    return _image(path, runscript_of(path))
 
 
-def _action(runscript: str) -> str:
-    return "run" if runscript.strip() and NO_RUNSCRIPT not in runscript else "exec"
+def _image(path: Path, runscript: str) -> Image:
+    return Image(str(path), "run" if is_runscript(runscript) else "exec", has_command(runscript))
 
 
 def _make_own(directory: Path) -> None:

@@ -4,27 +4,26 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
-from pathlib import Path, PurePath
+import tempfile
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
 
 import trio
 
 from trio_pilot.errors import NodeError, map_exceptions
-from trio_pilot.files.data_directory import DATA_DIRECTORY
 from trio_pilot.files.error_summary import error_summary
 from trio_pilot.files.task_logs import open_log
 from trio_pilot.processes import cgroups
 from trio_pilot.processes.children import Child, Children, Command
 from trio_pilot.processes.orphans import MARKER, mark
-from trio_pilot.runtimes import ENVFILE, HOST_ROOT, NOT_EXECUTABLE, NOT_FOUND, Container, Exit, Options, cannot_run
+from trio_pilot.runtimes import HOST_ROOT, NOT_EXECUTABLE, NOT_FOUND, Container, Exit, Options, cannot_run, no_command
+from trio_pilot.runtimes.apptainer_directory import ImageDirectory, Launch
+from trio_pilot.runtimes.bubblewrap_root import HOME, Root, root_of
 from trio_pilot.runtimes.confinement import NOT_ENTERED, Confinement, Limiter, OpenGroups, open_limiter
 
-# Directories of a container's own: bubblewrap makes them, the host's would undo the isolation, or they must be writable.
-OWN_DIRECTORIES = ("proc", "dev", "sys", "tmp", "run")
-NOT_FROM_THE_IMAGE = {f"/{name}" for name in (*OWN_DIRECTORIES, DATA_DIRECTORY)}
-
-HOME = "/tmp"  # noqa: S108 -- the container's own: its scratch directory is mounted there
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 BWRAP_FAILED = 1  # bubblewrap's own exit code
@@ -90,65 +89,131 @@ class BubblewrapRuntime:
         self._kill_grace = kill_grace
         self._children = Children()
         self._limiter = limiter
-        self._roots: dict[tuple[str, tuple[str, ...]], tuple[str, ...]] = {}
+        self._directories: dict[str, ImageDirectory] = {}
+        self._roots: dict[tuple[str, tuple[str, ...]], Root] = {}
 
-    async def prepare(self, image: str) -> None:
-        """Read the image directory. Raises NodeError if there is none."""
+    async def prepare(self, image: str, *, has_args: bool = True) -> None:
+        """Read the image directory. Raises NodeError if there is none, or no command in it where one is needed."""
         await self._root(image, ())
+        if not has_args and not (await self._directory(image)).has_command:
+            raise no_command(image)
 
-    async def _root(self, image: str, targets: tuple[str, ...]) -> tuple[str, ...]:
+    async def _directory(self, image: str) -> ImageDirectory:
+        if image in HOST_ROOT:
+            return ImageDirectory()
+        if image not in self._directories:
+            self._directories[image] = await trio.to_thread.run_sync(ImageDirectory.of, Path(image))
+        return self._directories[image]
+
+    async def _root(self, image: str, targets: tuple[str, ...]) -> Root:
         key = image, targets
         if key not in self._roots:
-            self._roots[key] = await trio.to_thread.run_sync(root_options, Path(image or "/"), targets)
+            self._roots[key] = await trio.to_thread.run_sync(root_of, Path(image or "/"), targets)
         return self._roots[key]
 
     async def run(self, container: Container) -> Exit:
         """Run a container to its end; on every way out its PID namespace has ended."""
         await trio.lowlevel.checkpoint_if_cancelled()
         root = await self._root(container.image, tuple(mount.target for mount in container.mounts))
+        launch = (await self._directory(container.image)).launch(container)
         async with self._limiter.confine(container) as confinement:
             with map_exceptions({OSError: NodeError}, "cannot start bubblewrap"), StatusPipe() as status:
-                child = self._start(container, root, status, confinement)
+                child = self._start(container, _Plan(root, launch, status.writing, confinement))
                 # The namespace ends with its parent, which SIGKILL ends.
                 code = await child.wait_and_end(
                     self._kill_grace, terminate=lambda: child.terminate_below(status.read().get("child-pid"))
                 )
                 if code in NOT_THE_PAYLOADS and "exit-code" not in status.read():
                     return _own_fault(container, code, confinement)
+                if refusal := launch.refusal(code, container.stderr):
+                    return _refused(container, refusal)
             return Exit(code, code != 0 and confinement.out_of_memory)
 
-    def _start(self, container: Container, root: Sequence[str], status: "StatusPipe", confinement: Confinement) -> Child:
-        with open_log(container.stdout) as stdout, open_log(container.stderr) as stderr:
-            path = os.environ.get("PATH", PATH) if container.image in HOST_ROOT else PATH
-            env = {"PATH": path, "HOME": HOME, "TMPDIR": HOME, **container.env}
+    def _start(self, container: Container, plan: "_Plan") -> Child:
+        # Variables such as LD_PRELOAD are for the payload alone, and may be secret: bubblewrap reads them from a file.
+        path = os.environ.get("PATH", PATH) if container.image in HOST_ROOT else PATH
+        env = {"PATH": path, "HOME": HOME, "TMPDIR": HOME, **plan.launch.env}
+        with (
+            open_log(container.stdout) as stdout,
+            open_log(container.stderr) as stderr,
+            _open_contents([_variables(env), *plan.root.files.values()], container.scratch) as contents,
+        ):
             command = Command(
-                confinement.argv(self._argv(container, root, status.writing), env),
-                env,
+                plan.confinement.argv(self._argv(container, plan, contents), {}),
+                {},
                 container.scratch,
                 stdout,
                 stderr,
                 container.name,
-                [status.writing],
+                [plan.status, *contents],
                 container.cpu_set,
             )
             return self._children.spawn(command)
 
-    def _argv(self, container: Container, root: Sequence[str], status: int) -> list[str]:
+    def _argv(self, container: Container, plan: "_Plan", contents: Sequence[int]) -> list[str]:
+        root, (variables, *files) = plan.root, contents
+        own = [word for place in root.scratch for word in ("--bind", str(container.scratch), place)]
         mounts = [
             option
-            for mount in container.mounts
-            for option in ("--bind" if mount.writable else "--ro-bind", str(mount.source), mount.target)
+            for mount, target in zip(container.mounts, root.targets, strict=True)
+            for option in ("--bind" if mount.writable else "--ro-bind", str(mount.source), target)
         ]
+        made = [word for file, place in zip(files, root.files, strict=True) for word in ("--ro-bind-data", str(file), place)]
         return [
             self._bwrap,
             # Root would keep its capabilities, and could undo the rest with them.
-            *("--unshare-all", "--share-net", "--cap-drop", "ALL", "--die-with-parent", "--json-status-fd", str(status)),
-            *root,
-            *("--proc", "/proc", *_devices(), "--bind", str(container.scratch), HOME),
+            *("--unshare-all", "--share-net", "--cap-drop", "ALL", "--die-with-parent"),
+            *("--json-status-fd", str(plan.status), "--args", str(variables)),
+            *root.options,
+            *("--proc", "/proc", *_devices(), *own),
+            *made,
             *mounts,
             *("--remount-ro", "/", "--chdir", HOME, "--"),
-            *container.args,
+            *plan.launch.argv,
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a container is run with."""
+
+    root: Root
+    launch: Launch
+    status: int  # the descriptor that bubblewrap writes its status to
+    confinement: Confinement
+
+
+def _variables(env: Mapping[str, str]) -> bytes:
+    """Return the options that set variables, as bubblewrap reads them from a file."""
+    options = [word for name, value in env.items() for word in ("--setenv", name, value)]
+    return b"".join(os.fsencode(word) + b"\0" for word in options)
+
+
+@contextmanager
+def _open_contents(contents: Iterable[bytes], directory: Path) -> Iterator[list[int]]:
+    """Open files without names, for a child to read: in memory, or else in a directory."""
+    with ExitStack() as stack:
+        files = []
+        for content in contents:
+            file = stack.enter_context(_open_unnamed(directory))
+            file.write(content)
+            file.flush()
+            file.seek(0)
+            files.append(file.fileno())
+        yield files
+
+
+def _open_unnamed(directory: Path) -> IO[bytes]:
+    if hasattr(os, "memfd_create"):  # not every Python has it
+        return os.fdopen(os.memfd_create("trio-pilot"), "w+b")
+    return tempfile.TemporaryFile(dir=directory)
+
+
+def _refused(container: Container, reason: str) -> Exit:
+    """Return the exit of a command that a shell of the image could not execute, and write the reason."""
+    with container.stderr.open("ab", 0) as stderr:
+        stderr.write(os.fsencode(f"{reason}\n"))
+    return cannot_run(reason)
 
 
 class StatusPipe:
@@ -185,40 +250,3 @@ def _own_fault(container: Container, code: int, confinement: Confinement) -> Exi
     if error.startswith("bwrap: execvp"):
         return cannot_run(error)
     raise NodeError(f"bubblewrap could not make the container: {error_summary(container.stderr)}")
-
-
-def root_options(image: Path, targets: Sequence[str]) -> tuple[str, ...]:
-    """Return the options that mount an image, with mount points at `targets`. Raises NodeError if it is not a directory."""
-    try:
-        options = list(_mounted(image, PurePath("/"), [PurePath(target) for target in targets]))
-    except OSError as error:
-        raise NodeError(f"the image {image} must be an unpacked directory, or /: {error.strerror}") from error
-    # Tasks must not see the tokens that EWMS leaves in the pilot's working directory.
-    envfile = Path(ENVFILE).absolute()
-    hide = ("--ro-bind", "/dev/null", str(envfile)) if image == Path("/") and envfile.exists() else ()
-    return *options, "--tmpfs", "/run", *hide
-
-
-def _mounted(directory: Path, place: PurePath, targets: Sequence[PurePath]) -> Iterator[str]:
-    """Yield the options that mount the entries of a directory one by one, so that mount points can be made beside them."""
-    for entry in sorted(directory.iterdir()):
-        inside = place / entry.name
-        below = [target for target in targets if target.is_relative_to(inside)]
-        if str(inside) in NOT_FROM_THE_IMAGE or not os.access(entry, os.R_OK, follow_symlinks=False):
-            continue
-        if entry.is_symlink():
-            yield from ("--symlink", os.readlink(entry), str(inside))  # noqa: PTH115 -- Path would normalize the target
-        elif entry.is_dir() and _stays_empty(entry, inside):
-            yield from (
-                "--dir",
-                str(inside),
-            )  # in most images, mounts of these would cost an eighth of a container
-        elif all((entry / target.relative_to(inside)).is_dir() for target in below):
-            yield from ("--ro-bind", str(entry), str(inside))
-        else:  # a mount point has to be made below it, where a mount of it would not allow that
-            yield from ("--dir", str(inside), *_mounted(entry, inside, below))
-
-
-def _stays_empty(directory: Path, inside: PurePath) -> bool:
-    """Return whether a directory of an image is empty; in this machine's own root, something may yet be mounted there."""
-    return directory != inside and not any(directory.iterdir())

@@ -51,7 +51,8 @@ def spec(request: CreateRequest) -> Spec:
     return {
         "NetworkDisabled": is_alone,
         "Image": request.image,
-        **({"Entrypoint": container.args} if container.without_entrypoint else {"Cmd": container.args}),
+        # Without arguments the image's own apply.
+        **({"Entrypoint" if container.without_entrypoint else "Cmd": container.args} if container.args else {}),
         "Env": [f"{name}={value}" for name, value in container.env.items()],
         "User": options.user,
         "Labels": labels(request),

@@ -14,11 +14,11 @@ import trio
 from trio_pilot.errors import ContainerLostError, NodeError, map_exceptions
 from trio_pilot.files.task_logs import open_log
 from trio_pilot.log import LOGGER
-from trio_pilot.runtimes import Container, Exit, Options, cannot_run
+from trio_pilot.runtimes import Container, Exit, Options, cannot_run, no_command
 from trio_pilot.runtimes.engine_api import EngineApi, EngineRefusedError
 from trio_pilot.runtimes.engine_container import EngineContainer
 from trio_pilot.runtimes.engine_dialect import CreateRequest, Dialect, Spec
-from trio_pilot.runtimes.engine_images import find_image, ready_image
+from trio_pilot.runtimes.engine_images import find_image, has_command, ready_image
 from trio_pilot.runtimes.engine_outages import EngineOutages
 from trio_pilot.runtimes.engine_timeouts import DEFAULT_TIMEOUTS, EngineTimeouts
 
@@ -104,12 +104,14 @@ class EngineRuntime:
         self._image_ids: dict[str, str] = {}
         self._preparing = trio.Lock()
 
-    async def prepare(self, image: str) -> None:
+    async def prepare(self, image: str, *, has_args: bool = True) -> None:
         """Find the image, or pull it. From then on it is this one, even if its name comes to mean another.
 
         If the image is removed from the engine, the one that has the name then takes its place.
         """
         await self._prepare(image, self._image_ids.get(image))
+        if not has_args and not await has_command(self._outages, self._image_ids[image]):
+            raise no_command(image)
 
     async def _prepare(self, image: str, last: str | None) -> None:
         """Find or pull an image, unless its id is not `last` any more: several tasks may find at once that it is gone."""

@@ -65,6 +65,13 @@ async def find_image(outages: EngineOutages, name: str) -> str | None:
     return None if answer.status == NOT_FOUND else answer.read(lambda image: str(image["Id"]))
 
 
+async def has_command(outages: EngineOutages, name: str) -> bool:
+    """Return whether an image has a command of its own: an entrypoint, or default arguments."""
+    request = f"GET /images/{quote(name, safe='/:@')}/json"
+    answer = await outages.retry(lambda: outages.api.call(request, f"look for the command of the image {name}"))
+    return answer.read(lambda image: bool(image["Config"].get("Entrypoint") or image["Config"].get("Cmd")))
+
+
 async def _pull_patiently(outages: EngineOutages, dialect: Dialect, name: str) -> None:
     timeouts = outages.api.timeouts
     deadline, failures = trio.current_time() + timeouts.rate_limit, 0

@@ -61,7 +61,8 @@ def spec(request: CreateRequest) -> Spec:
     return {
         "name": request.name,
         "image": request.image,
-        **({"entrypoint": container.args} if container.without_entrypoint else {"command": container.args}),
+        # Without arguments the image's own apply.
+        **({"entrypoint" if container.without_entrypoint else "command": container.args} if container.args else {}),
         "env": dict(container.env),
         "user": options.user,
         "labels": labels(request),

@@ -44,8 +44,10 @@ class ProcessRuntime:
         self._children = Children()
         self._limiter = limiter
 
-    async def prepare(self, image: str) -> None:
-        """Do nothing: there is no image."""
+    async def prepare(self, image: str, *, has_args: bool = True) -> None:  # noqa: ARG002 -- there is no image
+        """Raise NodeError if there are no arguments: there is no image, and no command of its own."""
+        if not has_args:
+            raise NodeError("the runtime process has no command of an image: say what to run (TASK_ARGS, INIT_ARGS)")
 
     async def run(self, container: Container) -> Exit:
         """Run the command to its end; on every way out its whole process tree has ended."""

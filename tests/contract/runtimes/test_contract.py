@@ -24,6 +24,7 @@ from trio_pilot.errors import NodeError
 from trio_pilot.files.error_summary import error_summary
 from trio_pilot.processes.orphans import MARKER
 from trio_pilot.runtimes import Container, Mount, Options, Runtime, bubblewrap, process
+from trio_pilot.runtimes.bubblewrap_root import root_of
 from trio_pilot.testing import FakeRuntime
 
 KILL_GRACE = 0.3  # seconds
@@ -254,7 +255,7 @@ async def test_a_task_has_a_run_and_dev_of_its_own(subject: Subject, runtime: Ru
 async def test_the_envfile_with_the_pilots_tokens_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if fault := bubblewrap_fault():
         pytest.skip(f"bubblewrap does not work here: {fault}")
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as cwd:
+    with tempfile.TemporaryDirectory(dir="/var/cache") as cwd:
         monkeypatch.chdir(cwd)
         envfile = Path(cwd, "ewms_htcondor_envfile.sh")
         await trio.Path(envfile).write_text("export EWMS_PILOT_QUEUE_INCOMING_AUTH_TOKEN='a-secret'\n")
@@ -266,12 +267,12 @@ async def test_the_envfile_with_the_pilots_tokens_is_hidden(tmp_path: Path, monk
 async def test_empty_directories_of_an_image_are_made_and_not_mounted(tmp_path: Path, image: Path) -> None:
     if fault := bubblewrap_fault():
         pytest.skip(f"bubblewrap does not work here: {fault}")
-    options = bubblewrap.root_options(image, ())
+    options = list(root_of(image, ()).options)
     assert options[options.index("/home") - 1] == "--dir"
     assert str(image / "home") not in options
-    assert "--dir" not in bubblewrap.root_options(Path("/"), ())  # something may yet be mounted there
+    assert "--dir" not in root_of(Path("/"), ()).options  # something may yet be mounted there
     async with bubblewrap.open_runtime(OPTIONS) as runtime:
-        script = "ls -d /home /home/* /etc/*; touch /home/new || echo no"
+        script = "ls -d /home /home/* /etc/this*; touch /home/new || echo no"
         container = new_container(tmp_path, ["sh", "-c", script], image=str(image))
         assert await output(runtime, container) == b"/etc/this-is-the-image\n/home\nno\n"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import trio
 
 from trio_pilot.errors import NodeError
-from trio_pilot.runtimes import NOT_FOUND, Container, Exit, Options
+from trio_pilot.runtimes import NOT_FOUND, Container, Exit, Options, no_command
 
 
 class ToyRuntime:
@@ -25,9 +25,11 @@ class ToyRuntime:
     def __init__(self) -> None:
         self.running: set[str] = set()
 
-    async def prepare(self, image: str) -> None:
-        """Accept the one image that there is."""
+    async def prepare(self, image: str, *, has_args: bool = True) -> None:
+        """Accept the one image that there is, which has no command of its own."""
         await trio.lowlevel.checkpoint()
+        if not has_args:
+            raise no_command(image)
         if image != "/":
             raise NodeError(f"the image {image} must be /: toy has no other")
 

@@ -521,6 +521,17 @@ async def test_placeholders_are_filled_in_wherever_they_stand(lab: Lab) -> None:
     assert container.args == (f"--in={infile}", f"{infile}:{outfile}", f"{hub}/x", hub, outfile, "{{OTHER}}")
 
 
+async def test_without_arguments_an_image_runs_its_own_command(lab: Lab) -> None:
+    lab.put(1)
+    lab.runtime.has_command = False
+    with pytest.RaisesGroup(NodeError, allow_unwrapped=True, flatten_subgroups=True):
+        await lab.run(task_args=(), task_image="/an/image")
+    assert not lab.runtime.ran
+    lab.runtime.has_command = True
+    await lab.run(task_args=(), task_image="/an/image", init_image="/another")
+    assert [(container.image, container.args) for container in lab.runtime.ran] == [("/another", ()), ("/an/image", ())]
+
+
 async def test_a_container_with_mounts_sees_the_paths_of_the_contract(lab: Lab) -> None:
     lab.runtime.has_mounts = True
     lab.runtime.script = writes_nothing
