@@ -1,11 +1,14 @@
 """A pilot that records how its last task was started: `python -m bench.recording_pilot SETTINGS.json RECORDING.json`.
 
-The recording has the command, or the requests to an engine, so that `bench.without_pilot` can repeat exactly these.
+The recording has the command and what it reads from descriptors, or the requests to an engine, so that
+`bench.without_pilot` can repeat exactly these.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,7 +55,10 @@ def _record_commands(recording: Recording) -> None:
     spawn = Children.spawn
 
     def recording_spawn(children: Children, command: Command) -> Child:
-        recording.update(argv=command.argv, env=command.env, fds=command.pass_fds)
+        recording.update(argv=command.argv, env=command.env, fds=command.pass_fds, contents={})
+        for descriptor in command.pass_fds:
+            with suppress(OSError):  # a pipe, which the command writes to
+                recording["contents"][str(descriptor)] = os.fsdecode(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
         return spawn(children, command)
 
     _replace_method(Children, "spawn", recording_spawn)

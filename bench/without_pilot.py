@@ -57,7 +57,7 @@ def rate(method: str, runtime: Runtime, recording: Recording, slots: int, tasks:
         elif method.endswith(" run"):
             _run_by_xargs(_run_command(runtime, root), {**os.environ, **runtime.env}, slots, tasks)
         else:
-            _run_by_xargs(adapted["argv"], adapted["env"], slots, tasks, adapted["fds"])
+            _run_by_xargs(_argv_for_all(adapted, root), adapted["env"], slots, tasks, adapted["fds"])
         seconds = time.monotonic() - started
         done = sum(files.outfile_path.exists() for files in all_files)
     assert done == tasks, f"{method}: {done} of {tasks} tasks were done"
@@ -82,6 +82,23 @@ def adapted_to(root: Path, recording: Recording) -> Recording:
     text = json.dumps(recording).replace(recording["root"], str(root)).replace(recording["name"], TASK)
     adapted: Recording = json.loads(text)
     return adapted
+
+
+def _argv_for_all(recording: Recording, root: Path) -> list[str]:
+    """Return the command with what it reads from descriptors, which only one task can, as arguments and as files."""
+    argv: list[str] = []
+    words = iter(recording["argv"])
+    for word in words:
+        match word:
+            case "--args":
+                argv += recording["contents"][next(words)].split("\0")[:-1]
+            case "--ro-bind-data":
+                file = root / f"content-{len(argv)}"
+                file.write_bytes(os.fsencode(recording["contents"][next(words)]))
+                argv += ["--ro-bind", str(file)]
+            case _:
+                argv.append(word)
+    return argv
 
 
 def _run_command(runtime: Runtime, root: Path) -> list[str]:

@@ -300,6 +300,11 @@ class FakeRuntime:
             raise no_command(image)
         self.fault("runtime.prepare")
 
+    async def has_entrypoint(self, image: str) -> bool:  # noqa: ARG002
+        """Return False: there are no images."""
+        await trio.lowlevel.checkpoint()
+        return False
+
     async def run(self, container: Container) -> Exit:
         """Run the script of a container; cancelled, take `kill_seconds` to kill it."""
         await trio.lowlevel.checkpoint()

@@ -53,7 +53,7 @@ def test_each_check_has_a_line_and_no_files_are_left(check: Check, tmp_path: Pat
     found = check()
     assert found[0] == 0
     names = [name for _, name, _ in found[1]]
-    assert names == ["settings", "incoming", "outgoing", "slot", "runtime", "image", "command", "data", "clock"]
+    assert names == ["settings", "incoming", "outgoing", "slot", "runtime", "image", "container", "command", "data", "clock"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -122,6 +122,36 @@ def test_a_missing_command_is_reported(check: Check, command: str) -> None:
     found = check(TASK_ARGS=command)
     assert found[0] == 4
     assert facts(found, "command")[0].startswith(f"FAIL {command} is not there, as the container will see it →")
+
+
+def test_a_container_is_started_as_for_a_task(check: Check, tmp_path: Path) -> None:
+    found = check(RUNTIME="process", TASK_ENV_JSON='{"PATH": "/nowhere"}', EXTERNAL_DIRECTORIES=str(tmp_path))
+    assert re.match(r"ok started and ended in \d+\.\d s; its files can be read and written", facts(found, "container")[0])
+
+
+def test_what_would_fail_in_a_task_fails_in_the_check(
+    check: Check, tmp_path: Path, image: Path, need: Callable[[str, str], None]
+) -> None:
+    need("bwrap", "bubblewrap")
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o000)
+    found = check(RUNTIME="bubblewrap", TASK_IMAGE=str(image), EXTERNAL_DIRECTORIES=str(closed))
+    assert found[0] == 4
+    start = f"FAIL a container like that of a task cannot enter the external directory {closed}: "
+    assert facts(found, "container")[0].startswith(start)
+    assert "EWMS_PILOT_EXTERNAL_DIRECTORIES" in facts(found, "container")[0].partition("→")[2]
+
+
+def test_the_init_container_is_tried_too(check: Check, image: Path, need: Callable[[str, str], None]) -> None:
+    need("bwrap", "bubblewrap")
+    found = check(RUNTIME="bubblewrap", TASK_IMAGE=str(image), INIT_IMAGE=str(image), INIT_ARGS="no-such-tool")
+    assert found[0] == 4
+    verdicts = [(verdict, line) for verdict, name, line in found[1] if name == "init"]
+    assert [(verdict, line.split()[0]) for verdict, line in verdicts] == [
+        ("ok", "image"),
+        ("ok", "container"),
+        ("FAIL", "command"),
+    ]
 
 
 def test_a_command_is_looked_for_as_the_container_sees_it(

@@ -61,7 +61,8 @@ def test_tasks_without_a_pilot_are_started_as_by_a_pilot(rabbitmq: RabbitServer,
         "cp",
         *(f"/ewms-pilot-data/task-io/{way}file-{recording['name']}.{way}" for way in ("in", "out")),
     ]
-    assert recording["env"]["OMP_NUM_THREADS"].isdecimal()
+    variables = recording["contents"][options[options.index("--args") + 1]].split("\0")
+    assert variables[variables.index("OMP_NUM_THREADS") + 1].isdecimal()
 
 
 @pytest.mark.soak

@@ -97,5 +97,13 @@ def make_docker_archive(root: Path, file: Path, name: str, config: Mapping[str, 
 
 def build_directory(apptainer: Path, archive: Path, directory: Path) -> None:
     """Unpack an archive, as of `docker save`, with apptainer, as the images that EWMS's users name are made."""
-    command = [str(apptainer / "apptainer"), "--silent", "build", "--sandbox", str(directory), f"docker-archive:{archive}"]
+    command = [
+        str(apptainer / "apptainer"),
+        "--silent",
+        "build",
+        "--disable-cache",
+        "--sandbox",
+        str(directory),
+        f"docker-archive:{archive}",
+    ]
     subprocess.run(command, check=True, timeout=60, stdin=subprocess.DEVNULL)

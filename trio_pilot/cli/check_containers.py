@@ -1,7 +1,7 @@
 """Checks of `trio-pilot check`: the container runtime, what enforces limits, images, and commands in them."""
 
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -9,14 +9,21 @@ from pathlib import Path
 import trio
 
 from trio_pilot.allocation.resources import find_allocation, fitted
+from trio_pilot.cleanup.client import open_guardian
 from trio_pilot.cli.check_finding import Check, SkippedError
 from trio_pilot.errors import NodeError, PilotError
+from trio_pilot.files.data_directory import open_data_directory, root_in
 from trio_pilot.files.filesystem import is_directory, is_link
-from trio_pilot.runtimes import HOST_ROOT, Runtime, bubblewrap, confinement
-from trio_pilot.runtimes.apptainer_directory import ImageDirectory
+from trio_pilot.pilot.container_runs import RunSpec, Tools
+from trio_pilot.pilot.serve import guarded
+from trio_pilot.pilot.trial import find_command, try_files
+from trio_pilot.runtimes import HOST_ROOT, Runtime, confinement
+from trio_pilot.runtimes.apptainer_directory import USUAL_PATH
 from trio_pilot.runtimes.bubblewrap_root import is_own
 from trio_pilot.runtimes.selection import ENGINES, choose, open_runtime
 from trio_pilot.settings import Settings
+
+Kind = Callable[[Settings], RunSpec]
 
 
 def container_checks(settings: Settings) -> list[Check]:
@@ -24,14 +31,19 @@ def container_checks(settings: Settings) -> list[Check]:
     runtime_advice = "install it, or choose another in EWMS_PILOT_RUNTIME"
     limits_advice = "leave it out, or run where control groups may be made, or with docker or podman"
     image_advice = "correct it; docker and podman take a tag, bubblewrap and (as set) apptainer an unpacked directory"
+    container_advice = "correct what it names: --task-user, EWMS_PILOT_EXTERNAL_DIRECTORIES, --task-memory, the image"
     command_advice = "correct it, or name its directory in EWMS_PILOT_EXTERNAL_DIRECTORIES"
     return [
         Check("runtime", partial(_runtime, settings), runtime_advice),
         Check("limits", partial(check_limits, settings), limits_advice),
         *(Check(name, partial(_image, settings, image, args), image_advice) for name, image, args in _images(settings)),
         *(
-            Check(name, partial(_command, settings, image, args), command_advice)
-            for name, image, args in _commands(settings)
+            check
+            for prefix, kind in _kinds(settings)
+            for check in (
+                Check(f"{prefix}container", partial(_container, settings, kind), container_advice),
+                Check(f"{prefix}command", partial(_command, settings, kind), command_advice),
+            )
         ),
     ]
 
@@ -85,45 +97,74 @@ async def _image(settings: Settings, image: str, args: Sequence[str]) -> str:
         return "/, this machine's own root" if image in HOST_ROOT else image
 
 
-def _commands(settings: Settings) -> list[tuple[str, str, tuple[str, ...]]]:
-    task = ("command", settings.task_image, settings.task_args)
-    init = ("init command", settings.init_image, settings.init_args)
-    return [(name, image, args) for name, image, args in (task, init) if args]
+def _kinds(settings: Settings) -> list[tuple[str, Kind]]:
+    """List the kinds of containers that are run: the beginning of the names of their checks, and how each is specified."""
+    has_init = settings.init_image or settings.init_args
+    return [("", RunSpec.task), *([("init ", RunSpec.init)] if has_init else [])]
 
 
-async def _command(settings: Settings, image: str, args: Sequence[str]) -> str:
-    command = args[0]
-    if "{{" in command:
-        return f"{command}: known only when a task runs"
-    async with _open_runtime(settings) as runtime:
-        contained = runtime.has_mounts
+def _spec(settings: Settings, kind: Kind) -> RunSpec:
+    return kind(fitted(settings, find_allocation(os.environ)))
+
+
+@asynccontextmanager
+async def _open_tools(settings: Settings, image: str) -> AsyncIterator[Tools]:
+    """Open what a container is run with. Raises SkippedError if that fails, or there is no image: other checks report it."""
+    parent = settings.data_dir_parent_path_on_host
+    async with AsyncExitStack() as stack:
         try:
+            guardian = await stack.enter_async_context(open_guardian())
+            guardian.watch("data", root_in(parent))
+            data_directory = stack.enter_context(open_data_directory(parent, settings.external_directories))
+            opening = open_runtime(settings.runtime, settings.task_image, settings.runtime_options)
+            runtime = await stack.enter_async_context(guarded(opening, guardian))
             await runtime.prepare(image)
         except PilotError as error:
             raise SkippedError from error
-    root = Path("/") if image in HOST_ROOT or not contained else Path(image)
-    if runtime.engine or not await trio.to_thread.run_sync(is_directory, root):
-        return f"{command}: cannot be looked for in this image"
-    if contained and root != Path("/") and await trio.to_thread.run_sync(ImageDirectory.of, root) != ImageDirectory():
-        return f"{command}: passed on to the entrypoint, or found in the PATH, of this image when a task runs"
-    for path in _candidates(command, root):
-        if _is_executable(path, root, settings, contained=contained):
-            return str(path)
-    raise NodeError(f"{command} is not there, as the container will see it")
+        yield Tools(guardian, data_directory, runtime, ())
 
 
-def _candidates(command: str, root: Path) -> Iterator[Path]:
-    """Yield the paths that a command may have in the container. Its working directory is new and empty."""
+async def _container(settings: Settings, kind: Kind) -> str:
+    spec = _spec(settings, kind)
+    async with _open_tools(settings, spec.image) as tools:
+        begun = trio.current_time()
+        facts = await try_files(tools, settings, spec)
+        return f"started and ended in {trio.current_time() - begun:.1f} s; {facts}"
+
+
+async def _command(settings: Settings, kind: Kind) -> str:
+    spec = _spec(settings, kind)
+    command = next(iter(spec.args), None)
+    if command is None:
+        raise SkippedError  # the image's own
+    if "{{" in command:
+        return f"{command}: known only when a task runs"
+    async with _open_tools(settings, spec.image) as tools:
+        if await tools.runtime.has_entrypoint(spec.image):
+            return f"{command}: an argument of the entrypoint of this image"
+        found = await find_command(tools, settings, spec)
+        root = Path("/") if spec.image in HOST_ROOT or not tools.runtime.has_mounts else Path(spec.image)
+        if found is None:  # no shell has looked for it
+            if tools.runtime.engine or not await trio.to_thread.run_sync(is_directory, root):
+                return f"{command}: cannot be looked for in this image"
+            paths = (path for path in _candidates(command) if _is_executable(path, root, settings))
+            found = next(map(str, paths), "")
+    if not found:
+        raise NodeError(f"{command} is not there, as the container will see it")
+    return found
+
+
+def _candidates(command: str) -> Iterator[Path]:
+    """Yield the paths that a command may have in an image. Its working directory is new and empty."""
     if command.startswith("/"):
         yield Path(command)
     elif "/" not in command:
-        search_path = os.environ.get("PATH", os.defpath) if root == Path("/") else bubblewrap.PATH
-        yield from (Path(directory, command) for directory in search_path.split(":") if directory.startswith("/"))
+        yield from (Path(directory, command) for directory in USUAL_PATH.split(":"))
 
 
-def _is_executable(path: Path, root: Path, settings: Settings, *, contained: bool) -> bool:
+def _is_executable(path: Path, root: Path, settings: Settings) -> bool:
     """Return whether a path is that of a program, as a container with this root sees it."""
-    if not contained or any(path.is_relative_to(directory) for directory in settings.external_directories):
+    if any(path.is_relative_to(directory) for directory in settings.external_directories):
         return os.access(path, os.X_OK) and path.is_file()
     if is_own(path):
         return False

@@ -38,11 +38,12 @@ class Check:
             return None
         except PilotError as error:
             return self._failed(error)
-        except ExceptionGroup as group:  # of the nursery of a connection
-            errors, others = group.split(PilotError)
+        except ExceptionGroup as group:  # of the nursery of a connection, or of a guardian
+            errors, others = group.split((PilotError, SkippedError))
             if errors is None or others:
                 raise
-            return self._failed(next(leaves(errors)))
+            found = next(leaves(errors))
+            return self._failed(found) if isinstance(found, PilotError) else None
 
     def _failed(self, error: PilotError) -> Finding:
         return Finding(self.name, f"{error} → {self.advice}", error.exit_code)

@@ -102,7 +102,7 @@ async def run(tools: Tools, disk: BlockingCalls, logs: TaskLogs, spec: RunSpec, 
     with logs.growing(files.stdout, files.stderr):
         try:
             with trio.move_on_after(timeout):
-                ended = await tools.runtime.run(_container(tools, spec, files))
+                ended = await tools.runtime.run(container_for(tools, spec, files))
         finally:
             reason = await disk.finish(0, _conclude, logs, files, ended)
     failed = ended is None or ended.out_of_memory or ended.code != 0
@@ -147,7 +147,7 @@ async def run_once(tools: Tools, settings: Settings, data: Any) -> int:
         await disk.call(math.inf, task_directory.write_infile, files, data)
         ended = None
         with trio.move_on_after(timeout):
-            ended = await tools.runtime.run(_container(tools, replace(RunSpec.task(settings), dump=True), files))
+            ended = await tools.runtime.run(container_for(tools, replace(RunSpec.task(settings), dump=True), files))
         await trio.to_thread.run_sync(copy_logs, files, abandon_on_cancel=True)
     finally:
         await remove(tools, disk, files, settings.task_image, keep=settings.keep_all_task_files)
@@ -166,7 +166,7 @@ async def probe(tools: Tools, settings: Settings, error: PilotError | None = Non
     async with _open_directory(tools, "probe", settings.task_image, keep=False) as files:
         spec = replace(RunSpec.task(settings), args=PROBE, env={})
         with trio.move_on_after(PROBE_TIMEOUT):
-            ended = await tools.runtime.run(replace(_container(tools, spec, files), without_entrypoint=True))
+            ended = await tools.runtime.run(replace(container_for(tools, spec, files), without_entrypoint=True))
             reason = (error_summary(files.stderr) or without_words(ended.code)) if ended.code else ""
             is_missing = reason.endswith(NOT_FOUND_REASONS)
             command = next(iter(settings.task_args), None)  # none: that of the image
@@ -226,7 +226,8 @@ async def _empty(tools: Tools, directories: Iterable[Path], image: str) -> None:
 INSIDE = (f"/{DATA_DIRECTORY}/{TASK_IO}", f"/{DATA_DIRECTORY}/{HUB}")  # where a container has its files mounted
 
 
-def _container(tools: Tools, spec: RunSpec, files: TaskFiles) -> Container:
+def container_for(tools: Tools, spec: RunSpec, files: TaskFiles) -> Container:
+    """Return the container that runs a spec with these files."""
     io, hub = INSIDE if tools.runtime.has_mounts else (files.io, tools.data_directory.data_hub)
     names = {"EWMS_TASK_DATA_HUB_DIR": f"{hub}"}
     if files.infile:

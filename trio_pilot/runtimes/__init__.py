@@ -100,6 +100,9 @@ class Runtime(Protocol):
             NodeError: the image, or the runtime itself, does not work on this machine; or it has no command of its own.
         """
 
+    async def has_entrypoint(self, image: str) -> bool:
+        """Return whether an image that is prepared has an entrypoint, which decides what its arguments mean."""
+
     async def run(self, container: Container) -> Exit:
         """Run a container to its end.
 

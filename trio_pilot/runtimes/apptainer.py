@@ -10,7 +10,7 @@ import errno
 import os
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path, PurePath
@@ -26,7 +26,7 @@ from trio_pilot.processes.children import Child, Command
 from trio_pilot.processes.orphans import MARKER, mark
 from trio_pilot.runtimes import Container, Exit, Limits, Mount, Options, apptainer_quoting, cannot_run, no_command
 from trio_pilot.runtimes.apptainer_command import LEADER, MOST_TEXT, Apptainer, environment, fatal
-from trio_pilot.runtimes.apptainer_directory import RUNSCRIPT
+from trio_pilot.runtimes.apptainer_directory import DOCKER_ENVIRONMENT, RUNSCRIPT
 from trio_pilot.runtimes.apptainer_images import PROBE, Image, Images, probe
 from trio_pilot.runtimes.confinement import Confinement, Limiter, OpenGroups, open_limiter
 
@@ -90,8 +90,10 @@ async def open_runtime(options: Options, open_groups: OpenGroups = cgroups.Group
     """Open the runtime. Raises NodeError if there is no apptainer, or it is too old; `fault` checks whether it works."""
     apptainer = Apptainer.find(options.data_parent)
     await apptainer.check_version()
-    async with open_limiter(APPTAINERS_OWN, open_groups) as limiter:
-        yield ApptainerRuntime(apptainer, options, limiter)
+    with ExitStack() as stack:
+        images = Images(apptainer, options, stack)
+        async with open_limiter(APPTAINERS_OWN, open_groups) as limiter:
+            yield ApptainerRuntime(apptainer, images, options, limiter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +114,9 @@ class ApptainerRuntime:
     engine: Path | None = None
     has_unremoved_containers = False
 
-    def __init__(self, apptainer: Apptainer, options: Options, limiter: Limiter) -> None:
+    def __init__(self, apptainer: Apptainer, images: Images, options: Options, limiter: Limiter) -> None:
         self._apptainer = apptainer
-        self._images = Images(apptainer, options)
+        self._images = images
         self.image_directory: Path | None = self._images.directory
         self._kill_grace = options.kill_grace
         self._debug = options.debug
@@ -125,6 +127,10 @@ class ApptainerRuntime:
         ready = await self._images.ready(image)
         if not has_args and not ready.has_command:
             raise no_command(image)
+
+    async def has_entrypoint(self, image: str) -> bool:
+        """Return whether an image has a runscript with more in it than the arguments."""
+        return (await self._images.ready(image)).has_entrypoint
 
     async def run(self, container: Container) -> Exit:
         """Run a container to its end; on every way out its PID namespace has ended."""
@@ -170,7 +176,8 @@ class ApptainerRuntime:
             args = apptainer_quoting.shell(command, args, container.env, run.address_space)
             action = "exec"
         scratch = [Mount(container.scratch, place, writable=True) for place in (HOME, VAR_TMP)]
-        mounts = [*scratch, *container.mounts, *_protection()]
+        mended = [Mount(run.image.environment, f"/{DOCKER_ENVIRONMENT}")] if run.image.environment else []
+        mounts = [*scratch, *container.mounts, *mended, *_protection()]
         return [
             *(self._apptainer.path, "--debug" if self._debug else "--silent"),
             # As no home directory of the host is mounted, --home sets no more than HOME.

@@ -1,128 +1,93 @@
-"""Unpacked images that apptainer has built: their environment and their entrypoint, run without apptainer.
+"""Unpacked images that apptainer has built: what they say about how they are run, read without apptainer.
 
-Apptainer turns the ENV of a Docker image into shell scripts in `/.singularity.d/env`, and its ENTRYPOINT and CMD into the
-shell script `/.singularity.d/runscript`. A shell in the container reads the former and executes the latter.
+Apptainer turns the ENV of a Docker image into a shell script in `/.singularity.d/env`, and its ENTRYPOINT and CMD into the
+shell script `/.singularity.d/runscript`, each in a form of its own, from which they are read here. So the containers of such
+an image need no shell. Scripts that a person has written for an image are left to a shell of the image: `image_shell`.
 """
 
-import errno
-import os
 import re
-import uuid
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from trio_pilot.errors import NodeError
-from trio_pilot.runtimes import NOT_EXECUTABLE, NOT_FOUND, Container, no_command
+from trio_pilot.files.filesystem import exists, is_directory, is_link
 
 ENVIRONMENT = ".singularity.d/env"
+DOCKER_ENVIRONMENT = f"{ENVIRONMENT}/10-docker2singularity.sh"
 RUNSCRIPT = ".singularity.d/runscript"
+SHELL = "/bin/sh"
+
 NO_RUNSCRIPT = "There is no runscript defined for this container"  # the only text of the runscript that apptainer makes up
 
-# Makes a runscript pass its arguments on as they are; without it, a shell would expand them.
-AS_THEY_ARE = {"SINGULARITY_NO_EVAL": "1"}
+# Apptainer's own scripts: they do nothing but set its prompt, and a path for libraries that only apptainer puts there.
+OF_APPTAINER = ("01-base.sh", "94-appsbase.sh", "95-apps.sh", "99-base.sh", "99-runtimevars.sh")
 
-SHELL = "/bin/sh"
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# Of the ENV of a Docker image: `export PATH="..."`, `export NAME="${NAME:-"..."}"`, or, if it has no value,
+# `export NAME="${NAME:-}"`. The value is escaped for a shell, and then as by Go's %q, which a shell does not understand.
+QUOTED = r'"(?:[^"\\]|\\.)*"'
+EXPORT = re.compile(rf'export (?P<name>[^\s="]+)=(?:"\$\{{(?P=name):-(?P<default>{QUOTED})?\}}"|(?P<value>{QUOTED}))')
+OF_GO = re.compile(r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8}|.)", re.DOTALL)
+CHARACTERS = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
+OF_SHELL = re.compile(r'\\(["\\$`])')
+ESCAPED_FOR_SHELL = re.compile(r'(?:[^"\\$`]|\\["\\$`])*')
 
-# A function: so a script that changes the positional parameters does not change the arguments. As apptainer does, it appends
-# the usual directories that the PATH of a Docker image lacks.
-READ_ENVIRONMENT = f"""
-trio_pilot_read() {{
-    for trio_pilot_file in /{ENVIRONMENT}/*.sh; do
-        if [ -f "$trio_pilot_file" ]; then
-            command . "$trio_pilot_file"
-            case "$trio_pilot_file" in
-                */10-docker*) for trio_pilot_file in /usr/local/sbin /usr/local/bin /usr/sbin /usr/bin /sbin /bin; do
-                    case ":$PATH:" in *":$trio_pilot_file:"*) ;; *) PATH="$PATH:$trio_pilot_file";; esac
-                done;;
-            esac
-        fi
-    done
-}}
-trio_pilot_read
-"""
-# The variables of the task win over those of the image. They come under other names: a shell reads and changes some of its
-# own at its start. `command`: without it, a variable that the shell has made read-only, such as UID, would end the shell.
-KEPT = "TRIO_PILOT_TASK_{number}"
-RESTORE = 'command export {name}="${kept}" 2> /dev/null; unset {kept}'
+MENDED = '[ -n "${{{name}:-}}" ] || {name}={value}\nexport {name}\n'
+MENDED_PATH = "export {name}={value}\n"
 
-MOST_TEXT = 65536  # bytes of the error of a shell
-# Of busybox, dash and bash, in this order: `exec: line 3: x: not found`, `3: exec: x: not found`,
-# `line 3: exec: x: cannot execute: Is a directory`; of bash also `line 3: /x: No such file or directory`.
-REFUSAL = re.compile(
-    r"(?:(?:line )?\d+: )?(?:exec: (?:line \d+: )?)?(?P<command>.*?)(?:: cannot execute)?: (?P<reason>[^:]*)\n", re.DOTALL
-)
+# Of its ENTRYPOINT and CMD: `OCI_CMD='"..." "..."'`, where a single quote is written as '"'"'.
+WORDS = re.compile(r"""^OCI_(ENTRYPOINT|CMD)='((?:[^']|'"'"')*)'$""", re.MULTILINE)
+WORD = re.compile(r'"((?:[^"\\]|\\.)*)"', re.DOTALL)
+
+# The PATH that a Docker image without one has, and what apptainer appends to one that lacks some of it.
+USUAL_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @dataclass(frozen=True, slots=True)
 class ImageDirectory:
     """What an unpacked image says about how it is run."""
 
-    has_environment: bool = False
-    has_runscript: bool = False
-    has_command: bool = False  # that can be run without arguments
+    variables: Mapping[str, str] = field(default_factory=dict)
+    words: Mapping[str, Sequence[str]] = field(default_factory=dict)  # `ENTRYPOINT` and `CMD` of a Docker image
+    has_runscript: bool = False  # one that a shell has to execute
+    scripts: Sequence[str] = ()  # that a shell has to read for more variables: names of files in the image
 
     @classmethod
     def of(cls, image: Path) -> "ImageDirectory":
-        """Read an unpacked image. Blocks."""
+        """Read an unpacked image. Blocks. Raises NodeError if it needs a shell that is not in it."""
         runscript = runscript_of(image)
-        return cls((image / ENVIRONMENT).is_dir(), is_runscript(runscript), has_command(runscript))
-
-    def launch(self, container: Container) -> "Launch":
-        """Return the command that runs a container of this image.
-
-        Raises:
-            NodeError: there is nothing to run, or the name of a variable is none that a shell can export.
-        """
-        runs_script = self.has_runscript and not container.without_entrypoint
-        if not container.args and not (runs_script and self.has_command):
-            raise no_command(container.image)
-        if not (runs_script or self.has_environment):
-            return Launch(container.args, container.env)
-        name = f"trio-pilot-{uuid.uuid4().hex}"
-        kept = {variable: KEPT.format(number=number) for number, variable in enumerate(container.env)}
-        script = "\n".join(
-            [
-                READ_ENVIRONMENT if self.has_environment else "",
-                *(RESTORE.format(name=_exportable(variable), kept=kept[variable]) for variable in kept),
-                f'exec /{RUNSCRIPT} "$@"' if runs_script else 'exec "$@"',
-            ]
+        words = docker_words(runscript)
+        variables = docker_variables(_text(image / DOCKER_ENVIRONMENT))
+        directory = cls(
+            variables=with_usual_path(variables or {}),
+            words=words,
+            has_runscript=is_runscript(runscript) and not words,
+            scripts=_scripts(image, known=variables is not None),
         )
-        env = {**AS_THEY_ARE, **{kept[variable]: value for variable, value in container.env.items()}}
-        return Launch([SHELL, "-c", script, name, *container.args], env, (name, f"/{RUNSCRIPT}"))
+        shell = image / SHELL.lstrip("/")
+        if (directory.has_runscript or directory.scripts) and not (exists(shell) or is_link(shell)):
+            raise NodeError(f"the image {image} has scripts for its start, but no {SHELL} to run them: let apptainer run it")
+        return directory
 
+    @property
+    def has_entrypoint(self) -> bool:
+        """Whether arguments are passed to a program of the image."""
+        return self.has_runscript or bool(self.words.get("ENTRYPOINT"))
 
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """A command that runs a container, and its variables."""
+    @property
+    def has_command(self) -> bool:
+        """Whether it runs something without arguments."""
+        return self.has_runscript or any(self.words.values())
 
-    argv: Sequence[str]
-    env: Mapping[str, str]
-    shells: Sequence[str] = field(default=())  # the names that the errors of its shells begin with
-
-    def refusal(self, code: int, stderr: Path) -> str | None:
-        """Return the command that a shell could not execute and the reason; None if not a shell ended, but the payload."""
-        if not self.shells or code not in (NOT_FOUND, NOT_EXECUTABLE):
-            return None
-        with stderr.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - MOST_TEXT))
-            text = os.fsdecode(file.read())
-        for shell in self.shells:
-            found = REFUSAL.fullmatch(text.rpartition(f"{shell}: ")[2])
-            if f"{shell}: " in text and found:
-                number = errno.EACCES if code == NOT_EXECUTABLE else errno.ENOENT
-                reason = found["reason"] if found["reason"] == os.strerror(errno.ENOTDIR) else os.strerror(number)
-                return f"{found['command']}: {reason}"
-        return None
+    def argv(self, args: Sequence[str]) -> Sequence[str]:
+        """Return the command that arguments make with the entrypoint of a Docker image; without any, with its CMD."""
+        return [*self.words.get("ENTRYPOINT", ()), *(args or self.words.get("CMD", ()))]
 
 
 def runscript_of(image: Path) -> str:
     """Return the text of the runscript of an unpacked image; empty: it has none. Blocks."""
-    try:
-        return (image / RUNSCRIPT).read_text(errors="replace")
-    except OSError:
-        return ""
+    return _text(image / RUNSCRIPT)
 
 
 def is_runscript(text: str) -> bool:
@@ -132,12 +97,87 @@ def is_runscript(text: str) -> bool:
 
 def has_command(runscript: str) -> bool:
     """Return whether a runscript executes something without arguments: that of a Docker image without a command does not."""
-    return is_runscript(runscript) and not all(
-        line in runscript.splitlines() for line in ("OCI_ENTRYPOINT=''", "OCI_CMD=''")
-    )
+    words = docker_words(runscript)
+    return any(words.values()) if words else is_runscript(runscript)
 
 
-def _exportable(name: str) -> str:
-    if not VARIABLE.fullmatch(name):
-        raise NodeError(f"a shell cannot set a variable named {name!r}: use letters, digits and underscores")
-    return name
+def has_entrypoint(runscript: str) -> bool:
+    """Return whether a runscript passes arguments to a program of the image."""
+    words = docker_words(runscript)
+    return bool(words["ENTRYPOINT"]) if words else is_runscript(runscript)
+
+
+def docker_words(runscript: str) -> Mapping[str, Sequence[str]]:
+    """Return the ENTRYPOINT and CMD that apptainer has made a runscript of; empty if the runscript is another."""
+    found = {name: text.replace("""'"'"'""", "'") for name, text in WORDS.findall(runscript)}
+    if set(found) != {"ENTRYPOINT", "CMD"}:
+        return {}
+    return {name: [OF_SHELL.sub(r"\1", word) for word in WORD.findall(text)] for name, text in found.items()}
+
+
+def docker_variables(script: str) -> Mapping[str, str] | None:
+    """Return the ENV that apptainer has made a script of; None if the script is another."""
+    variables = {}
+    for line in script.splitlines():
+        match = EXPORT.fullmatch(line)
+        if match is None:
+            if line and not line.startswith("#"):
+                return None
+            continue
+        quoted = match["default"] or match["value"]
+        if quoted is not None:
+            for_shell = OF_GO.sub(_go_character, quoted[1:-1])
+            if not ESCAPED_FOR_SHELL.fullmatch(for_shell):
+                return None
+            variables[match["name"]] = OF_SHELL.sub(r"\1", for_shell)
+    return variables
+
+
+def mended_environment(image: Path) -> str | None:
+    """Return the script of a Docker image's ENV with the values that the image had; None if it has them. Blocks.
+
+    Apptainer escapes what a value has of quotes, dollars, backslashes and line ends once too often, and then fails to read
+    the script if there is a backquote in it.
+    """
+    script = _text(image / DOCKER_ENVIRONMENT)
+    variables = docker_variables(script)
+    if not variables or "\\" not in script:
+        return None
+    exports = ((MENDED_PATH if name == "PATH" else MENDED, name, shlex.quote(value)) for name, value in variables.items())
+    return "".join(["#!/bin/sh\n", *(form.format(name=name, value=value) for form, name, value in exports)])
+
+
+def with_usual_path(variables: Mapping[str, str]) -> Mapping[str, str]:
+    """Return variables with the usual directories appended to their PATH, where it lacks them, as apptainer does."""
+    if "PATH" not in variables:
+        return variables
+    path = variables["PATH"].split(":")
+    return {**variables, "PATH": ":".join([*path, *(usual for usual in USUAL_PATH.split(":") if usual not in path)])}
+
+
+def _scripts(image: Path, *, known: bool) -> Sequence[str]:
+    """Return the scripts that a shell has to read: with any command in them, and none of apptainer's own."""
+    directory = image / ENVIRONMENT
+    if not is_directory(directory):
+        return ()
+    not_needed = (*OF_APPTAINER, *([Path(DOCKER_ENVIRONMENT).name] if known else []))
+    scripts = (script for script in sorted(directory.glob("*.sh")) if script.name not in not_needed)
+    return [
+        f"/{script.relative_to(image)}"
+        for script in scripts
+        if any(line.strip() and not line.lstrip().startswith("#") for line in _text(script).splitlines())
+    ]
+
+
+def _go_character(match: "re.Match[str]") -> str:
+    code = match[1]
+    if code[0] == "x":  # a byte that is not UTF-8, or no printable character
+        return bytes([int(code[1:], 16)]).decode("utf-8", "surrogateescape")
+    return chr(int(code[1:], 16)) if code[0] in "uU" and code[1:] else CHARACTERS.get(code, code)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8", "surrogateescape")
+    except OSError:
+        return ""

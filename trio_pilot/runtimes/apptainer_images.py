@@ -10,19 +10,26 @@ import os
 import re
 import uuid
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import trio
 
 from trio_pilot.cleanup.image_builds import UNFINISHED, is_own, open_lock, remove_unfinished, try_to_lock
 from trio_pilot.errors import NodeError, map_exceptions
+from trio_pilot.files.data_directory import open_temporary
 from trio_pilot.files.filesystem import exists, is_file, remove_tree
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import APPTAINER_BUILD, APPTAINER_IMAGE, HOST_ROOT, Options
 from trio_pilot.runtimes.apptainer_command import Apptainer, environment
-from trio_pilot.runtimes.apptainer_directory import has_command, is_runscript, runscript_of
+from trio_pilot.runtimes.apptainer_directory import (
+    has_command,
+    has_entrypoint,
+    is_runscript,
+    mended_environment,
+    runscript_of,
+)
 
 # The sources of an image other than a file: apptainer-build(1).
 SOURCES = ("docker", "docker-archive", "docker-daemon", "oci", "oci-archive", "oras", "library", "shub", "http", "https")
@@ -49,13 +56,16 @@ class Image:
     # `exec` runs the command itself, `run` the image's runscript with it, which is what a Docker entrypoint becomes.
     action: str = "exec"
     has_command: bool = False  # that can be run without arguments
+    has_entrypoint: bool = False  # which its arguments are passed to
+    environment: Path | None = None  # a file to mount instead of the script of its variables
 
 
 class Images:
     """Prepares images, each once."""
 
-    def __init__(self, apptainer: Apptainer, options: Options) -> None:
+    def __init__(self, apptainer: Apptainer, options: Options, stack: ExitStack) -> None:
         self._apptainer = apptainer
+        self._stack = stack
         self._options = options
         self.directory = options.build_directory.absolute() / f"trio-pilot-images-{os.geteuid()}"
         self._ready: dict[str, Image] = {}
@@ -89,7 +99,14 @@ class Images:
         reason = await self._cannot_run(Path(image.path))
         if reason:
             raise NodeError(f"apptainer can make no container of the image {name}: {reason}")
-        return image
+        environment = await trio.to_thread.run_sync(mended_environment, Path(image.path))
+        return replace(image, environment=self._written(environment)) if environment else image
+
+    def _written(self, environment: str) -> Path:
+        file = self._stack.enter_context(open_temporary(self._options.data_parent)) / "environment.sh"
+        with map_exceptions({OSError: NodeError}, f"cannot write {file}"):
+            file.write_text(environment, "utf-8", "surrogateescape")
+        return file
 
     async def _file(self, name: str) -> Image:
         path = Path(await trio.Path(name).absolute())
@@ -163,7 +180,8 @@ def _directory(name: str) -> Image:
 
 
 def _image(path: Path, runscript: str) -> Image:
-    return Image(str(path), "run" if is_runscript(runscript) else "exec", has_command(runscript))
+    action = "run" if is_runscript(runscript) else "exec"
+    return Image(str(path), action, has_command(runscript), has_entrypoint(runscript))
 
 
 def _make_own(directory: Path) -> None:

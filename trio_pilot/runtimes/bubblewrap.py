@@ -20,15 +20,17 @@ from trio_pilot.processes import cgroups
 from trio_pilot.processes.children import Child, Children, Command
 from trio_pilot.processes.orphans import MARKER, mark
 from trio_pilot.runtimes import HOST_ROOT, NOT_EXECUTABLE, NOT_FOUND, Container, Exit, Options, cannot_run, no_command
-from trio_pilot.runtimes.apptainer_directory import ImageDirectory, Launch
+from trio_pilot.runtimes.apptainer_directory import USUAL_PATH, ImageDirectory
 from trio_pilot.runtimes.bubblewrap_root import HOME, Root, root_of
 from trio_pilot.runtimes.confinement import NOT_ENTERED, Confinement, Limiter, OpenGroups, open_limiter
+from trio_pilot.runtimes.image_shell import Launch, launch
 
-PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+OWN_VARIABLES = {"HOME": HOME, "TMPDIR": HOME}
 
 BWRAP_FAILED = 1  # bubblewrap's own exit code
 # Exit codes that are not the payload's, unless bubblewrap has reported that of the payload.
 NOT_THE_PAYLOADS = (BWRAP_FAILED, NOT_ENTERED, NOT_EXECUTABLE, NOT_FOUND)
+NO_COMMAND = "bwrap: execvp "  # its error for a command that it cannot execute, before the command and the reason
 BWRAPS_OWN = 2  # bubblewrap's processes for each container: the one outside, and the first of the namespace
 
 PROBE_TIMEOUT = 10.0  # seconds for a container that runs `true`
@@ -98,6 +100,10 @@ class BubblewrapRuntime:
         if not has_args and not (await self._directory(image)).has_command:
             raise no_command(image)
 
+    async def has_entrypoint(self, image: str) -> bool:
+        """Return whether an image has a runscript, or the entrypoint of a Docker image."""
+        return (await self._directory(image)).has_entrypoint
+
     async def _directory(self, image: str) -> ImageDirectory:
         if image in HOST_ROOT:
             return ImageDirectory()
@@ -115,24 +121,24 @@ class BubblewrapRuntime:
         """Run a container to its end; on every way out its PID namespace has ended."""
         await trio.lowlevel.checkpoint_if_cancelled()
         root = await self._root(container.image, tuple(mount.target for mount in container.mounts))
-        launch = (await self._directory(container.image)).launch(container)
+        payload = launch(await self._directory(container.image), container, OWN_VARIABLES)
         async with self._limiter.confine(container) as confinement:
             with map_exceptions({OSError: NodeError}, "cannot start bubblewrap"), StatusPipe() as status:
-                child = self._start(container, _Plan(root, launch, status.writing, confinement))
+                child = self._start(container, _Plan(root, payload, status.writing, confinement))
                 # The namespace ends with its parent, which SIGKILL ends.
                 code = await child.wait_and_end(
                     self._kill_grace, terminate=lambda: child.terminate_below(status.read().get("child-pid"))
                 )
                 if code in NOT_THE_PAYLOADS and "exit-code" not in status.read():
                     return _own_fault(container, code, confinement)
-                if refusal := launch.refusal(code, container.stderr):
+                if refusal := payload.refusal(code, container.stderr):
                     return _refused(container, refusal)
             return Exit(code, code != 0 and confinement.out_of_memory)
 
     def _start(self, container: Container, plan: "_Plan") -> Child:
         # Variables such as LD_PRELOAD are for the payload alone, and may be secret: bubblewrap reads them from a file.
-        path = os.environ.get("PATH", PATH) if container.image in HOST_ROOT else PATH
-        env = {"PATH": path, "HOME": HOME, "TMPDIR": HOME, **plan.launch.env}
+        path = os.environ.get("PATH", USUAL_PATH) if container.image in HOST_ROOT else USUAL_PATH
+        env = {"PATH": path, **plan.payload.env}
         with (
             open_log(container.stdout) as stdout,
             open_log(container.stderr) as stderr,
@@ -169,7 +175,7 @@ class BubblewrapRuntime:
             *made,
             *mounts,
             *("--remount-ro", "/", "--chdir", HOME, "--"),
-            *plan.launch.argv,
+            *plan.payload.argv,
         ]
 
 
@@ -178,7 +184,7 @@ class _Plan:
     """What a container is run with."""
 
     root: Root
-    launch: Launch
+    payload: Launch
     status: int  # the descriptor that bubblewrap writes its status to
     confinement: Confinement
 
@@ -210,7 +216,7 @@ def _open_unnamed(directory: Path) -> IO[bytes]:
 
 
 def _refused(container: Container, reason: str) -> Exit:
-    """Return the exit of a command that a shell of the image could not execute, and write the reason."""
+    """Return the exit of a command that could not be executed, and write the command and the reason."""
     with container.stderr.open("ab", 0) as stderr:
         stderr.write(os.fsencode(f"{reason}\n"))
     return cannot_run(reason)
@@ -247,6 +253,6 @@ def _own_fault(container: Container, code: int, confinement: Confinement) -> Exi
     if code != BWRAP_FAILED:
         return Exit(code)
     error = container.stderr.read_text(errors="replace").strip()
-    if error.startswith("bwrap: execvp"):
-        return cannot_run(error)
+    if error.startswith(NO_COMMAND):
+        return _refused(container, error.removeprefix(NO_COMMAND))
     raise NodeError(f"bubblewrap could not make the container: {error_summary(container.stderr)}")

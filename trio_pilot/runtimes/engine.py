@@ -18,7 +18,7 @@ from trio_pilot.runtimes import Container, Exit, Options, cannot_run, no_command
 from trio_pilot.runtimes.engine_api import EngineApi, EngineRefusedError
 from trio_pilot.runtimes.engine_container import EngineContainer
 from trio_pilot.runtimes.engine_dialect import CreateRequest, Dialect, Spec
-from trio_pilot.runtimes.engine_images import find_image, has_command, ready_image
+from trio_pilot.runtimes.engine_images import find_image, image_config, ready_image
 from trio_pilot.runtimes.engine_outages import EngineOutages
 from trio_pilot.runtimes.engine_timeouts import DEFAULT_TIMEOUTS, EngineTimeouts
 
@@ -110,8 +110,14 @@ class EngineRuntime:
         If the image is removed from the engine, the one that has the name then takes its place.
         """
         await self._prepare(image, self._image_ids.get(image))
-        if not has_args and not await has_command(self._outages, self._image_ids[image]):
-            raise no_command(image)
+        if not has_args:
+            config = await image_config(self._outages, self._image_ids[image])
+            if not (config.get("Entrypoint") or config.get("Cmd")):
+                raise no_command(image)
+
+    async def has_entrypoint(self, image: str) -> bool:
+        """Return whether an image has an entrypoint."""
+        return bool((await image_config(self._outages, self._image_ids[image])).get("Entrypoint"))
 
     async def _prepare(self, image: str, last: str | None) -> None:
         """Find or pull an image, unless its id is not `last` any more: several tasks may find at once that it is gone."""

@@ -65,11 +65,11 @@ async def find_image(outages: EngineOutages, name: str) -> str | None:
     return None if answer.status == NOT_FOUND else answer.read(lambda image: str(image["Id"]))
 
 
-async def has_command(outages: EngineOutages, name: str) -> bool:
-    """Return whether an image has a command of its own: an entrypoint, or default arguments."""
+async def image_config(outages: EngineOutages, name: str) -> Mapping[str, Any]:
+    """Return what an image says about how it is run: `Entrypoint`, `Cmd`, `User` and so on, each of which may be missing."""
     request = f"GET /images/{quote(name, safe='/:@')}/json"
     answer = await outages.retry(lambda: outages.api.call(request, f"look for the command of the image {name}"))
-    return answer.read(lambda image: bool(image["Config"].get("Entrypoint") or image["Config"].get("Cmd")))
+    return answer.read(lambda image: dict(image["Config"] or {}))
 
 
 async def _pull_patiently(outages: EngineOutages, dialect: Dialect, name: str) -> None:

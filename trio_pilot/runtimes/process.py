@@ -49,6 +49,10 @@ class ProcessRuntime:
         if not has_args:
             raise NodeError("the runtime process has no command of an image: say what to run (TASK_ARGS, INIT_ARGS)")
 
+    async def has_entrypoint(self, image: str) -> bool:  # noqa: ARG002
+        """Return False: there is no image."""
+        return False
+
     async def run(self, container: Container) -> Exit:
         """Run the command to its end; on every way out its whole process tree has ended."""
         await trio.lowlevel.checkpoint_if_cancelled()

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from trio_pilot.processes.orphans import MARKER
 from trio_pilot.runtimes import Container, Limits, Options, Runtime, bubblewrap
 
 SEARCH_PATH = "/app/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # apptainer would add what it lacks
-GREETING = "it's a fine  day; * ~ & é"  # apptainer's build changes \\ \" $ and `
+GREETING = 'it\'s a "fine"  day; * ~ & é \\ \\n $HOME `id`'  # apptainer's build escapes some of it once too often
 VARIABLES = {"PATH": SEARCH_PATH, "GREETING": GREETING, "HOME": "/tmp", "TMPDIR": "/tmp"}
 
 TOOL = """#!/bin/sh
@@ -40,6 +41,7 @@ IMAGES: Mapping[str, Mapping[str, Any]] = {
     "no-entrypoint": {**COMMON, "Cmd": ["mytool", "by default"]},
     "missing-entrypoint": {**COMMON, "Entrypoint": ["no-such-tool"]},
     "no-command": COMMON,
+    "no-shell": {**COMMON, "Env": ["PATH=/app"], "Entrypoint": ["echo", "of the image"], "Cmd": ["by default", "$HOME"]},
 }
 
 entrypoint = pytest.mark.parametrize("image_name", ["entrypoint"], indirect=True)
@@ -54,9 +56,13 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     (root / "app/bin").mkdir(parents=True)
     (root / "app/bin/mytool").write_text(TOOL)
     (root / "app/bin/mytool").chmod(0o755)
+    without_shell = tmp_path_factory.mktemp("no-shell")
+    for applet in ("echo", "env"):
+        (without_shell / "app").mkdir(exist_ok=True)
+        shutil.copy(root / "bin/busybox", without_shell / "app" / applet)
     files = {name: directory / f"{name}.tar" for name in IMAGES}
     for name, file in files.items():
-        make_docker_archive(root, file, f"{name}:local", IMAGES[name])
+        make_docker_archive(without_shell if name == "no-shell" else root, file, f"{name}:local", IMAGES[name])
     return files
 
 
@@ -127,6 +133,15 @@ async def test_without_arguments_the_image_runs_its_own(subject: Subject, runtim
 
 
 @every_runtime
+@pytest.mark.parametrize("image_name", ["no-shell"], indirect=True)
+async def test_an_image_needs_no_shell(subject: Subject, runtime: Runtime) -> None:
+    assert await output(runtime, subject.container("a  b", "$HOME")) == b"of the image a  b $HOME\n"
+    assert await output(runtime, subject.container()) == b"of the image by default $HOME\n"
+    container = replace(subject.container("env", env={"MINE": "yes"}), without_entrypoint=True)
+    assert variables(await output(runtime, container))["MINE"] == "yes"
+
+
+@every_runtime
 @pytest.mark.parametrize("image_name", ["no-command"], indirect=True)
 async def test_an_image_without_a_command_needs_arguments(subject: Subject, runtime: Runtime) -> None:
     with pytest.raises(NodeError, match=f"^the image {subject.image} has no command of its own: say what to run in it"):
@@ -154,6 +169,7 @@ def variables(said: bytes) -> Mapping[str, str]:
 async def test_the_environment_is_the_images_and_that_of_the_task_wins(subject: Subject, runtime: Runtime) -> None:
     said = await output(runtime, subject.container("--environment", env={"MINE": "yes"}))
     assert variables(said) == {**VARIABLES, "MINE": "yes"}
+    assert variables(await output(runtime, subject.container("--environment", env={"GREETING": ""})))["GREETING"] == ""
     own = {"GREETING": 'mine:  it\'s "$HOME" \\ `id`', "PATH": "/app/bin:/bin", "HOME": "/etc"}
     assert variables(await output(runtime, subject.container("--environment", env=own))) == {**VARIABLES, **own}
 

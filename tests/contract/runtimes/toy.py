@@ -33,6 +33,10 @@ class ToyRuntime:
         if image != "/":
             raise NodeError(f"the image {image} must be /: toy has no other")
 
+    async def has_entrypoint(self, image: str) -> bool:
+        """Return False."""
+        return image != "/"
+
     async def run(self, container: Container) -> Exit:
         """Run a container to its end."""
         await trio.lowlevel.checkpoint_if_cancelled()

@@ -1,106 +1,129 @@
-import ast
 import os
-import shutil
 import subprocess
-import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.support.containers import new_container
 from trio_pilot.errors import NodeError
-from trio_pilot.runtimes.apptainer_directory import ImageDirectory, Launch
+from trio_pilot.runtimes.apptainer_directory import (
+    ImageDirectory,
+    docker_variables,
+    docker_words,
+    mended_environment,
+    with_usual_path,
+)
 
-EVERY_BYTE = os.fsdecode(bytes(range(1, 256)))
-# Variables that shells read, change, or make read-only.
-OF_SHELLS = {"IFS": "x", "PATH": "/usr/bin:/bin", "PS1": "", "CDPATH": "/", "trio_pilot_file": "mine"}
+# Written by apptainer 1.1 to 1.3 for these values.
+ENVIRONMENT = r"""#!/bin/sh
+export PATH="/app/bin"
+export A="${A:-"b c"}"
+export Q="${Q:-"it's \\\"x\\\" \\$y \\`z\\` b\\\\c"}"
+export E="${E:-""}"
+export M="${M:-"l1\nl2\té \x1b\u200b"}"
+export BYTE="${BYTE:-"\xff"}"
+export NOVAL="${NOVAL:-}"
+"""
+VALUES = {
+    "PATH": "/app/bin",
+    "A": "b c",
+    "Q": 'it\'s "x" $y `z` b\\c',
+    "E": "",
+    "M": "l1\nl2\té \x1b\u200b",
+    "BYTE": os.fsdecode(b"\xff"),
+}
+RUNSCRIPT = r"""#!/bin/sh
+OCI_ENTRYPOINT='"echo" "ep"'
+OCI_CMD='"c m" "it'"'"'s \$x" "l1
+l2" "" "\"q\" \\ \`"'
 
-
-@pytest.fixture(params=[("dash",), ("busybox", "sh"), ("bash", "--posix")], ids=["dash", "busybox", "bash"])
-def shell(request: pytest.FixtureRequest) -> list[str]:
-    program, *args = request.param
-    found = shutil.which(program)
-    if found is None:
-        pytest.skip(f"there is no {program}")
-    return [found, *args]
-
-
-def run(shell: list[str], launch: Launch) -> "subprocess.CompletedProcess[bytes]":
-    env = {"PATH": "/usr/bin:/bin", **launch.env}
-    return subprocess.run([*shell, *launch.argv[1:]], env=env, capture_output=True, check=False)
-
-
-SHOW = """
-import os, sys
-sys.stdout.buffer.write(repr((dict(os.environb), list(map(os.fsencode, sys.argv[1:])))).encode())
+if [ -n "$SINGULARITY_NO_EVAL" ]; then
+    exec "$@"
+fi
+"""
+ALSO_OF_APPTAINER = """#!/bin/sh
+if [ -z "${LD_LIBRARY_PATH:-}" ]; then
+    LD_LIBRARY_PATH="/.singularity.d/libs"
+fi
 """
 
 
-def test_arguments_and_variables_pass_through_any_shell(shell: list[str], tmp_path: Path) -> None:
-    env = {"EVERY": EVERY_BYTE, "EMPTY": "", "NEWLINES": "a\n\n", **OF_SHELLS}
-    args = [EVERY_BYTE, "", " a  b ", "-n"]
-    container = new_container(tmp_path, [sys.executable, "-c", SHOW, *args], env=env)
-    variables, seen = ast.literal_eval(run(shell, ImageDirectory(has_environment=True).launch(container)).stdout.decode())
-    assert seen == list(map(os.fsencode, args))
-    assert {name: variables.get(name.encode()) for name in env} == {name: os.fsencode(env[name]) for name in env}
-    assert not [name for name in variables if name.startswith(b"TRIO_PILOT_TASK")]
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    (tmp_path / ".singularity.d/env").mkdir(parents=True)
+    (tmp_path / ".singularity.d/env/10-docker2singularity.sh").write_text(ENVIRONMENT)
+    (tmp_path / ".singularity.d/env/90-environment.sh").write_text("#!/bin/sh\n# Custom environment\n\n")
+    (tmp_path / ".singularity.d/env/99-base.sh").write_text(ALSO_OF_APPTAINER)
+    (tmp_path / ".singularity.d/runscript").write_text(RUNSCRIPT)
+    return tmp_path
 
 
-def test_a_variable_that_a_shell_keeps_for_itself_does_not_stop_the_task(shell: list[str], tmp_path: Path) -> None:
-    container = new_container(tmp_path, ["echo", "done"], env={"UID": "7", "PPID": "7", "SHELLOPTS": "x"})
-    assert run(shell, ImageDirectory(has_environment=True).launch(container)).stdout == b"done\n"
+def test_a_docker_image_is_read_without_a_shell(image: Path) -> None:
+    directory = ImageDirectory.of(image)
+    assert directory.variables == with_usual_path(VALUES)
+    assert directory.words == {"ENTRYPOINT": ["echo", "ep"], "CMD": ["c m", "it's $x", "l1\nl2", "", '"q" \\ `']}
+    assert (directory.has_runscript, directory.scripts, directory.has_command) == (False, [], True)
+    assert directory.argv(["mine"]) == ["echo", "ep", "mine"]
+    assert directory.argv([])[2:4] == ["c m", "it's $x"]
 
 
-@pytest.mark.parametrize(
-    ("command", "code", "reason"),
-    [
-        ("no-such-command", 127, "No such file or directory"),
-        ("/no/such/command", 127, "No such file or directory"),
-        ("two\nlines", 127, "No such file or directory"),
-        ("/etc", 126, "Permission denied"),
-        ("/etc/passwd", 126, "Permission denied"),
-    ],
-)
-def test_the_refusal_of_any_shell_is_understood(
-    shell: list[str], tmp_path: Path, command: str, code: int, reason: str
-) -> None:
-    launch = ImageDirectory(has_environment=True).launch(new_container(tmp_path, [command, "argument"]))
-    done = run(shell, launch)
-    (tmp_path / "stderr").write_bytes(done.stderr)
-    assert done.returncode == code
-    assert launch.refusal(code, tmp_path / "stderr") == f"{command}: {reason}"
+def test_the_usual_directories_follow_in_a_path() -> None:
+    assert (
+        with_usual_path({"PATH": "/app:/bin"})["PATH"] == "/app:/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin"
+    )
+    assert with_usual_path({}) == {}
 
 
-def test_what_a_task_writes_is_no_refusal(shell: list[str], tmp_path: Path) -> None:
-    container = new_container(tmp_path, ["sh", "-c", "no-such-command"])
-    launch = ImageDirectory(has_environment=True).launch(container)
-    (tmp_path / "stderr").write_bytes(run(shell, launch).stderr)
-    assert launch.refusal(127, tmp_path / "stderr") is None
+def test_the_mended_script_has_the_values_that_the_image_had(image: Path, tmp_path: Path) -> None:
+    mended = mended_environment(image)
+    assert mended
+    script = tmp_path / "mended.sh"
+    script.write_text(mended, "utf-8", "surrogateescape")
+    given = {"A": "of the task"}
+    shown = subprocess.run(["sh", "-c", f". {script}; exec /usr/bin/env -0"], env=given, capture_output=True, check=True)
+    variables = dict(entry.partition("=")[::2] for entry in os.fsdecode(shown.stdout).split("\0"))
+    assert {name: variables[name] for name in VALUES} == {**VALUES, "A": "of the task"}
 
 
-def test_a_directory_that_apptainer_has_not_built_needs_no_shell(tmp_path: Path) -> None:
-    container = new_container(tmp_path, ["mytool"], env={"NAME": "value"})
-    directory = ImageDirectory.of(tmp_path)
-    assert directory.launch(container) == Launch(container.args, container.env)
+def test_a_script_that_needs_no_mending_is_left_alone(image: Path) -> None:
+    (image / ".singularity.d/env/10-docker2singularity.sh").write_text('#!/bin/sh\nexport A="${A:-"it\'s"}"\n')
+    assert mended_environment(image) is None
+
+
+@pytest.mark.parametrize("line", ['export A="$(id)"', 'A="b"', 'export A="${B:-"c"}"', "id", 'export A="b"; id', ". /x"])
+def test_any_other_script_is_left_to_a_shell(image: Path, line: str) -> None:
+    script = image / ".singularity.d/env/10-docker2singularity.sh"
+    script.write_text(f"#!/bin/sh\n{line}\n")
+    assert docker_variables(script.read_text()) is None
+    (image / "bin").mkdir()
+    (image / "bin/sh").symlink_to("busybox")
+    assert ImageDirectory.of(image).scripts == ["/.singularity.d/env/10-docker2singularity.sh"]
+
+
+def test_a_script_of_a_persons_own_is_left_to_a_shell(image: Path) -> None:
+    (image / ".singularity.d/env/90-environment.sh").write_text("#!/bin/sh\nexport MODEL=spline\n")
+    with pytest.raises(NodeError, match=f"^the image {image} has scripts for its start, but no /bin/sh to run them"):
+        ImageDirectory.of(image)
+    (image / "bin").mkdir()
+    (image / "bin/sh").symlink_to("busybox")
+    directory = ImageDirectory.of(image)
+    assert directory.scripts == ["/.singularity.d/env/90-environment.sh"]
+    assert directory.variables["A"] == "b c"
+
+
+@pytest.mark.parametrize("text", ["", 'exec python3 "$@"', "OCI_CMD='\"x\"'", 'OCI_ENTRYPOINT="x"\nOCI_CMD=\'"x"\''])
+def test_any_other_runscript_is_left_to_a_shell(text: str) -> None:
+    assert not docker_words(text)
+
+
+def test_a_docker_image_without_a_command_has_none(image: Path) -> None:
+    (image / ".singularity.d/runscript").write_text("#!/bin/sh\nOCI_ENTRYPOINT=''\nOCI_CMD=''\n")
+    directory = ImageDirectory.of(image)
+    assert (directory.has_command, directory.has_runscript) == (False, False)
+    assert directory.argv(["mytool", "x"]) == ["mytool", "x"]
+
+
+def test_a_directory_that_apptainer_has_not_built_says_nothing(tmp_path: Path) -> None:
+    assert ImageDirectory.of(tmp_path) == ImageDirectory()
     (tmp_path / ".singularity.d").mkdir()
     (tmp_path / ".singularity.d/runscript").write_text('#!/bin/sh\necho "There is no runscript defined for this container"')
-    assert ImageDirectory.of(tmp_path) == directory
-
-
-def test_a_runscript_is_left_out_where_it_is_not_wanted(tmp_path: Path) -> None:
-    directory = ImageDirectory(has_environment=False, has_runscript=True)
-    container = replace(new_container(tmp_path, ["mytool"]), without_entrypoint=True)
-    assert directory.launch(container) == Launch(container.args, container.env)
-
-
-@pytest.mark.parametrize("directory", [ImageDirectory(), ImageDirectory(has_environment=True), ImageDirectory(True, True)])
-def test_nothing_to_run_is_an_error_and_no_success(tmp_path: Path, directory: ImageDirectory) -> None:
-    with pytest.raises(NodeError, match="the image / has no command of its own"):
-        directory.launch(new_container(tmp_path, []))
-
-
-def test_a_name_that_no_shell_can_set_is_an_error(tmp_path: Path) -> None:
-    container = new_container(tmp_path, ["true"], env={"a; reboot": ""})
-    with pytest.raises(NodeError, match="a shell cannot set a variable named 'a; reboot'"):
-        ImageDirectory(has_environment=True).launch(container)
+    assert ImageDirectory.of(tmp_path) == ImageDirectory()
