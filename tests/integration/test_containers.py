@@ -106,6 +106,29 @@ def test_an_external_directory_is_seen_and_cannot_be_written(pilots: PilotComman
     assert (external / "mine").exists() != is_contained
 
 
+def test_a_check_starts_a_container_and_looks_for_the_command(pilots: PilotCommand, containment: Containment) -> None:
+    good = pilots.run(
+        "sh", "-c", "exit 3", command="check", **containment.settings, init_image=containment.image, init_args="true"
+    )
+    assert good.wait() == 0, good.stdout
+    assert good.stdout.count(b"; its files can be read and written") == 2
+    bad = pilots.run("no-such-tool", command="check", **containment.settings, task_env_json='{"PATH": "/usr/bin:/bin"}')
+    assert bad.wait() == 4
+    assert b"FAIL  command       no-such-tool is not there, as the container will see it" in bad.stdout
+    assert not pilots.data.exists()
+    assert containment.containers() == []
+
+
+@pytest.mark.parametrize("containment", ["docker", "podman"], indirect=True)
+def test_a_check_tries_the_user_of_the_task(pilots: PilotCommand, containment: Containment) -> None:
+    external = pilots.directory / "external"
+    external.mkdir(mode=0o700)
+    settings = {**containment.settings, "external_directories": external, "task_user": 1234}
+    pilot = pilots.run("true", command="check", **settings)
+    assert pilot.wait() == 4
+    assert f"cannot enter the external directory {external}: ".encode() in pilot.stdout
+
+
 def test_arguments_of_the_old_pilot_work(pilots: PilotCommand, containment: Containment) -> None:
     pilots.send({"x": 'it\'s "quoted"'})
     pilot = pilots.run(

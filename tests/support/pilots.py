@@ -38,8 +38,15 @@ class PilotCommand:
     def receive(self) -> list[object]:
         return [json.loads(line) for line in self._run("receive", "outputs", "--idle", "0.1").splitlines()]
 
-    def start(self, *args: str, runtime: str = "process", prefix: Iterable[str] = (), **settings: object) -> "RunningPilot":
-        """Start a pilot that runs `args` for each event; a prefix may change its user or namespaces."""
+    def start(
+        self,
+        *args: str,
+        command: str = "run",
+        runtime: str = "process",
+        prefix: Iterable[str] = (),
+        **settings: object,
+    ) -> "RunningPilot":
+        """Start a pilot that runs `args` for each event, or checks them; a prefix may change its user or namespaces."""
         settings = {
             "queue_incoming": "events",
             "queue_outgoing": "outputs",
@@ -50,12 +57,12 @@ class PilotCommand:
             **settings,
         }
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-        command = [*prefix, COMMAND, "run", *flags]
+        argv = [*prefix, COMMAND, command, *flags]
         log = self.directory / f"pilot-{uuid.uuid4().hex}.log"
         with log.open("wb") as stderr:
             # In a session of its own, so that an interrupt at the terminal reaches the tests only.
             process = subprocess.Popen(
-                command,
+                argv,
                 cwd=self.directory,
                 env=self._environment(),
                 stdout=subprocess.PIPE,

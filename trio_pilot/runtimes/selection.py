@@ -64,7 +64,7 @@ def _candidates(image: str, options: Options) -> Sequence[str]:
     if image in HOST_ROOT:
         return ("bubblewrap", "process")
     if is_directory(image):
-        return ("apptainer", "bubblewrap")
+        return ("bubblewrap", "apptainer")
     if image.startswith(("/", "./", "../")) and not exists(image):
         raise NodeError(f"there is no image {image}: it must be an unpacked directory, /, or a tag")
     unpacking = () if options.only_directories else ("apptainer",)

@@ -43,7 +43,7 @@ def families(broken: Collection[str] = ()) -> Families:
         ("docker://python:3.12", ANY_IMAGE, ["apptainer"]),
         ("docker://python:3.12", OPTIONS, []),
         ("{a file}", ANY_IMAGE, ["apptainer"]),
-        ("{a directory}", OPTIONS, ["apptainer", "bubblewrap"]),
+        ("{a directory}", OPTIONS, ["bubblewrap", "apptainer"]),
         ("/", OPTIONS, ["bubblewrap", "process"]),
         ("", OPTIONS, ["bubblewrap", "process"]),
     ],
