@@ -223,7 +223,8 @@ class Settings:
     dead_letter_directory: Path | None = setting(
         None,
         path,
-        "directory for dead letters that the broker does not take; none: ewms-pilot-dead-letters/ beside ewms-pilot-data/",
+        "directory for dead letters that the broker does not take, if it outlasts the batch job;"
+        " none: ewms-pilot-dead-letters/ beside ewms-pilot-data/",
     )
     infile_ext: str = setting(".in", extension, "file name extension of the input file")
     outfile_ext: str = setting(
