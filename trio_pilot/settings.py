@@ -258,8 +258,9 @@ class Settings:
     htchirp: bool = setting("false", boolean, "report to HTCondor by chirp")
     htchirp_dest: str = setting(
         "JOB_ATTR",
-        one_of("JOB_ATTR", "JOB_EVENT_LOG"),
-        "destination of chirp reports: job attributes (JOB_ATTR), or the job event log (JOB_EVENT_LOG)",
+        one_of("JOB_ATTR", "JOB_EVENT_LOG", "JOB_ATTR_DELAYED"),
+        "destination of chirp reports: job attributes (JOB_ATTR), the job event log (JOB_EVENT_LOG),"
+        " or job attributes that HTCondor updates every few minutes, for many pilots (JOB_ATTR_DELAYED)",
     )
     htchirp_ratelimit_interval: float = setting(
         "60", seconds_or_none_at_all, "shortest time between two chirp reports of counts, in seconds"
