@@ -41,6 +41,10 @@ class DeliveryReplacedError(DeliveryLostError):
     """A delivery was lost after its event was copied to its destination: if the event comes again, it is done."""
 
 
+class NotSetAsideError(BrokerError):
+    """No queue and no lasting directory takes a dead letter: its event is still to be settled, and can only go back."""
+
+
 class NodeError(PilotError):
     """This machine cannot run tasks: there is no runtime, image or disk. The event is not at fault."""
 

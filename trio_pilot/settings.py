@@ -223,7 +223,8 @@ class Settings:
     dead_letter_directory: Path | None = setting(
         None,
         path,
-        "directory for dead letters that the broker does not take; none: ewms-pilot-dead-letters/ beside ewms-pilot-data/",
+        "directory for dead letters that the broker does not take, if it outlasts the batch job;"
+        " none: ewms-pilot-dead-letters/ beside ewms-pilot-data/",
     )
     infile_ext: str = setting(".in", extension, "file name extension of the input file")
     outfile_ext: str = setting(
@@ -257,8 +258,9 @@ class Settings:
     htchirp: bool = setting("false", boolean, "report to HTCondor by chirp")
     htchirp_dest: str = setting(
         "JOB_ATTR",
-        one_of("JOB_ATTR", "JOB_EVENT_LOG"),
-        "destination of chirp reports: job attributes (JOB_ATTR), or the job event log (JOB_EVENT_LOG)",
+        one_of("JOB_ATTR", "JOB_EVENT_LOG", "JOB_ATTR_DELAYED"),
+        "destination of chirp reports: job attributes (JOB_ATTR), the job event log (JOB_EVENT_LOG),"
+        " or job attributes that HTCondor updates every few minutes, for many pilots (JOB_ATTR_DELAYED)",
     )
     htchirp_ratelimit_interval: float = setting(
         "60", seconds_or_none_at_all, "shortest time between two chirp reports of counts, in seconds"

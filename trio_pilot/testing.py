@@ -16,7 +16,7 @@ from typing import Any
 import trio
 
 from trio_pilot.brokers import LONGEST_LEASE, Delivery, Settlement, dead_letter_queue, dead_letters
-from trio_pilot.errors import DeliveryLostError
+from trio_pilot.errors import DeliveryLostError, NotSetAsideError
 from trio_pilot.runtimes import Container, Exit, no_command
 
 Fault = Callable[[str], None]
@@ -43,6 +43,7 @@ class FakeBroker:
     """Queues in memory."""
 
     fault: Fault = no_fault
+    takes_dead_letters: bool = True
     delays: dict[str, float] = field(default_factory=dict)  # seconds that a call takes, by its name
     queues: dict[str, deque[FakeMessage]] = field(default_factory=dict)
     history: list[tuple[str, str]] = field(default_factory=list)  # (what was done, message id), in order
@@ -139,10 +140,17 @@ class FakeSource:
             self._held -= 1
 
     async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "", error: str = "") -> None:
-        """Settle a delivery. Raises DeliveryLostError if it is settled or taken back already."""
+        """Settle a delivery.
+
+        Raises:
+            DeliveryLostError: it is settled or taken back already.
+            NotSetAsideError: it would be a dead letter, and the broker is told to take none.
+        """
         await self.broker.call(f"source.{settlement.name.lower()}")
         if delivery.tag not in self.broker.unsettled:
             raise DeliveryLostError(f"the delivery of {delivery.message_id} is settled or taken back already")
+        if settlement is Settlement.DEAD_LETTER and not self.broker.takes_dead_letters:
+            raise NotSetAsideError("nothing takes it as a dead letter")
         queue, message = self.broker.unsettled.pop(delivery.tag)
         self._tags.discard(delivery.tag)
         self.broker.history.append((settlement.name, message.message_id))

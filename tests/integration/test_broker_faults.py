@@ -533,3 +533,24 @@ async def test_poison_is_tried_as_often_as_it_may_and_delays_no_good_event(
     dead = broker.dead_letters(queue)
     assert {message_id for _, message_id, _ in dead} == {f"id-{number}" for number in poison}
     assert all("exit code 3" in reason for _, _, reason in dead)
+
+
+async def test_an_event_that_a_poor_token_can_set_aside_nowhere_is_never_lost(
+    broker: Rabbit, queue: str, directory: Path
+) -> None:
+    """As at EWMS: a token may read and write two queues, and the scratch directory of the job is removed with it."""
+    user, failures = new_name("user"), directory.parent / "failures"
+    broker.server.add_user(user, "secret", configure="^$", write=f"^(amq.default|{queue}-out)$", read=f"^{queue}$")
+    broker.declare(f"{queue}-out")
+    await send_all(broker, queue, EwmsWire().encode(Message(7)), b"no event")
+    given = settings(broker, queue, RETRY_DELAY=0, STOP_LISTENING_ON_TASK_ERROR="false", TIMEOUT_QUEUE_INCOMING=30)
+    given |= {"TASK_ARGS": f"sh -c 'echo >> {failures}; exit 3'", "_CONDOR_SCRATCH_DIR": directory, "BROKER_TOKEN": "secret"}
+    given |= {f"QUEUE_{way}_BROKER_ADDRESS": f"{user}@{broker.server.address}" for way in ("INCOMING", "OUTGOING")}
+    failures.touch()
+    with pilot(directory, given, log=directory.parent / "log") as child:
+        await until(lambda: len(failures.read_text()) >= 25, "25 failures", BROKER)
+        child.terminate()
+        await trio.to_thread.run_sync(child.wait)
+    assert "goes back to its queue: nothing lasting takes it as a dead letter" in (directory.parent / "log").read_text()
+    await until(lambda: broker.server.counts(queue) == (2, 0), "both events to be back", BROKER)
+    assert_nothing_left(directory)

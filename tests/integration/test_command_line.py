@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import trio
 
+from tests.support.brokers import Rabbit, new_name
 from tests.support.servers import RabbitServer
 from tests.unit.test_readme import shell_blocks
 from trio_pilot.brokers import QueueAddress, local
@@ -259,6 +260,22 @@ def test_a_message_that_cannot_be_decoded_is_set_aside(command: Run, tmp_path: P
     assert command("receive", "q.dead-letters", "--wire", "raw", "--to", "dead", "--idle", "0.1").returncode == 0
     (dead,) = (tmp_path / "dead").iterdir()
     assert dead.read_bytes() == b"\xffjunk"
+
+
+def test_a_message_that_is_set_aside_nowhere_goes_back_at_the_end(
+    command: Run, tmp_path: Path, rabbitmq: RabbitServer
+) -> None:
+    queue, user = new_name(), new_name("user")
+    Rabbit(rabbitmq).declare(queue)
+    rabbitmq.add_user(user, "secret", configure="^$", write="^(amq.default)$", read=f"^{queue}$")
+    (tmp_path / "junk").write_bytes(b"\xffjunk")
+    where = ("--broker", f"{user}:secret@{rabbitmq.address}")
+    command("send", queue, "junk", "--wire", "raw", *where)
+    command("send", queue, *where, stdin=b"1")
+    done = command("receive", queue, "--idle", "0.5", *where, environ=[("_CONDOR_SCRATCH_DIR", str(tmp_path))])
+    assert (done.returncode, lines(done)) == (0, [1])
+    assert done.stderr.count(b"goes back to its queue at the end: nothing lasting takes it") == 1
+    assert rabbitmq.counts(queue) == (1, 0)
 
 
 def test_a_full_disk_is_reported_and_no_message_is_lost(command: Run, tmp_path: Path) -> None:

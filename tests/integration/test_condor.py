@@ -138,6 +138,53 @@ def test_the_event_log_has_the_lines_that_ewms_reads(user: Submitter) -> None:
     assert ad["ExitCode"] == 1
 
 
+def test_delayed_reports_need_no_proxy_and_are_in_the_history(user: Submitter) -> None:
+    user.send(range(3))
+    task = ["sh", "-c", """cat $EWMS_TASK_INFILE; yes 'x "y" \\ é' | head -2000 >&2; exit 3"""]
+    description = user.describe(
+        "--runtime=process",
+        f"--task-args={shlex.join(task)}",
+        "--no-stop-listening-on-task-error",
+        "--max-attempts=1",
+        "--timeout-queue-incoming=5",
+        "--htchirp-dest=JOB_ATTR_DELAYED",
+        "--htchirp-ratelimit-interval=1",
+    )
+    assert "WantIOProxy" not in description
+    job = user.submit_description(description)
+    job.until(lambda ad: ad.get("ChirpEWMSPilotTasksFailed"), "the failed tasks to be reported while the pilot runs")
+    [ad] = job.wait()
+    assert (ad["ExitCode"], ad["ChirpEWMSPilotStatus"], ad["ChirpEWMSPilotTasksFailed"]) == (1, "FatalError", 3)
+    assert "task failed (exit code 3)" in ad["ChirpEWMSPilotError"]
+    assert ad["ChirpEWMSPilotErrorTraceback"].endswith("é")
+    assert [name for name in ad if name.startswith("HTChirp")] == []
+
+
+SUSPENDED = 7  # JobStatus
+
+
+def test_a_job_that_was_suspended_goes_on_and_its_task_has_its_time(user: Submitter) -> None:
+    user.send(["event"])
+    description = user.describe(
+        "--runtime=bubblewrap",
+        "--task-image=/",
+        "--task-args=sh -c 'for step in $(seq 100); do sleep 0.1; done; cp $EWMS_TASK_INFILE $EWMS_TASK_OUTFILE'",
+        "--task-timeout=30",
+        "--htchirp-ratelimit-interval=1",
+    )
+    job = user.submit_description(description.replace(str(LEAST_SILENCE), "15"))
+    job.until(lambda ad: ad.get(f"{PREFIX}Status") == "Tasking", "the task to run")
+    user.pool.run("condor_suspend", job.cluster)
+    job.until(lambda ad: ad["JobStatus"] == SUSPENDED, "the job to be suspended")
+    time.sleep(35)
+    user.pool.run("condor_continue", job.cluster)
+    [ad] = job.wait()
+    assert (ad["ExitCode"], ad["TotalSuspensions"], ad.get("NumHolds", 0)) == (0, 1, 0), user.log(job)
+    assert user.receive(user.results) == ["event"]
+    said = (user.home / f"trio-pilot-{job.cluster}.0.err").read_text()
+    assert "this process was stopped for" in said
+
+
 GRACEFUL = {"evicted": "condor_vacate_job", "held": "condor_hold", "removed": "condor_rm"}
 HARD = {"killed": "condor_vacate_job -fast", "orphaned": ""}
 

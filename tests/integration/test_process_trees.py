@@ -1,8 +1,10 @@
+import os
 import re
 import signal
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,24 @@ def test_a_task_that_times_out_leaves_no_process_and_its_event_is_back(
     assert pilot.wait() == 1
     assert pilot.last_line == ("1 TASK(S) FAILED: ContainerRunError('task failed: [Timeout-Error] timed out after 1s')")
     assert pilots.queue() == [FAILED_ONCE]
+    nothing_is_left(pilots)
+
+
+@pytest.mark.alone
+def test_a_pilot_that_is_suspended_with_its_task_leaves_it_its_time(pilots: PilotCommand, runtime: str, mark: str) -> None:
+    pilots.send("event")
+    work = 'for step in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do sleep 0.1; done; echo done > "$2"'
+    pilot = pilots.start(*polite(mark, work), runtime=runtime, task_timeout=8, kill_grace=0.5)
+    wait_for_tasks(pilots, pilot, 1)
+    stopped = processes_with(mark)  # the pilot as well
+    for number, seconds in ((signal.SIGSTOP, 10), (signal.SIGCONT, 0)):
+        for pid in stopped:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        time.sleep(seconds)
+    assert pilot.wait() == 0, pilot.stderr
+    assert pilots.receive() == ["done\n"]
+    assert "this process was stopped for 1" in pilot.stderr
     nothing_is_left(pilots)
 
 

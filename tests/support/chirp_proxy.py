@@ -28,8 +28,8 @@ class ChirpProxy:
 
     def values(self, name: str) -> list[str]:
         """Return the values of an attribute so far, as ClassAd expressions."""
-        found = (re.fullmatch(r"(?:set_job_attr |ulog )(\w+):? (.*)", line) for line in self.lines)
-        return [match[2] for match in found if match and match[1] == f"HTChirpEWMSPilot{name}"]
+        found = (re.fullmatch(r"(?:set_job_attr |set_job_attr_delayed |ulog )(\w+):? (.*)", line) for line in self.lines)
+        return [match[2] for match in found if match and match[1].removeprefix("HT") == f"ChirpEWMSPilot{name}"]
 
     def serve(self, client: socket.socket) -> None:
         """Answer one client until it closes the connection."""

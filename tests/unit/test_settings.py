@@ -159,7 +159,11 @@ def test_words_that_mean_false(word: str) -> None:
         ("EWMS_PILOT_SUBPROC_TIMEOUT", "nan", "EWMS_PILOT_SUBPROC_TIMEOUT must be a number of seconds > 0, not 'nan'"),
         ("EWMS_PILOT_QUARANTINE_TIME", "-1", "EWMS_PILOT_QUARANTINE_TIME must be a number of seconds ≥ 0, not '-1'"),
         ("EWMS_PILOT_HTCHIRP", "maybe", "EWMS_PILOT_HTCHIRP must be a boolean (true or false), not 'maybe'"),
-        ("EWMS_PILOT_HTCHIRP_DEST", "X", "EWMS_PILOT_HTCHIRP_DEST must be one of JOB_ATTR, JOB_EVENT_LOG, not 'X'"),
+        (
+            "EWMS_PILOT_HTCHIRP_DEST",
+            "X",
+            "EWMS_PILOT_HTCHIRP_DEST must be one of JOB_ATTR, JOB_EVENT_LOG, JOB_ATTR_DELAYED, not 'X'",
+        ),
         ("EWMS_PILOT_INFILE_EXT", "a/b", "EWMS_PILOT_INFILE_EXT must be a file name extension such as .json, not 'a/b'"),
         (
             "EWMS_PILOT_CL_LOG",

@@ -20,13 +20,19 @@ ESCAPES = {
 PRINTABLE = range(0x20, 0x7F)
 
 
-def quoted(text: str, most: int) -> str:
+ONE_LINE = {ord("\n"): "| ", ord("\r"): ""}  # no longer than the escapes
+
+
+def quoted(text: str, most: int, *, in_one_line: bool = False) -> str:
     """Return a text as a ClassAd string of at most `most` bytes, quotes included; a longer one is `shortened`.
+
+    In one line, `|` stands for each line break.
 
     Anything but printable ASCII is written as `classad.quote` of HTCondor's own Python bindings does. NUL is left out: there
     is none in a ClassAd string (the reference manual, "Literals").
     """
     text = shortened(text.replace("\0", ""), most - 2, _size)
+    text = text.translate(ONE_LINE) if in_one_line else text
     return f'"{"".join(map(_escaped, text))}"'
 
 

@@ -20,6 +20,8 @@ from trio_pilot.status import RunTimes
 # As long as no task has ended, nothing but its time-out is known of its length, which may be far longer than any task. So at
 # most this share of the time that the pilot had at first is reserved for a task then.
 UNKNOWN_SHARE = 0.5
+# Seconds that the OSPool lets a job of a category run, which is twice the time that it is meant for.
+CATEGORIES = {"medium": 20 * 3600.0, "long": 40 * 3600.0}
 LIKELY = 95.0  # percent of the tasks so far that took no longer than the time that is reserved for one
 
 
@@ -64,11 +66,16 @@ def _set_by_others(settings: Settings, environ: Mapping[str, str], now: float) -
 
 
 def _set_by_job(job: Mapping[str, classad.Literal], now: float) -> Iterator[tuple[float, str]]:
-    """EWMS sets a job's time in OriginalTime. HTCondor holds a job that lasts longer than AllowedJobDuration."""
+    """EWMS sets a job's time in OriginalTime. HTCondor holds a job that lasts longer than AllowedJobDuration.
+
+    The OSPool holds a job that lasts longer than its category allows.
+    """
     begun = next((start for name in ("JobCurrentStartDate", "ShadowBday") if (start := _number(job, name))), now)
     for name in ("OriginalTime", "AllowedJobDuration", "AllowedExecuteDuration"):
         if seconds := _number(job, name):
             yield begun + seconds, f"{name} of the job"
+    category = str(job.get("jobdurationcategory", ""))
+    yield begun + CATEGORIES.get(category.lower(), math.inf), f"JobDurationCategory = {category} of the job"
 
 
 def _set_by_glidein(environ: Mapping[str, str], machine: Mapping[str, classad.Literal]) -> Iterator[tuple[float, str]]:

@@ -83,9 +83,10 @@ class Source(Protocol):
     async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "", error: str = "") -> None:
         """Settle a delivery; for a dead letter, with the reason and the name of the error.
 
-        A dead letter that the broker does not take is written to the directory of dead letters.
+        A dead letter that the broker does not take is written to the directory of dead letters, if that outlasts the job.
 
         Raises:
+            NotSetAsideError: nothing takes the dead letter; the delivery is not settled.
             DeliveryLostError: the broker has taken the delivery back.
             DeliveryReplacedError: likewise, but the copy that settles the event is stored.
         """

@@ -5,7 +5,8 @@ The facts are text, except `attempts`: `reason`, `error` (the name of its class)
 8601, UTC).
 
 At a broker a dead letter is a message of the queue `dead_letter_queue`: the event's body and message id as they came, and
-each fact in a header `x-trio-pilot-NAME`. Where the broker refuses such a queue, it is two files in a directory:
+each fact in a header `x-trio-pilot-NAME`. Where the broker refuses such a queue, it is two files in a directory, unless that
+is removed with the job of the pilot:
 
     DIRECTORY/QUEUE/TIME-RANDOM.body    the body as it came
     DIRECTORY/QUEUE/TIME-RANDOM.json    the facts and `message_id`, as a JSON object
@@ -26,8 +27,9 @@ from pathlib import Path
 import trio
 
 from trio_pilot.brokers import Delivery
-from trio_pilot.errors import NodeError, map_exceptions
+from trio_pilot.errors import NodeError, NotSetAsideError, map_exceptions
 from trio_pilot.files.filesystem import make_durably, write_durably
+from trio_pilot.files.lasting import is_lasting
 from trio_pilot.log import LOGGER
 from trio_pilot.processes import identity
 
@@ -69,19 +71,19 @@ def headers(facts: Facts) -> dict[str, str | int]:
     return {PREFIX + name: value for name, value in facts.items()}
 
 
-async def write_aside(directory: Path, delivery: Delivery, facts: Facts, why: Exception) -> bool:
-    """Write a dead letter that its queue refused to a directory, and log it; return whether it was written.
+async def write_aside(directory: Path, delivery: Delivery, facts: Facts, why: Exception) -> None:
+    """Write a dead letter that its queue refused to a directory, and log it.
 
     It is written even if this is cancelled.
+
+    Raises:
+        NotSetAsideError: it cannot be written, or not to a directory that outlasts this job.
     """
     try:
         path = await write(directory, delivery, facts)
     except NodeError as error:
-        event = delivery.message_id
-        LOGGER.error("event %s requeued: cannot store the dead letter (queue: %s; disk: %s)", event, why, error)
-        return False
+        raise NotSetAsideError(f"nothing lasting takes it as a dead letter (queue: {why}; directory: {error})") from error
     LOGGER.warning("event %s is the dead letter %s: cannot send it to a queue (%s)", delivery.message_id, path, why)
-    return True
 
 
 async def write(directory: Path, delivery: Delivery, facts: Facts) -> Path:
@@ -90,7 +92,7 @@ async def write(directory: Path, delivery: Delivery, facts: Facts) -> Path:
     It is written even if this is cancelled.
 
     Raises:
-        NodeError: it cannot be written.
+        NodeError: it cannot be written, or the directory would be removed with this job.
     """
     return await trio.to_thread.run_sync(_write, directory, delivery, facts)
 
@@ -100,6 +102,8 @@ def _write(directory: Path, delivery: Delivery, facts: Facts) -> Path:
     stem = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:8]}"
     text = json.dumps({**facts, "message_id": delivery.message_id}, indent=1)
     with map_exceptions({OSError: NodeError}, f"cannot write a dead letter in {directory}"):
+        if not is_lasting(directory, os.environ):
+            raise NodeError(f"{directory} is removed with this job; --dead-letter-directory may name one that is not")
         make_durably(folder)
         write_durably(stem.with_name(f"{stem.name}.body"), delivery.body)
         write_durably(path := stem.with_name(f"{stem.name}.json"), text.encode())

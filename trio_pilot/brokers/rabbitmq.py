@@ -93,6 +93,11 @@ class RabbitSource(RabbitQueue, RequeueingSource[RabbitChannel, RabbitMessage]):
         super().begin_settling(delivery)
         delivery.tag.channel.unsettled -= 1
 
+    def undo_settling(self, delivery: Delivery) -> None:
+        """Mark a delivery as one that is still to be settled, and counts towards the prefetch."""
+        super().undo_settling(delivery)
+        delivery.tag.channel.unsettled += 1
+
     async def ack(self, message: RabbitMessage) -> None:
         """Acknowledge a message."""
         message.channel.write("basic_ack", message.tag)

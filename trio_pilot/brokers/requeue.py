@@ -24,7 +24,7 @@ from trio_pilot.brokers import (
 )
 from trio_pilot.brokers.headers import FAILURES
 from trio_pilot.brokers.reconnecting import LostError, ReconnectingQueue, Session, Timeouts
-from trio_pilot.errors import DeliveryLostError, DeliveryReplacedError
+from trio_pilot.errors import DeliveryLostError, DeliveryReplacedError, NotSetAsideError
 from trio_pilot.log import LOGGER
 
 STOP_TIMEOUT = 5.0  # seconds to release what was sent ahead; else the broker takes it back, at the latest after its lease
@@ -112,6 +112,10 @@ class RequeueingSource(ReconnectingQueue[S], Generic[S, M]):
             raise DeliveryLostError(f"the event {delivery.message_id} was settled before")
         delivery.tag.settled = True
 
+    def undo_settling(self, delivery: Delivery) -> None:
+        """Mark a delivery as one that is still to be settled."""
+        delivery.tag.settled = False
+
     async def release(self, delivery: Delivery) -> None:
         """Return an event to its queue, uncounted."""
         await self.nack(delivery.tag)
@@ -188,8 +192,12 @@ class RequeueingSource(ReconnectingQueue[S], Generic[S, M]):
                     await self._set_aside(delivery, dead_letters.facts(delivery, reason, error))
         except LostError as lost:
             raise DeliveryLostError(f"{self.broker} has taken the event {delivery.message_id} back: {lost}") from lost
+        except NotSetAsideError:
+            self.undo_settling(delivery)
+            raise
         finally:
-            self.forget(delivery.tag)
+            if delivery.tag.settled:
+                self.forget(delivery.tag)
 
     async def requeue(self, delivery: Delivery, failures: int) -> None:
         """Send an event to the end of its queue with a number of failures; without the number where that is refused."""
@@ -202,12 +210,10 @@ class RequeueingSource(ReconnectingQueue[S], Generic[S, M]):
             await self.ack_original(delivery)
 
     async def _set_aside(self, delivery: Delivery, facts: dead_letters.Facts) -> None:
-        """Move an event to its dead letters: to their queue, else to their directory; else return it to its queue."""
+        """Move an event to its dead letters: to their queue, else to their directory."""
         try:
             await self.send_copy(delivery, dead_letter_queue(self.name), dead_letters.headers(facts))
         except self.refusals as error:
             self.check_refusal(delivery, error)
-            if not await dead_letters.write_aside(self._directory, delivery, facts, error):
-                await self.requeue(delivery, delivery.attempt)
-                return
+            await dead_letters.write_aside(self._directory, delivery, facts, error)
         await self.ack_original(delivery)

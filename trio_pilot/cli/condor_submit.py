@@ -7,12 +7,14 @@ import sys
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from trio_pilot.brokers.kinds import WITH_SCHEMES
 from trio_pilot.brokers.tokens import is_file
+from trio_pilot.condor import destinations, reporter
 from trio_pilot.errors import SettingsError
 from trio_pilot.files import filesystem
 from trio_pilot.parsing import AUTO, size
@@ -54,10 +56,11 @@ when_to_transfer_output = ON_EXIT
 transfer_output_files = ""
 """
 
-# The HTChirpEWMSPilot attributes are those that the pilot reports by chirp, from its latest start.
+PROXY = "+WantIOProxy = true"
+
+# The attributes are those that the pilot reports by chirp, from its latest start. One that was suspended could not report.
 ENDS = """\
 # After SIGTERM the pilot gives unfinished events back.
-+WantIOProxy = true
 kill_sig = SIGTERM
 want_graceful_removal = true
 job_max_vacate_time = {grace}
@@ -65,10 +68,10 @@ job_max_vacate_time = {grace}
 # 2 (settings) and 70 (a defect) need a correction; 3 (no broker) and 4 (a bad machine) may pass.
 on_exit_hold = ExitBySignal =?= false && member(ExitCode, {{2, 3, 4, 70}})
 on_exit_hold_subcode = ExitCode
-on_exit_hold_reason = HTChirpEWMSPilotError ?: strcat("trio-pilot ended with exit code ", ExitCode)
-periodic_hold = JobStatus == 2 && HTChirpEWMSPilotStatus =?= "Tasking" \\
-    && HTChirpEWMSPilotStartedTimestamp > JobCurrentStartDate - 60 \\
-    && time() - HTChirpEWMSPilotLastUpdatedTimestamp > {silence}
+on_exit_hold_reason = {error} ?: strcat("trio-pilot ended with exit code ", ExitCode)
+periodic_hold = JobStatus == 2 && {status} =?= "Tasking" \\
+    && {started} > JobCurrentStartDate - 60 \\
+    && time() - {updated} > {silence} + (CumulativeSuspensionTime ?: 0)
 periodic_hold_subcode = {silent}
 periodic_hold_reason = "no report from the pilot for {silence} s, though its tasks run"
 periodic_release = HoldReasonCode == 3 && member(HoldReasonSubCode, {{3, 4, {silent}}}) \\
@@ -123,15 +126,33 @@ def _submit_file(settings: Settings, variables: Mapping[str, str], request: Requ
     if request.time:
         yield f"+OriginalTime = {math.ceil(request.time)}"
     yield ""
-    yield ENDS.format(
+    if settings.htchirp_dest != destinations.DELAYED:
+        yield PROXY
+    yield _ends(settings)
+    yield _restarts(request.cron)
+    yield f"queue {request.pilots}"
+
+
+def _ends(settings: Settings) -> str:
+    """Return the lines that say how a pilot is ended, and what becomes of one that has ended or reports nothing."""
+    name_of = partial(destinations.name_at, settings.htchirp_dest)
+    return ENDS.format(
+        error=name_of(reporter.ERROR),
+        status=name_of(reporter.STATUS),
+        started=name_of(reporter.STARTED),
+        updated=name_of(reporter.LAST_UPDATED),
         grace=VACATE_TIME if settings.grace == AUTO else math.ceil(settings.grace + settings.shutdown_time),
-        silence=math.ceil(max(LEAST_SILENCE, 10 * settings.htchirp_ratelimit_interval)),
+        silence=_silence(settings),
         silent=SILENT,
         max_starts=MAX_STARTS,
         release_after=RELEASE_AFTER,
     )
-    yield _restarts(request.cron)
-    yield f"queue {request.pilots}"
+
+
+def _silence(settings: Settings) -> int:
+    """Return the seconds without a report in the queue, after which a pilot whose tasks run is held."""
+    delay = destinations.LONGEST_DELAY if settings.htchirp_dest == destinations.DELAYED else 0
+    return math.ceil(max(LEAST_SILENCE, 10 * settings.htchirp_ratelimit_interval) + delay)
 
 
 def _program(request: Request) -> Iterator[str]:

@@ -6,7 +6,7 @@ import re
 import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,15 @@ import trio
 from trio_pilot.brokers import Consumer, Delivery, Settlement, open_source
 from trio_pilot.brokers.listening import next_delivery
 from trio_pilot.cli.signals import print_summary, run_until_signalled
-from trio_pilot.errors import BrokerError, DecodeError, DeliveryLostError, NodeError, SettingsError, map_exceptions
+from trio_pilot.errors import (
+    BrokerError,
+    DecodeError,
+    DeliveryLostError,
+    NodeError,
+    NotSetAsideError,
+    SettingsError,
+    map_exceptions,
+)
 from trio_pilot.files.filesystem import exists, is_directory, write_all, write_durably
 from trio_pilot.files.log_copies import STDOUT
 from trio_pilot.log import LOGGER
@@ -87,6 +95,7 @@ class Receiver:
         """Receive messages until there are `count` of them, or none has come for `idle` seconds."""
         async with (
             open_source(self._address, lambda seconds: seconds < self._patience) as source,
+            AsyncExitStack() as at_the_end,
             source.consume(min(PREFETCH, count or PREFETCH)) as consumer,
         ):
             consumers: deque[Consumer] = deque([consumer])
@@ -95,6 +104,10 @@ class Receiver:
                     await self._take(delivery)
                 except DeliveryLostError as error:
                     LOGGER.warning("message %s was received, but may come again: %s", delivery.message_id, error)
+                except NotSetAsideError as error:
+                    LOGGER.warning("message %s goes back to its queue at the end: %s", delivery.message_id, error)
+                    at_the_end.enter_context(source.held(delivery))
+                    at_the_end.push_async_callback(_release, delivery)
                 except BaseException:
                     await _release(delivery)
                     raise
@@ -107,8 +120,8 @@ class Receiver:
         try:
             message = self._wire.decode(delivery.body, self._max_size)
         except DecodeError as error:
-            LOGGER.warning("message %s is set aside as a dead letter: %s", delivery.message_id, error)
             await delivery.source.settle(delivery, Settlement.DEAD_LETTER, str(error), type(error).__name__)
+            LOGGER.warning("message %s is set aside as a dead letter: %s", delivery.message_id, error)
             return
         # The reader of stdout may have stopped reading: when cancelled, the thread that waits for it is abandoned.
         write = partial(self._write, delivery.message_id, message.data)

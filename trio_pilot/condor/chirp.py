@@ -15,17 +15,15 @@ from typing import Any
 from htchirp import HTChirp
 
 from trio_pilot.allocation.classad import quoted
+from trio_pilot.condor import destinations
 from trio_pilot.errors import ReportError, map_exceptions
 
 CONFIG, DEFAULT_CONFIG = "_CONDOR_CHIRP_CONFIG", ".chirp.config"
 
-# Bytes of a quoted text. Of the event log 1023 bytes of a line are read, its name and header included, and the closing quote
-# would be lost; the proxy takes lines of up to 5120 bytes, in which a space or backslash counts twice.
-MOST_QUOTED = {"JOB_ATTR": 2400, "JOB_EVENT_LOG": 940}
-
 Value = int | str | BaseException  # an exception stands for its traceback
 
-HINT = "(has the job +WantIOProxy = true?)"
+HINTS = {destinations.DELAYED: "(is ENABLE_CHIRP_DELAYED true on this machine?)"}
+HINT = "(has the job +WantIOProxy = true?)"  # for the other destinations
 
 
 def report(destination: str, attributes: Iterable[tuple[str, Value]], reported: dict[str, Value], seconds: float) -> None:
@@ -34,9 +32,9 @@ def report(destination: str, attributes: Iterable[tuple[str, Value]], reported: 
     Raises:
         ReportError: Not all of them could be reported.
     """
-    refused = []
+    refused, hint = [], HINTS.get(destination, HINT)
     foreign = {OSError: ReportError, ValueError: ReportError, HTChirp.ChirpError: ReportError}
-    with map_exceptions(foreign, f"cannot report to HTCondor {HINT}"), _connect(seconds) as proxy:
+    with map_exceptions(foreign, f"cannot report to HTCondor {hint}"), _connect(seconds) as proxy:
         for name, value in attributes:
             try:
                 _report_one(proxy, destination, name, value)
@@ -44,16 +42,20 @@ def report(destination: str, attributes: Iterable[tuple[str, Value]], reported: 
             except HTChirp.ChirpError as error:  # only this one is refused: the others may be accepted
                 refused.append(f"{name}: {error}")
     if refused:
-        raise ReportError(f"HTCondor refuses {len(refused)} attribute(s) {HINT}, such as {refused[0]}")
+        raise ReportError(f"HTCondor refuses {len(refused)} attribute(s) {hint}, such as {refused[0]}")
 
 
 def _report_one(proxy: HTChirp, destination: str, name: str, value: Value) -> None:
     text = "".join(traceback.format_exception(value)).rstrip("\n") if isinstance(value, BaseException) else str(value)
-    quote = quoted(text, MOST_QUOTED[destination])
-    if destination == "JOB_EVENT_LOG":
-        proxy.ulog(f"{name}: {quote}")
-    else:
-        proxy.set_job_attr(name, text if isinstance(value, int) else quote)
+    quote = quoted(text, destinations.MOST_QUOTED[destination], in_one_line=destination == destinations.DELAYED)
+    expression = text if isinstance(value, int) else quote
+    match destination:
+        case destinations.EVENT_LOG:
+            proxy.ulog(f"{name}: {quote}")
+        case destinations.DELAYED:
+            proxy.set_job_attr_delayed(destinations.name_at(destination, name), expression)
+        case _:
+            proxy.set_job_attr(name, expression)
 
 
 def _connect(seconds: float) -> HTChirp:

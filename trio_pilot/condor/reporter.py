@@ -21,8 +21,8 @@ from trio_pilot.settings import Settings
 from trio_pilot.status import Status
 
 PREFIX = "HTChirpEWMSPilot"
-STATUS, ERROR, TRACEBACK, LAST_UPDATED = (
-    PREFIX + name for name in ("Status", "Error", "ErrorTraceback", "LastUpdatedTimestamp")
+STATUS, ERROR, TRACEBACK, STARTED, LAST_UPDATED = (
+    PREFIX + name for name in ("Status", "Error", "ErrorTraceback", "StartedTimestamp", "LastUpdatedTimestamp")
 )
 
 LEAST_INTERVAL = 1.0  # seconds between two reports of counts, even if less is set

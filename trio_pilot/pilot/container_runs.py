@@ -3,7 +3,7 @@
 import math
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from trio_pilot.files.filesystem import is_directory
 from trio_pilot.files.log_copies import copy_logs
 from trio_pilot.files.task_directory import TaskFiles
 from trio_pilot.files.task_logs import TaskLogs
+from trio_pilot.pilot.running_clock import RunningClock
 from trio_pilot.runtimes import NOT_FOUND_REASONS, Container, Exit, Limits, Mount, Runtime
 from trio_pilot.settings import Settings
 
@@ -68,6 +69,7 @@ class Tools:
     data_directory: DataDirectory
     runtime: Runtime
     sinks: Sequence[Sink]
+    clock: RunningClock = field(default_factory=RunningClock)
 
     @property
     def any_user(self) -> bool:
@@ -90,7 +92,7 @@ def task_files(tools: Tools, settings: Settings) -> TaskFiles:
 
 
 async def run(tools: Tools, disk: BlockingCalls, logs: TaskLogs, spec: RunSpec, files: TaskFiles) -> None:
-    """Run a container to its end.
+    """Run a container to its end. Time for which this process was stopped is not the container's.
 
     Raises:
         ContainerRunError: it ended with an error.
@@ -101,7 +103,7 @@ async def run(tools: Tools, disk: BlockingCalls, logs: TaskLogs, spec: RunSpec, 
     timeout, ended, reason = spec.timeout or math.inf, None, None
     with logs.growing(files.stdout, files.stderr):
         try:
-            with trio.move_on_after(timeout):
+            with tools.clock.move_on_after(timeout):
                 ended = await tools.runtime.run(container_for(tools, spec, files))
         finally:
             reason = await disk.finish(0, _conclude, logs, files, ended)
@@ -146,7 +148,7 @@ async def run_once(tools: Tools, settings: Settings, data: Any) -> int:
         await disk.call(0, tools.make, files)
         await disk.call(math.inf, task_directory.write_infile, files, data)
         ended = None
-        with trio.move_on_after(timeout):
+        with tools.clock.move_on_after(timeout):
             ended = await tools.runtime.run(container_for(tools, replace(RunSpec.task(settings), dump=True), files))
         await trio.to_thread.run_sync(copy_logs, files, abandon_on_cancel=True)
     finally:

@@ -30,7 +30,7 @@ from trio_pilot.pilot.deduplication import Deduplicator
 from trio_pilot.pilot.drain import Drain
 from trio_pilot.pilot.intake import Intake
 from trio_pilot.pilot.retries import DelayedRetries
-from trio_pilot.pilot.settling import Settler, settlement_for
+from trio_pilot.pilot.settling import Settler
 from trio_pilot.pilot.slots import Slot, Slots
 from trio_pilot.pilot.task import EventFailed, NodeFailed, Outcome, Success, Task
 from trio_pilot.pilot.task_runner import TaskRunner, open_task_runner
@@ -111,7 +111,7 @@ class Pilot:
         self._slots = Slots(settings.max_concurrent_tasks, settings.max_events_at_hand, status.slots)
         self._retries = DelayedRetries(settings.retry_delay)
         self._deduplicator = Deduplicator()
-        self._settler = Settler(self._deduplicator, settings.settle_grace)
+        self._settler = Settler(self._deduplicator, settings.settle_grace, settings.max_attempts)
         self._node_error: NodeError | None = None
 
     async def work(self, sources: Sequence[Source]) -> None:
@@ -177,9 +177,7 @@ class Pilot:
         with slot, self._deduplicator.track(task):
             try:
                 outcome = await self._runner.run(task, slot)
-                settlement = settlement_for(outcome, task, self._settings.max_attempts)
-                if settlement is not Settlement.REJECT:
-                    await self._settler.settle(task, settlement, outcome)
+                settlement = await self._settler.settle_unless_tried_again(task, outcome)
             except BaseException:
                 self._status.returned.value += not task.is_settled
                 await self._settler.release(task)

@@ -3,7 +3,7 @@
 import trio
 
 from trio_pilot.brokers import Settlement
-from trio_pilot.errors import BrokerError, DeliveryLostError, DeliveryReplacedError
+from trio_pilot.errors import BrokerError, DeliveryLostError, DeliveryReplacedError, NotSetAsideError
 from trio_pilot.log import LOGGER
 from trio_pilot.pilot.deduplication import Deduplicator
 from trio_pilot.pilot.task import EventFailed, NodeFailed, Outcome, Success, Task
@@ -23,14 +23,33 @@ def settlement_for(outcome: Outcome, task: Task, max_attempts: int) -> Settlemen
 class Settler:
     """Settles events at their brokers, each within `grace` seconds, cancelled or not."""
 
-    def __init__(self, deduplicator: Deduplicator, grace: float) -> None:
+    def __init__(self, deduplicator: Deduplicator, grace: float, max_attempts: int) -> None:
         self._deduplicator = deduplicator
         self._grace = grace
+        self._max_attempts = max_attempts
+
+    async def settle_unless_tried_again(self, task: Task, outcome: Outcome) -> Settlement:
+        """Settle the event of a task that has ended, unless it is to be rejected after a delay; return what becomes of it.
+
+        A dead letter that nothing lasting takes is tried again: an event is never lost.
+
+        Raises:
+            BrokerError: the broker cannot be used.
+        """
+        settlement = settlement_for(outcome, task, self._max_attempts)
+        if settlement is not Settlement.REJECT:
+            try:
+                await self.settle(task, settlement, outcome)
+            except NotSetAsideError as error:
+                LOGGER.warning("event %s goes back to its queue: %s", task.delivery.message_id, error)
+                return Settlement.REJECT
+        return settlement
 
     async def settle(self, task: Task, settlement: Settlement, outcome: Outcome | None = None) -> None:
         """Settle an event; a dead letter gets the reason and the name of the error from the outcome.
 
         Raises:
+            NotSetAsideError: nothing takes the dead letter; the event is not settled.
             BrokerError: the broker cannot be used.
         """
         with trio.move_on_after(self._grace, shield=True) as patience:

@@ -42,6 +42,7 @@ async def open_task_runner(settings: Settings, tools: Tools, run_times: RunTimes
         async with trio.open_nursery() as background:
             background.start_soon(runner.logs.watch)
             background.start_soon(runner.late_sync.watch)
+            background.start_soon(tools.clock.keep)
             yield runner
             background.cancel_scope.cancel()
     finally:
@@ -114,11 +115,11 @@ class TaskRunner:
         return task.headers
 
     async def _run_container(self, task: Task) -> None:
-        started = trio.current_time()
+        started = self._tools.clock.time()
         with self._cpu_sets.lend() as cpus, self._task_lines.around(task.delivery):
             spec = replace(self._spec, cpu_set=cpus) if cpus else self._spec
             await run(self._tools, self._blocking, self.logs, spec, task.files)
-        self._run_times.add(trio.current_time() - started)
+        self._run_times.add(self._tools.clock.time() - started)
 
     async def _send_output(self, task: Task, headers: Mapping[str, Any], slot: Slot) -> None:
         files = task.files

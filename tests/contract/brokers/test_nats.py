@@ -18,7 +18,7 @@ from tests.support.servers import MAX_MESSAGE_SIZE, NATS_USERS, NatsServer, runn
 from trio_pilot.brokers import Delivery, Settlement, Source
 from trio_pilot.brokers.nats import place_of
 from trio_pilot.brokers.nats_connection import NatsTimeouts
-from trio_pilot.errors import BrokerError, DeliveryLostError, PublishRefusedError, SettingsError
+from trio_pilot.errors import BrokerError, DeliveryLostError, NotSetAsideError, PublishRefusedError, SettingsError
 
 pytestmark = pytest.mark.usefixtures("nats")  # which installs it
 
@@ -363,6 +363,23 @@ async def test_a_dead_letter_without_the_right_to_a_queue_is_two_files(strict: N
         await nothing_comes(consumer)
     (letter,) = (strict.directory / queue).glob("*.body")
     assert letter.read_bytes() == b"bad"
+
+
+async def test_a_dead_letter_without_a_lasting_place_goes_back_to_its_queue(
+    strict: Nats, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_CONDOR_SCRATCH_DIR", str(strict.directory.parent))
+    async with strict.sink(queue, user="pilot", token="secret") as sink:
+        await sink.send(b"bad", "id-0")
+    async with strict.source(queue, user="poor", token="secret") as source, source.consume(1) as consumer:
+        delivery = await take(consumer)
+        with pytest.raises(NotSetAsideError, match="is removed with this job"):
+            await source.settle(delivery, Settlement.DEAD_LETTER, "no good")
+        await source.settle(delivery, Settlement.REJECT)
+        again = await take(consumer)
+        assert again.body == b"bad"
+        await source.settle(again, Settlement.ACK)
+    assert not strict.directory.exists()
 
 
 @pytest.mark.parametrize("size", [MAX_MESSAGE_SIZE - 10, MAX_MESSAGE_SIZE + 1, MAX_MESSAGE_SIZE + 1_000_000])

@@ -17,7 +17,7 @@ from tests.support.servers import free_port
 from trio_pilot.brokers import Consumer, Settlement, dead_letter_queue, dead_letters, open_source
 from trio_pilot.brokers.pulsar import parse_address
 from trio_pilot.brokers.pulsar_connection import PulsarTimeouts
-from trio_pilot.errors import BrokerError, DeliveryLostError, PublishRefusedError, SettingsError
+from trio_pilot.errors import BrokerError, DeliveryLostError, NotSetAsideError, PublishRefusedError, SettingsError
 
 
 @pytest.fixture
@@ -224,6 +224,23 @@ async def test_a_dead_letter_whose_topic_is_refused_goes_to_the_directory(
         await nothing_comes(consumer)
     (letter,) = dead_letters.read(broker.directory, queue)
     assert (letter.body, letter.facts["reason"]) == (b"bad", "why")
+
+
+async def test_a_dead_letter_without_a_lasting_place_goes_back_to_its_topic(
+    broker: Pulsar, pulsar_stand_in: StandIn, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_CONDOR_SCRATCH_DIR", str(broker.directory.parent))
+    pulsar_stand_in.refused[dead_letter_queue(queue)] = "AuthorizationError"
+    await send(broker, queue, b"bad")
+    async with broker.source(queue) as source, source.consume(1) as consumer:
+        delivery = await take(consumer)
+        with pytest.raises(NotSetAsideError, match="is removed with this job"):
+            await source.settle(delivery, Settlement.DEAD_LETTER, "why", "SomeError")
+        await nothing_comes(consumer)
+        await source.settle(delivery, Settlement.REJECT)
+        again = await take(consumer)
+        assert (again.body, again.attempt) == (b"bad", 2)
+    assert list(dead_letters.read(broker.directory, queue)) == []
 
 
 async def test_a_failed_event_whose_copy_is_refused_goes_back_uncounted(

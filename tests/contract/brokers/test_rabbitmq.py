@@ -11,7 +11,7 @@ from tests.support.brokers import LONG, Rabbit, eventually, failure_of, leaves, 
 from tests.support.servers import MAX_MESSAGE_SIZE, RabbitServer
 from trio_pilot.brokers import Settlement, dead_letter_queue, dead_letters
 from trio_pilot.brokers.rabbitmq_connection import RabbitTimeouts
-from trio_pilot.errors import BrokerError, DeliveryLostError, PublishRefusedError
+from trio_pilot.errors import BrokerError, DeliveryLostError, NotSetAsideError, PublishRefusedError
 
 
 @pytest.fixture
@@ -92,8 +92,8 @@ async def test_a_dead_letter_without_a_queue_is_a_file_that_a_warning_names(
     assert broker.server.counts(queue) == (0, 0)
 
 
-async def test_a_dead_letter_that_cannot_be_stored_is_requeued_and_logged(
-    broker: Rabbit, queue: str, pilot_user: str, caplog: pytest.LogCaptureFixture
+async def test_a_dead_letter_that_cannot_be_stored_is_still_to_be_settled(
+    broker: Rabbit, queue: str, pilot_user: str
 ) -> None:
     broker.directory = Path("/proc/none")
     await send(broker, queue, b"bad")
@@ -101,11 +101,27 @@ async def test_a_dead_letter_that_cannot_be_stored_is_requeued_and_logged(
         for attempt in range(1, 4):
             delivery = await take(consumer)
             assert delivery.attempt == attempt
-            await source.settle(delivery, Settlement.DEAD_LETTER, "no good")
+            with pytest.raises(NotSetAsideError, match=r"nothing lasting takes it .*queue: .*; directory: .*/proc/none"):
+                await source.settle(delivery, Settlement.DEAD_LETTER, "no good")
+            await nothing_comes(consumer)
+            await source.settle(delivery, Settlement.REJECT)
         await source.settle(await take(consumer), Settlement.ACK)
-    said = [record.message for record in caplog.records if record.name == "trio_pilot"]
-    assert len(said) == 3
-    assert all("cannot store the dead letter" in line for line in said)
+    assert broker.server.counts(queue) == (0, 0)
+
+
+async def test_no_dead_letter_goes_to_a_directory_that_ends_with_the_job(
+    broker: Rabbit, queue: str, pilot_user: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_CONDOR_SCRATCH_DIR", str(tmp_path))
+    broker.directory = tmp_path / "letters"
+    await send(broker, queue, b"bad")
+    async with broker.source(queue, user=pilot_user, token="secret") as source, source.consume(1) as consumer:
+        delivery = await take(consumer)
+        with pytest.raises(NotSetAsideError, match="letters is removed with this job"):
+            await source.settle(delivery, Settlement.DEAD_LETTER, "no good")
+        await source.settle(delivery, Settlement.REJECT)
+        assert (await take(consumer)).attempt == 2
+    assert not broker.directory.exists()
 
 
 async def test_a_user_who_may_only_read_returns_a_failed_event_uncounted(

@@ -47,7 +47,18 @@ def test_a_line_of_the_event_log_is_the_name_and_a_quoted_value(proxy: ChirpProx
     assert proxy.lines == ['ulog HTChirpEWMSPilotTasksTotal: "3"', r'ulog HTChirpEWMSPilotError: "\303\251 \t"']
 
 
-@pytest.mark.parametrize(("destination", "most"), [("JOB_ATTR", 2400), ("JOB_EVENT_LOG", 940)])
+def test_a_delayed_attribute_has_a_name_that_begins_with_chirp(proxy: ChirpProxy) -> None:
+    reported: dict[str, Value] = {}
+    changes: dict[str, Value] = {"HTChirpEWMSPilotTasksTotal": 3, NAME: "é\r\n\tx\n"}
+    send("JOB_ATTR_DELAYED", changes, reported, 5)
+    assert proxy.lines == [
+        "set_job_attr_delayed ChirpEWMSPilotTasksTotal 3",
+        r'set_job_attr_delayed ChirpEWMSPilotError "\303\251| \tx| "',  # HTCondor drops one with a line break
+    ]
+    assert reported == changes
+
+
+@pytest.mark.parametrize(("destination", "most"), [("JOB_ATTR", 2400), ("JOB_EVENT_LOG", 940), ("JOB_ATTR_DELAYED", 993)])
 @pytest.mark.parametrize("char", ["x", " ", "\\", "é", "\x01", "\nx", "🙂"])
 def test_a_text_of_any_kind_and_length_fits_into_a_line(proxy: ChirpProxy, destination: str, most: int, char: str) -> None:
     send(destination, {"HTChirpEWMSPilotErrorTraceback": char * 100_000, "HTChirpEWMSPilotTasksTotal": 1}, {}, 5)
@@ -115,6 +126,12 @@ def test_a_long_traceback_arrives_with_its_exception_in_a_whole_quote(
         '"ContainerRunError: task failed (exit code 1): Traceback (most recent call last):'
     )
     assert proxy.values("ErrorTraceback")[0].startswith('"Traceback (most recent call last):')
+
+
+def test_a_delayed_attribute_that_is_refused_needs_no_io_proxy(proxy: ChirpProxy) -> None:
+    proxy.refused = {"ChirpEWMSPilotError"}
+    with pytest.raises(ReportError, match=r"refuses 1 attribute\(s\) \(is ENABLE_CHIRP_DELAYED true"):
+        send("JOB_ATTR_DELAYED", {NAME: "x"}, {}, 5)
 
 
 def test_an_attribute_that_is_refused_does_not_hold_back_others(proxy: ChirpProxy) -> None:

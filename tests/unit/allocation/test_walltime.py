@@ -75,6 +75,15 @@ async def test_the_user_may_set_the_end(texts: dict[str, str], at: float) -> Non
         ([], [f"GLIDEIN_ToRetire = {NOW + 5:.0f}"], {}, 5, "GLIDEIN_ToRetire"),
         ([], [], {"GLIDEIN_ToDie": f"{NOW + 70:.0f}"}, 70, "GLIDEIN_ToDie"),
         (
+            [f"JobCurrentStartDate = {NOW - 100:.0f}", 'JobDurationCategory = "Medium"'],
+            [],
+            {},
+            20 * 3600 - 100,
+            "JobDurationCategory = Medium of the job",
+        ),
+        (['JobDurationCategory = "long"'], [], {}, 40 * 3600, "JobDurationCategory = long of the job"),
+        (['JobDurationCategory = "Endless"', "OriginalTime = 3600"], [], {}, 3600, "OriginalTime of the job"),
+        (
             ["OriginalTime = 3600"],
             [],
             {"GLIDEIN_ToDie": f"{NOW - 1:.0f}"},

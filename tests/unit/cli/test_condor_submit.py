@@ -56,6 +56,21 @@ def test_reports_by_chirp_can_be_switched_off(capsys: pytest.CaptureFixture[str]
     assert "EWMS_PILOT_HTCHIRP='False'" in submit_file(capsys, "--no-htchirp")["environment"]
 
 
+def test_reports_as_ewms_has_them_take_an_io_proxy(capsys: pytest.CaptureFixture[str]) -> None:
+    found = submit_file(capsys)
+    assert found["+WantIOProxy"] == "true"
+    assert "time() - HTChirpEWMSPilotLastUpdatedTimestamp > 900 + (CumulativeSuspensionTime ?: 0)" in found["periodic_hold"]
+
+
+def test_delayed_reports_take_no_io_proxy_and_more_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    found = submit_file(capsys, "--htchirp-dest=JOB_ATTR_DELAYED")
+    assert "+WantIOProxy" not in found
+    assert "HTChirp" not in found["periodic_hold"] + found["on_exit_hold_reason"]
+    assert found["on_exit_hold_reason"].startswith("ChirpEWMSPilotError ?: ")
+    assert "time() - ChirpEWMSPilotLastUpdatedTimestamp > 2100 " in found["periodic_hold"]
+    assert "EWMS_PILOT_HTCHIRP_DEST='JOB_ATTR_DELAYED'" in found["environment"]
+
+
 @pytest.mark.parametrize(
     "flag",
     ["--broker-token=x", "--broker=amqp://u:p@h", "--broker=u:p@h", "--broker=amqp://[u:p", '--task-env-json={"A":"b"}'],

@@ -104,3 +104,21 @@ async def test_an_event_on_the_bench_that_comes_again_is_adopted(lab: Lab) -> No
     first, second = starts.times["7"][:2]
     assert second - first >= 10
     lab.assert_the_promise([7])
+
+
+async def test_an_event_that_is_set_aside_nowhere_is_tried_on_with_its_delay(
+    lab: Lab, caplog: pytest.LogCaptureFixture
+) -> None:
+    lab.broker.takes_dead_letters = False
+    lab.runtime.script = starts = Starts()
+    lab.put(7)
+    options = {"stop_listening_on_task_error": False, "max_attempts": 20}
+    with pytest.raises(ExceptionGroup):
+        await lab.run_signalled([500.0], **options)
+    gaps = [later - earlier for earlier, later in pairwise(starts.times["7"])]
+    assert len(gaps) >= 20
+    assert all(LONGEST_DELAY / 2 <= gap <= LONGEST_DELAY for gap in gaps[6:])
+    ((message,),) = [lab.broker.queues["in"]]
+    assert (message.message_id, message.attempts) == ("7", len(starts.times["7"]))
+    assert "event 7 goes back to its queue: nothing takes it as a dead letter" in caplog.text
+    lab.assert_nothing_is_left()
