@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import string
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,9 @@ from trio_pilot.runtimes import Container, Limits, Options, Runtime, bubblewrap
 SEARCH_PATH = "/app/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # apptainer would add what it lacks
 GREETING = 'it\'s a "fine"  day; * ~ & é \\ \\n $HOME `id`'  # apptainer's build escapes some of it once too often
 VARIABLES = {"PATH": SEARCH_PATH, "GREETING": GREETING, "HOME": "/tmp", "TMPDIR": "/tmp"}
+
+SPECIAL = [*string.punctuation, *map(chr, range(1, 33)), "\x7f", "\x85", "\u2028", "\ufeff"]
+ODD = [*AWKWARD, *(shape.format(one) for one in SPECIAL for shape in ("{0}", "a{0}b", "{0}{0} x"))]
 
 TOOL = """#!/bin/sh
 case "$2" in
@@ -109,7 +113,7 @@ def words(*expected: str) -> bytes:
 @every_runtime
 @entrypoint
 async def test_the_entrypoint_gets_the_arguments_of_the_task_exactly(subject: Subject, runtime: Runtime) -> None:
-    awkward = list(filter(subject.carries, AWKWARD))
+    awkward = list(filter(subject.carries, ODD))
     assert await output(runtime, subject.container("first", *awkward)) == words("of the image", "first", *awkward)
 
 
@@ -177,7 +181,7 @@ async def test_the_environment_is_the_images_and_that_of_the_task_wins(subject: 
 @every_runtime
 @entrypoint
 async def test_values_of_a_task_reach_its_entrypoint_exactly(subject: Subject, runtime: Runtime) -> None:
-    values = list(filter(subject.carries, AWKWARD))
+    values = list(filter(subject.carries, ODD))
     env = {f"VALUE{number}": value for number, value in enumerate(values)}
     shown = " ".join(f'"$VALUE{number}"' for number in range(len(values)))
     container = subject.container("--shell", f"printf '<%s>\\0' {shown}", env=env)
