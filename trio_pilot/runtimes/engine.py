@@ -5,8 +5,11 @@ A container has its name and labels from its creation on: whatever happens to th
 
 import os
 import re
+import socket
+import struct
+import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import trio
@@ -18,6 +21,7 @@ from trio_pilot.runtimes import Container, Exit, Options, cannot_run, no_command
 from trio_pilot.runtimes.engine_api import EngineApi, EngineRefusedError
 from trio_pilot.runtimes.engine_container import EngineContainer
 from trio_pilot.runtimes.engine_dialect import CreateRequest, Dialect, Spec
+from trio_pilot.runtimes.engine_files import EngineFiles
 from trio_pilot.runtimes.engine_images import find_image, has_command, ready_image
 from trio_pilot.runtimes.engine_outages import EngineOutages
 from trio_pilot.runtimes.engine_timeouts import DEFAULT_TIMEOUTS, EngineTimeouts
@@ -80,9 +84,18 @@ async def open_engine(
             if dialect.ends_its_containers:
                 nursery.start_soon(outages.restarts.watch)
             try:
-                yield EngineRuntime(outages, dialect, options, nursery)
+                yield EngineRuntime(outages, dialect, options, nursery, _user_of(api.socket))
             finally:
                 nursery.cancel_scope.cancel()
+
+
+def _user_of(engine: Path) -> tuple[int, int]:
+    """Return the user id and the group id of the process that listens at a socket; root's if they cannot be found."""
+    with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(engine))
+        _, user, group = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return user, group
+    return 0, 0
 
 
 class EngineRuntime:
@@ -91,8 +104,17 @@ class EngineRuntime:
     has_mounts = True
     image_directory: Path | None = None
 
-    def __init__(self, outages: EngineOutages, dialect: Dialect, options: Options, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        outages: EngineOutages,
+        dialect: Dialect,
+        options: Options,
+        nursery: trio.Nursery,
+        engine_user: tuple[int, int] = (0, 0),
+    ) -> None:
         self.name = dialect.name
+        user, self.group = engine_user
+        self.passes_closed_directories = user in (0, os.geteuid())
         self.engine: Path | None = outages.api.socket
         self.has_unremoved_containers = False
         self._outages = outages
@@ -148,6 +170,24 @@ class EngineRuntime:
             else:
                 await self._remove(at_engine)
             return ended
+
+    @asynccontextmanager
+    async def open_foreign_files(self, image: str, root: Path) -> AsyncIterator[EngineFiles]:
+        """Open a directory of this machine with the engine's rights, by a container that is never started.
+
+        Raises:
+            NodeError: the engine does not have the image, or fails.
+        """
+        nothing = Path(os.devnull)
+        container = Container(f"files-{uuid.uuid4()}", image, ("true",), {}, (), root, nothing, nothing)
+        if image not in self._image_ids:
+            await self._prepare(image, None)
+        at_engine = EngineContainer(self._outages, self._dialect, container)
+        try:
+            await self._create(at_engine, container)
+            yield EngineFiles(self._outages.api, at_engine, root)
+        finally:
+            await self._remove(at_engine)
 
     async def _create(self, at_engine: EngineContainer, container: Container) -> None:
         """Create the container; if its image was removed since it was prepared, find or pull it again, once."""
