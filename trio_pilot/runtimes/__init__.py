@@ -29,6 +29,7 @@ class Mount:
     source: Path
     target: str
     writable: bool = False
+    propagates: bool = True  # of one that is read-only: what is mounted below it later is seen in the container
 
 
 @dataclass(frozen=True, slots=True)

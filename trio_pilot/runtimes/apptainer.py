@@ -29,6 +29,7 @@ from trio_pilot.runtimes.apptainer_command import LEADER, MOST_TEXT, Apptainer, 
 from trio_pilot.runtimes.apptainer_directory import RUNSCRIPT
 from trio_pilot.runtimes.apptainer_images import PROBE, Image, Images, probe
 from trio_pilot.runtimes.confinement import Confinement, Limiter, OpenGroups, open_limiter
+from trio_pilot.runtimes.mount_table import PrivateMounts, to_the_bottom
 
 HOME = "/tmp"  # noqa: S108 -- the container's own: its scratch directory is mounted there
 
@@ -119,6 +120,7 @@ class ApptainerRuntime:
         self._kill_grace = options.kill_grace
         self._debug = options.debug
         self._limiter = limiter
+        self._private_mounts = PrivateMounts(self.name)
 
     async def prepare(self, image: str, *, has_args: bool = True) -> None:
         """Check the image; unpack it if it cannot be run as it is."""
@@ -170,7 +172,8 @@ class ApptainerRuntime:
             args = apptainer_quoting.shell(command, args, container.env, run.address_space)
             action = "exec"
         scratch = [Mount(container.scratch, place, writable=True) for place in (HOME, VAR_TMP)]
-        mounts = [*scratch, *container.mounts, *_protection()]
+        mounts = [*scratch, *to_the_bottom(container.mounts, os.geteuid()), *_protection()]
+        self._private_mounts.log(mount.source for mount in mounts if not mount.propagates)
         return [
             *(self._apptainer.path, "--debug" if self._debug else "--silent"),
             # As no home directory of the host is mounted, --home sets no more than HOME.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trio_pilot.errors import NodeError
-from trio_pilot.runtimes import Limits, Options
+from trio_pilot.runtimes import Limits, Mount, Options
 from trio_pilot.runtimes.engine import EngineRuntime, fault_of, open_engine
 from trio_pilot.runtimes.engine_dialect import MOST_LOG, SCRATCH, CreateRequest, Dialect, Spec, labels
 from trio_pilot.runtimes.engine_timeouts import DEFAULT_TIMEOUTS, EngineTimeouts
@@ -59,9 +59,9 @@ def spec(request: CreateRequest) -> Spec:
         "HostConfig": {
             "Init": True,
             "Mounts": [
-                _mount(container.scratch, SCRATCH, writable=True),
-                *([_mount(HOSTS, str(HOSTS), writable=False)] if is_alone else []),
-                *(_mount(mount.source, mount.target, writable=mount.writable) for mount in container.mounts),
+                _mount(Mount(container.scratch, SCRATCH, writable=True)),
+                *([_mount(Mount(HOSTS, str(HOSTS), propagates=False))] if is_alone else []),
+                *map(_mount, container.mounts),
             ],
             "NetworkMode": options.network or "default",
             "LogConfig": {
@@ -75,8 +75,10 @@ def spec(request: CreateRequest) -> Spec:
     }
 
 
-def _mount(source: Path, target: str, *, writable: bool) -> Spec:
-    return {"Type": "bind", "Source": str(source), "Target": target, "ReadOnly": not writable}
+def _mount(mount: Mount) -> Spec:
+    """Return a bind mount. From version 1.44 of the API on, docker itself makes it read-only to the bottom, if it can."""
+    spec = {"Type": "bind", "Source": str(mount.source), "Target": mount.target, "ReadOnly": not mount.writable}
+    return spec if mount.writable or not mount.propagates else {**spec, "BindOptions": {"Propagation": "rslave"}}
 
 
 def _limits(limits: Limits) -> Spec:
@@ -105,4 +107,5 @@ DOCKER = Dialect(
     exit_code=_exit_code,
     ends_its_containers=True,
     reports_out_of_memory=True,
+    refuses_private_mounts=True,
 )

@@ -10,6 +10,7 @@ import struct
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import trio
@@ -23,6 +24,7 @@ from trio_pilot.runtimes.engine_container import EngineContainer
 from trio_pilot.runtimes.engine_dialect import CreateRequest, Dialect, Spec
 from trio_pilot.runtimes.engine_files import EngineFiles
 from trio_pilot.runtimes.engine_images import find_image, has_command, ready_image
+from trio_pilot.runtimes.engine_mounts import EngineMounts
 from trio_pilot.runtimes.engine_outages import EngineOutages
 from trio_pilot.runtimes.engine_timeouts import DEFAULT_TIMEOUTS, EngineTimeouts
 
@@ -113,8 +115,9 @@ class EngineRuntime:
         engine_user: tuple[int, int] = (0, 0),
     ) -> None:
         self.name = dialect.name
-        user, self.group = engine_user
-        self.passes_closed_directories = user in (0, os.geteuid())
+        self._user, self.group = engine_user
+        self.passes_closed_directories = self._user in (0, os.geteuid())
+        self._mounts = EngineMounts(dialect, self._user)
         self.engine: Path | None = outages.api.socket
         self.has_unremoved_containers = False
         self._outages = outages
@@ -156,8 +159,7 @@ class EngineRuntime:
             at_engine = EngineContainer(self._outages, self._dialect, container)
             try:
                 await self._outages.wait_if_away()
-                await self._create(at_engine, container)
-                ended = await self._run_created(at_engine, container)
+                ended = await self._create_and_run(at_engine, container)
             except NodeError:
                 await self._remove(at_engine)
                 raise
@@ -170,6 +172,18 @@ class EngineRuntime:
             else:
                 await self._remove(at_engine)
             return ended
+
+    async def _create_and_run(self, at_engine: EngineContainer, container: Container) -> Exit:
+        """Create and run the container; once more, if the engine refused a mount that another kind can replace."""
+        mounted = replace(container, mounts=self._mounts.of(container.mounts))
+        await self._create(at_engine, mounted)
+        try:
+            return await self._run_created(at_engine, container)
+        except EngineRefusedError as error:
+            if not self._mounts.note_refusal(error.message, mounted.mounts):
+                raise
+        await at_engine.remove(0)
+        return await self._create_and_run(at_engine, container)
 
     @asynccontextmanager
     async def open_foreign_files(self, image: str, root: Path) -> AsyncIterator[EngineFiles]:

@@ -48,6 +48,7 @@ class Dialect:
     exit_code: Callable[[Any], int]  # from the answer to that request
     ends_its_containers: bool  # when it is stopped, or killed and started again
     reports_out_of_memory: bool  # whether its field OOMKilled is reliable
+    refuses_private_mounts: bool  # as sources of mounts that propagate
 
 
 def labels(request: CreateRequest) -> Mapping[str, str]:
