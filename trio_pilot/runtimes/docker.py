@@ -7,9 +7,11 @@ from typing import Any
 
 from trio_pilot.errors import NodeError
 from trio_pilot.runtimes import Limits, Mount, Options
+from trio_pilot.runtimes.docker_config import docker_socket
 from trio_pilot.runtimes.engine import EngineRuntime, fault_of, open_engine
 from trio_pilot.runtimes.engine_dialect import MOST_LOG, SCRATCH, CreateRequest, Dialect, Spec, labels
 from trio_pilot.runtimes.engine_timeouts import DEFAULT_TIMEOUTS, EngineTimeouts
+from trio_pilot.runtimes.podman import PODMAN
 
 OLDEST, NEWEST = (1, 40), (1, 51)  # supported versions of the API
 
@@ -95,11 +97,16 @@ def _exit_code(answer: Any) -> int:
     return int(answer["StatusCode"])
 
 
+def _stand_in(headers: Mapping[str, str]) -> Dialect | None:
+    """Return podman's dialect if podman listens at docker's socket (podman-docker)."""
+    return PODMAN if "libpod-api-version" in headers else None
+
+
 DOCKER = Dialect(
     name="docker",
     variable="DOCKER_HOST",
-    socket=lambda: Path("/var/run/docker.sock"),
-    advice="start it, or name its socket in DOCKER_HOST; a user other than root must be in the group docker",
+    socket=docker_socket,
+    advice="start it, or name its socket in DOCKER_HOST or a context; a user other than root must be in the group docker",
     prefix=prefix,
     pull_prefix=None,
     spec=spec,
@@ -108,4 +115,5 @@ DOCKER = Dialect(
     ends_its_containers=True,
     reports_out_of_memory=True,
     refuses_private_mounts=True,
+    stand_in=_stand_in,
 )

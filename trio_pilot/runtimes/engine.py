@@ -62,12 +62,19 @@ async def fault_of(dialect: Dialect) -> str | None:
     return None
 
 
-async def _choose_version(api: EngineApi, dialect: Dialect) -> None:
-    """Choose the version of the API. Raises NodeError if the engine does not answer, or is too old."""
+async def _choose_version(api: EngineApi, dialect: Dialect) -> Dialect:
+    """Choose the version of the API; return the dialect of the engine that answers.
+
+    Raises:
+        NodeError: the engine does not answer, or is too old.
+    """
     try:
-        api.prefix = dialect.prefix(await api.ping())
+        headers = await api.ping()
+        found = dialect.stand_in(headers) or dialect
+        api.name, api.prefix = found.name, found.prefix(headers)
     except NodeError as error:
         raise NodeError(f"{error}: {dialect.advice}") from error
+    return found
 
 
 @asynccontextmanager
@@ -80,13 +87,21 @@ async def open_engine(
         NodeError: the engine does not answer.
     """
     async with EngineApi(dialect.name, socket_of(dialect), timeouts) as api:
-        await _choose_version(api, dialect)
+        found = await _choose_version(api, dialect)
+        if found is not dialect:
+            LOGGER.info(
+                "%s listens at %s, the socket of %s: containers are run as by %s",
+                found.name,
+                api.socket,
+                dialect.name,
+                found.name,
+            )
         async with trio.open_nursery() as nursery:
             outages = EngineOutages(api, options.engine_patience)
-            if dialect.ends_its_containers:
+            if found.ends_its_containers:
                 nursery.start_soon(outages.restarts.watch)
             try:
-                yield EngineRuntime(outages, dialect, options, nursery, _user_of(api.socket))
+                yield EngineRuntime(outages, found, options, nursery, _user_of(api.socket))
             finally:
                 nursery.cancel_scope.cancel()
 
