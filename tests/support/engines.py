@@ -191,11 +191,23 @@ class Engine:
 
 
 @contextmanager
-def docker(root: Path, *more: str) -> Iterator[Engine]:
+def remapped_docker(root: Path) -> Iterator[Engine]:
+    """Run a dockerd whose containers have user ids of their own on this machine (userns-remap)."""
+    with tempfile.TemporaryDirectory() as directory:
+        for name in ("subuid", "subgid"):
+            (Path(directory) / name).write_text("nobody:300000:65536\n")
+        bound = " && ".join(f"mount --bind {directory}/{name} /etc/{name}" for name in ("subuid", "subgid"))
+        with docker(root, "--userns-remap=nobody:nogroup", preparation=bound) as engine:
+            yield engine
+
+
+@contextmanager
+def docker(root: Path, *more: str, preparation: str = ":") -> Iterator[Engine]:
     """Run a dockerd, with an image made of the directory `root`."""
     need("dockerd", "docker.io")
     need("runc", "runc")
     with _directory("docker") as directory:
+        directory.chmod(0o711)  # the containers' own users have to reach their files
         command = [
             *("dockerd", "-H", f"unix://{directory}/docker.sock", "--pidfile", f"{directory}/pid"),
             *("--data-root", f"{directory}/data", "--exec-root", f"{directory}/exec"),
@@ -205,7 +217,7 @@ def docker(root: Path, *more: str) -> Iterator[Engine]:
             *more,
         ]
         importing = "/v1.40/images/create?fromSrc=-&repo={}&tag={}".format(*IMAGE.split(":"))
-        with _running(Engine("docker", directory, command, importing), root) as engine:
+        with _running(Engine("docker", directory, command, importing, preparation), root) as engine:
             yield engine
 
 

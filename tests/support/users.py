@@ -27,11 +27,18 @@ needs_root = pytest.mark.skipif(not AS_ROOT, reason="mounting file systems and c
 @contextmanager
 def as_nobody() -> Iterator[None]:
     """Run the body as a user that file permissions apply to, which every user except root is already."""
+    with as_user(NOBODY):
+        yield
+
+
+@contextmanager
+def as_user(user: int) -> Iterator[None]:
+    """Run the body as another user, if this one is root."""
     if not AS_ROOT:
         yield
         return
-    os.setegid(NOBODY)
-    os.seteuid(NOBODY)
+    os.setegid(user)
+    os.seteuid(user)
     try:
         yield
     finally:

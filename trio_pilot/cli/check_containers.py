@@ -14,7 +14,7 @@ from trio_pilot.cli.check_finding import Check, SkippedError
 from trio_pilot.errors import NodeError, PilotError
 from trio_pilot.files.data_directory import open_data_directory, root_in
 from trio_pilot.files.filesystem import is_directory, is_link
-from trio_pilot.pilot.container_runs import RunSpec, Tools
+from trio_pilot.pilot.container_runs import RunSpec, Tools, open_hub
 from trio_pilot.pilot.serve import guarded
 from trio_pilot.pilot.trial import find_command, try_files
 from trio_pilot.runtimes import HOST_ROOT, Runtime, confinement
@@ -121,7 +121,9 @@ async def _open_tools(settings: Settings, image: str) -> AsyncIterator[Tools]:
             await runtime.prepare(image)
         except PilotError as error:
             raise SkippedError from error
-        yield Tools(guardian, data_directory, runtime, ())
+        tools = Tools(guardian, data_directory, runtime, ())
+        await stack.enter_async_context(open_hub(tools, image))
+        yield tools
 
 
 async def _container(settings: Settings, kind: Kind) -> str:

@@ -119,7 +119,7 @@ async def _run(settings: Settings, event: Message) -> int:
             async with guarded(opening, guardian) as runtime:
                 await runtime.prepare(settings.task_image, has_args=bool(settings.task_args))
                 tools = container_runs.Tools(guardian, data_directory, runtime, ())
-                async with trio.open_nursery() as nursery:
+                async with container_runs.open_hub(tools, settings.task_image), trio.open_nursery() as nursery:
                     nursery.start_soon(tools.clock.keep)
                     if settings.init_image or settings.init_args:
                         await container_runs.run_init(tools, settings, TaskLogs(settings.max_output, BlockingCalls()))

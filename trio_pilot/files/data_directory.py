@@ -39,6 +39,7 @@ NEVER_WRITABLE = tuple(
 )
 
 HUB = "data-hub"  # in the data directory, here and in containers
+HUB_MODE = 0o1777  # of the data hub if containers may be any user
 TASK_IO = "task-io"
 OF_CONTAINERS = ("tmp",), (DATA_DIRECTORY,), (DATA_DIRECTORY, HUB), (DATA_DIRECTORY, TASK_IO)  # mounted in each container
 
@@ -50,6 +51,7 @@ class DataDirectory:
     root: Path
     external: tuple[Path, ...]
     prefix: str = field(default_factory=lambda: uuid.uuid4().hex[:PREFIX_DIGITS])  # of all that this pilot makes
+    lock: IO[bytes] | None = None  # its lock file, locked; None: it was made by hand
 
     def new_name(self) -> str:
         """Return a new name for a task: a UUID that begins with this pilot's prefix."""
@@ -59,6 +61,54 @@ class DataDirectory:
     def data_hub(self) -> Path:
         """The directory that the init container writes and tasks read."""
         return self.root / HUB
+
+    def open_hub(self, group: int | None = None) -> None:
+        """Let containers of any user write in the data hub, and keep other users of this machine out. Blocks.
+
+        A data directory that was made by hand keeps its mode, and so does a data hub of another user.
+
+        Args:
+            group: the group of an engine that cannot pass a closed directory; None: it can.
+        """
+        with suppress(OSError):
+            if self.lock:
+                self._close_to_others(group)
+            self.data_hub.chmod(HUB_MODE)
+
+    def _close_to_others(self, group: int | None) -> None:
+        if group is None:
+            self.root.chmod(0o700)
+        elif os.geteuid() == 0:
+            os.chown(self.root, -1, group)
+            self.root.chmod(0o710)
+        else:  # no group of this user's own may be the engine's
+            self.root.chmod(0o711)
+
+    def take_hub(self, destination: Path) -> bool:
+        """Move the data hub away if this pilot is the last one, and would remove it at its end. Blocks.
+
+        Returns:
+            Whether it was moved.
+
+        Raises:
+            OSError: It cannot be moved.
+        """
+        if self.lock is None:
+            return False
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_last = not os.fstat(self.lock.fileno()).st_size and not self._entries_of_others()
+            if is_last:
+                self.data_hub.rename(destination)
+        except BlockingIOError:  # another pilot uses it
+            return False
+        finally:
+            _lock_if_possible(self.lock, fcntl.LOCK_SH)
+        return is_last
+
+    def _entries_of_others(self) -> set[str]:
+        own = f"{OWNER}{self.prefix}-", f"{self.prefix}-", *(f"{what}-{self.prefix}" for what in NOT_OF_TASKS)
+        return {entry.name for entry in self.root.iterdir() if not entry.name.startswith(own)} - {LOCK, HUB}
 
 
 def root_in(parent: Path) -> Path:
@@ -90,7 +140,7 @@ def open_data_directory(parent: Path, external: Sequence[Path], *, keep: bool = 
     try:
         with _mapped_errors(root):
             _try_to_write(root)
-        data_directory = DataDirectory(root, mounts)
+        data_directory = DataDirectory(root, mounts, lock=lock)
         with nullcontext() if keep else _owner_file(data_directory):
             yield data_directory
     finally:

@@ -20,8 +20,9 @@ from trio_pilot.files.task_directory import TaskFiles
 class DirectoryPool:
     """The directories that wait for a next task; never more than the events that the pilot had at the same time."""
 
-    def __init__(self, *, any_user: bool = False) -> None:
+    def __init__(self, *, any_user: bool = False, root_mode: int = task_directory.CLOSED) -> None:
         self._any_user = any_user
+        self._root_mode = root_mode  # if containers may be any user
         self._clean: list[TaskFiles] = []
 
     def make(self, files: TaskFiles) -> None:
@@ -31,13 +32,13 @@ class DirectoryPool:
             clean.root.rename(files.root)
             os.rename(f"{files.io}/{clean.infile}", files.infile_path)  # noqa: PTH104 -- a Path costs as much again
             return
-        task_directory.make(files, any_user=self._any_user)
+        task_directory.make(files, any_user=self._any_user, root_mode=self._root_mode)
 
     def take_back(self, files: TaskFiles) -> bool:
         """Keep the directory of a task for the next one, if it is as good as new; return whether it is kept."""
         try:
             files.outfile_path.unlink(missing_ok=True)
-            is_clean = _is_as_new(files, any_user=self._any_user)
+            is_clean = _is_as_new(files, self._root_mode if self._any_user else None)
         except OSError:
             return False
         if is_clean:
@@ -50,17 +51,23 @@ class DirectoryPool:
             task_directory.remove(self._clean.pop())
 
 
-def _is_as_new(files: TaskFiles, *, any_user: bool) -> bool:
-    """Return whether the directories contain only what they should, and all have the modes that they were made with."""
+def _is_as_new(files: TaskFiles, root_mode: int | None) -> bool:
+    """Return whether the directories contain only what they should, and all have the modes that they were made with.
+
+    A `root_mode` is that of directories for any user; None: they are for this user.
+    """
     mode = stat.S_IMODE(files.outputs.lstat().st_mode)
     directories = dict.fromkeys((files.root, files.io, files.scratch, files.outputs), mode)
-    directories |= task_directory.modes(files) if any_user else {}
+    directories |= {} if root_mode is None else task_directory.modes(files, root_mode)
+    log_mode = mode & 0o666
+    infile_mode = log_mode if root_mode is None else task_directory.READABLE
     return (
         mode & stat.S_IRWXU == stat.S_IRWXU
         and _names(files.io) == [files.infile]
         and not _names(files.scratch)
         and all(_is_plain(path, stat.S_IFDIR | one) for path, one in directories.items())
-        and all(_is_plain(path, stat.S_IFREG | mode & 0o666) for path in (files.infile_path, files.stdout, files.stderr))
+        and _is_plain(files.infile_path, stat.S_IFREG | infile_mode)
+        and all(_is_plain(path, stat.S_IFREG | log_mode) for path in (files.stdout, files.stderr))
     )
 
 

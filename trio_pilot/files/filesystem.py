@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -70,6 +71,27 @@ def _remove_by_rm(root: Path) -> None:
             timeout=RM_TIMEOUT,
             check=False,
         )
+
+
+def is_locked(directory: Path) -> bool:
+    """Return whether this user cannot empty a directory: it denies something, or is another's and has the sticky bit."""
+    facts = directory.lstat()
+    is_sticky = bool(facts.st_mode & stat.S_ISVTX) and os.geteuid() not in (0, facts.st_uid)
+    return is_sticky or not os.access(directory, os.R_OK | os.W_OK | os.X_OK, effective_ids=True)
+
+
+def locked_directories(root: Path) -> set[Path]:
+    """Return `root` and the directories below it, those that this user cannot empty, as far as they can be found."""
+    locked: set[Path] = set()
+    directories = [root]
+    while directories:
+        directory = directories.pop()
+        with suppress(OSError):
+            if is_locked(directory):
+                locked.add(directory)
+        with suppress(OSError), os.scandir(directory) as entries:
+            directories += [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    return locked
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -59,10 +59,14 @@ class TaskFiles:
         return self.outputs / "stderrfile"
 
 
-def make(files: TaskFiles, *, any_user: bool = False) -> None:
+CLOSED, PASSABLE = 0o700, 0o711  # modes of a task's directory: for an engine that passes any, and for one that does not
+READABLE = 0o644  # the mode of an input file that any user may read
+
+
+def make(files: TaskFiles, *, any_user: bool = False, root_mode: int = CLOSED) -> None:
     """Make the directories of a task; the init container has no input file, and no directory for one.
 
-    With `any_user`, containers of any user may write in them, and no other user of this machine may enter.
+    With `any_user`, containers of any user may write in them, and `root_mode` keeps other users of this machine out.
 
     Raises:
         NodeError: They cannot be made.
@@ -71,16 +75,18 @@ def make(files: TaskFiles, *, any_user: bool = False) -> None:
         for directory in (files.root, files.scratch, files.outputs, *([files.io] if files.infile else [])):
             directory.mkdir()
             if any_user and directory != files.outputs:
-                directory.chmod(modes(files)[directory])
+                directory.chmod(modes(files, root_mode)[directory])
 
 
-def modes(files: TaskFiles) -> Mapping[Path, int]:
+def modes(files: TaskFiles, root_mode: int = CLOSED) -> Mapping[Path, int]:
     """Return the modes of directories in which any user may write."""
-    return {files.root: 0o700, files.io: 0o777, files.scratch: 0o1777}
+    return {files.root: root_mode, files.io: 0o777, files.scratch: 0o1777}
 
 
-def write_infile(files: TaskFiles, data: Any) -> None:
+def write_infile(files: TaskFiles, data: Any, *, any_user: bool = False) -> None:
     """Write an event: text and bytes as they are, any other value as JSON.
+
+    With `any_user`, containers of any user may read it, whatever the umask.
 
     Raises:
         DecodeError: It is text that cannot be written as UTF-8.
@@ -91,12 +97,14 @@ def write_infile(files: TaskFiles, data: Any) -> None:
     except UnicodeEncodeError as error:
         raise DecodeError(f"the event is not text that can be written as UTF-8: {error}") from error
     with map_exceptions({OSError: NodeError}, f"cannot write the input file in {files.io}"):
-        _overwrite(files.infile_path, content)
+        _overwrite(files.infile_path, content, READABLE if any_user else None)
 
 
-def _overwrite(path: Path, content: bytes) -> None:
+def _overwrite(path: Path, content: bytes, mode: int | None) -> None:
     """Write a file that may exist already. It is not emptied first: ext4 would write it to disk when it is closed."""
     with open(path, "wb", opener=_open_without_emptying) as file:
+        if mode is not None:
+            os.fchmod(file.fileno(), mode)
         file.write(content)
         file.truncate()
 
@@ -124,12 +132,37 @@ def read_outfile(files: TaskFiles, max_size: int) -> bytes | None:
         raise OutfileError(f"the output file must be a plain file that can be read: {what}") from error
 
 
-def _content(descriptor: int, max_size: int) -> bytes:
-    facts = os.fstat(descriptor)
+def is_plain_outfile(files: TaskFiles, max_size: int) -> bool:
+    """Return whether there is an output file, one that may be read.
+
+    Raises:
+        OutfileError: It is not a plain file, or has more than `max_size` bytes.
+        NodeError: The disk fails.
+    """
+    try:
+        _check(files.outfile_path.lstat(), max_size)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise NodeError(f"cannot look for the output file in {files.io}: {error.strerror}") from error
+    return True
+
+
+def replace_outfile(files: TaskFiles, copy: Path) -> None:
+    """Replace the output file by a file on the same file system. Raises NodeError if that fails."""
+    with map_exceptions({OSError: NodeError}, f"cannot replace the output file in {files.io}"):
+        copy.replace(files.outfile_path)
+
+
+def _check(facts: os.stat_result, max_size: int) -> None:
     if not stat.S_ISREG(facts.st_mode):
         raise OutfileError("the output file must be a plain file, not a directory, FIFO or device")
     if facts.st_size > max_size:
         raise OutfileError(f"the output file has {facts.st_size} bytes, more than the {max_size} of --max-payload")
+
+
+def _content(descriptor: int, max_size: int) -> bytes:
+    _check(os.fstat(descriptor), max_size)
     with (
         map_exceptions({OSError: NodeError}, "cannot read the output file"),
         open(descriptor, "rb", 0, closefd=False) as file,

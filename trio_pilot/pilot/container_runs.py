@@ -4,6 +4,7 @@ import math
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,17 @@ from trio_pilot.files import disk_checks, task_directory
 from trio_pilot.files.blocking_calls import BlockingCalls
 from trio_pilot.files.data_directory import DATA_DIRECTORY, HUB, TASK_IO, DataDirectory
 from trio_pilot.files.error_summary import NO_REASON, error_summary, without_words
-from trio_pilot.files.filesystem import is_directory
+from trio_pilot.files.filesystem import is_directory, is_locked, locked_directories
 from trio_pilot.files.log_copies import copy_logs
 from trio_pilot.files.task_directory import TaskFiles
 from trio_pilot.files.task_logs import TaskLogs
+from trio_pilot.pilot.foreign_files import open_directories
 from trio_pilot.pilot.running_clock import RunningClock
-from trio_pilot.runtimes import NOT_FOUND_REASONS, Container, Exit, Limits, Mount, Runtime
+from trio_pilot.runtimes import NOT_FOUND_REASONS, Container, Engine, Exit, Limits, Mount, Runtime
 from trio_pilot.settings import Settings
 
 PROBE, PROBE_TIMEOUT = ("true",), 60.0  # seconds; a busy node needs a few
-CLEARING_TIMEOUT = 10.0  # seconds for a container that removes files of another user
+CLEARING_TIMEOUT = 10.0  # seconds to remove files of another user
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +78,20 @@ class Tools:
         """Whether a container may run as another user than the pilot."""
         return self.runtime.engine is not None
 
+    @property
+    def engine(self) -> Engine | None:
+        """The runtime, if its containers may be other users than the pilot."""
+        return self.runtime if self.any_user and isinstance(self.runtime, Engine) else None
+
+    @property
+    def root_mode(self) -> int:
+        """The mode of the directory of a task whose container may be any user."""
+        is_passable = self.engine is not None and not self.engine.passes_closed_directories
+        return task_directory.PASSABLE if is_passable else task_directory.CLOSED
+
     def make(self, files: TaskFiles) -> None:
         """Make the directory of a container. Blocks. Raises NodeError if it cannot be made."""
-        task_directory.make(files, any_user=self.any_user)
+        task_directory.make(files, any_user=self.any_user, root_mode=self.root_mode)
 
 
 def task_files(tools: Tools, settings: Settings) -> TaskFiles:
@@ -146,7 +159,7 @@ async def run_once(tools: Tools, settings: Settings, data: Any) -> int:
     files, disk, timeout = task_files(tools, settings), BlockingCalls(), settings.task_timeout or math.inf
     try:
         await disk.call(0, tools.make, files)
-        await disk.call(math.inf, task_directory.write_infile, files, data)
+        await disk.call(math.inf, partial(task_directory.write_infile, any_user=tools.any_user), files, data)
         ended = None
         with tools.clock.move_on_after(timeout):
             ended = await tools.runtime.run(container_for(tools, replace(RunSpec.task(settings), dump=True), files))
@@ -200,7 +213,7 @@ async def _open_directory(tools: Tools, what: str, image: str, *, keep: bool) ->
 async def remove(tools: Tools, disk: BlockingCalls, files: TaskFiles, image: str, *, keep: bool = False) -> None:
     """Remove the directory of a container, cancelled or not; of one to `keep`, what EWMS's own pilot would not keep.
 
-    Files of another user in it are removed by another container.
+    What other users have left in it is opened by the engine, or, if that fails, removed by another container.
     """
     remove_now = task_directory.keep_only_files if keep else task_directory.remove
     try_to_remove = task_directory.try_to_keep_only_files if keep else task_directory.try_to_remove
@@ -208,8 +221,39 @@ async def remove(tools: Tools, disk: BlockingCalls, files: TaskFiles, image: str
         await disk.finish(math.inf, remove_now, files)
     elif await disk.finish(math.inf, try_to_remove, files) is False:
         with trio.move_on_after(CLEARING_TIMEOUT, shield=True):
-            await _empty(tools, [files.scratch] if keep else [files.scratch, files.io], image)
+            with suppress(NodeError):
+                if tools.engine:
+                    await open_directories(tools.engine, image, files.root)
+            if await disk.finish(math.inf, try_to_remove, files) is False:
+                await _empty(tools, [files.scratch] if keep else [files.scratch, files.io], image)
         await disk.finish(math.inf, remove_now, files)
+
+
+@asynccontextmanager
+async def open_hub(tools: Tools, image: str) -> AsyncIterator[None]:
+    """Let containers of any user write in the data hub. The last pilot removes what they have left in it at the end."""
+    engine, data_directory = tools.engine, tools.data_directory
+    if engine:
+        data_directory.open_hub(None if engine.passes_closed_directories else engine.group)
+    try:
+        yield
+    finally:
+        with trio.move_on_after(CLEARING_TIMEOUT, shield=True), suppress(NodeError, OSError):
+            if engine and await _has_locked(data_directory.data_hub):
+                async with _open_directory(tools, "clearing", image, keep=False) as own:
+                    await _take_hub(engine, image, data_directory, own.io)
+
+
+async def _take_hub(engine: Engine, image: str, data_directory: DataDirectory, destination: Path) -> None:
+    if is_locked(data_directory.data_hub):
+        async with engine.open_foreign_files(image, data_directory.root) as foreign:
+            await foreign.open_directories([data_directory.data_hub])
+    await trio.to_thread.run_sync(data_directory.take_hub, destination)
+
+
+async def _has_locked(directory: Path) -> bool:
+    locked: set[Path] = await trio.to_thread.run_sync(locked_directories, directory)
+    return bool(locked)
 
 
 async def _empty(tools: Tools, directories: Iterable[Path], image: str) -> None:

@@ -25,7 +25,7 @@ from trio_pilot.cleanup.client import Guardian
 from trio_pilot.errors import ContainerLostError, NodeError, TasksFailedError, names
 from trio_pilot.files.data_directory import open_data_directory, root_in
 from trio_pilot.log import LOGGER
-from trio_pilot.pilot.container_runs import Tools, probe, run_init, task_files
+from trio_pilot.pilot.container_runs import Tools, open_hub, probe, run_init, task_files
 from trio_pilot.pilot.deduplication import Deduplicator
 from trio_pilot.pilot.drain import Drain
 from trio_pilot.pilot.intake import Intake
@@ -74,9 +74,10 @@ async def serve(settings: Settings, parts: Parts, signals: AsyncIterable[int], s
                 async with guarded(parts.runtime, guardian) as runtime, parts.sources as sources, parts.sinks as sinks:
                     status.runtime = runtime.name
                     tools = Tools(guardian, data_directory, runtime, sinks)
-                    with drain.tasks:
-                        async with open_task_runner(settings, tools, status.run_times) as runner:
-                            await Pilot(settings, tools, runner, status, drain).work(sources)
+                    async with open_hub(tools, settings.task_image):
+                        with drain.tasks:
+                            async with open_task_runner(settings, tools, status.run_times) as runner:
+                                await Pilot(settings, tools, runner, status, drain).work(sources)
         nursery.cancel_scope.cancel()
     if status.failed.value:
         raise TasksFailedError(status.failures())

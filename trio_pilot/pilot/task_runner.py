@@ -16,6 +16,7 @@ from trio_pilot.errors import (
     ContainerTimeoutError,
     EventError,
     NodeError,
+    OutfileError,
 )
 from trio_pilot.files import task_directory
 from trio_pilot.files.blocking_calls import BlockingCalls
@@ -25,6 +26,7 @@ from trio_pilot.files.task_directory import TaskFiles
 from trio_pilot.files.task_logs import TaskLogs
 from trio_pilot.grace_period import GracePeriod
 from trio_pilot.pilot.container_runs import RunSpec, Tools, probe, remove, run
+from trio_pilot.pilot.foreign_files import fetch_outfile
 from trio_pilot.pilot.node_health import NodeHealth
 from trio_pilot.pilot.slots import Slot
 from trio_pilot.pilot.task import EventFailed, NodeFailed, Outcome, Success, Task
@@ -56,7 +58,7 @@ class TaskRunner:
         blocking = BlockingCalls()
         self.logs = TaskLogs(settings.max_output, blocking)
         self.late_sync = LateSync()
-        self.directory_pool = DirectoryPool(any_user=tools.any_user)
+        self.directory_pool = DirectoryPool(any_user=tools.any_user, root_mode=tools.root_mode)
         self.grace_period = GracePeriod(settings.settle_grace)
         self.node_health = NodeHealth(partial(probe, tools, settings))
         self._settings = settings
@@ -125,7 +127,7 @@ class TaskRunner:
         files = task.files
         with self.grace_period.shield() as scope:
             size = task_directory.outfile_size(files)
-            output = await self._blocking.call(size, self._read, headers, files)
+            output = await self._read_output(size, headers, files)
             await slot.hand_over()
             if output is not None:
                 body = await self._blocking.call(size, self._wire.encode, output)
@@ -136,10 +138,21 @@ class TaskRunner:
         if scope.cancelled_caught:
             await trio.lowlevel.checkpoint_if_cancelled()
 
+    async def _read_output(self, size: int, headers: Mapping[str, Any], files: TaskFiles) -> Message | None:
+        """Read the output file; if it is another user's, by way of the engine."""
+        engine = self._tools.engine
+        try:
+            return await self._blocking.call(size, self._read, headers, files)
+        except OutfileError as error:
+            if engine is None or not isinstance(error.__cause__, PermissionError):
+                raise
+        await fetch_outfile(engine, self._spec.image, files, self._settings.max_payload)
+        return await self._blocking.call(math.inf, self._read, headers, files)
+
     def _make(self, task: Task) -> Mapping[str, Any]:
         message = self._wire.decode(task.delivery.body, self._settings.max_payload)
         self.directory_pool.make(task.files)
-        task_directory.write_infile(task.files, message.data)
+        task_directory.write_infile(task.files, message.data, any_user=self._tools.any_user)
         return message.headers
 
     def _read(self, headers: Mapping[str, Any], files: TaskFiles) -> Message | None:

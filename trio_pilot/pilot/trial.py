@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -68,7 +69,7 @@ async def _lines(tools: Tools, settings: Settings, spec: RunSpec, script: Sequen
     files, disk = task_files(tools, settings), BlockingCalls()
     try:
         await disk.call(0, tools.make, files)
-        await disk.call(0, task_directory.write_infile, files, "")
+        await disk.call(0, partial(task_directory.write_infile, any_user=tools.any_user), files, "")
         container = container_for(tools, replace(spec, args=()), files)
         return await _run(tools, replace(container, args=(SHELL, "-c", *script), without_entrypoint=True, needs_logs=True))
     finally:

@@ -2,10 +2,11 @@
 
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from trio_pilot.errors import NodeError
 
@@ -28,6 +29,7 @@ class Mount:
     source: Path
     target: str
     writable: bool = False
+    propagates: bool = True  # of one that is read-only: what is mounted below it later is seen in the container
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,33 @@ class Runtime(Protocol):
         Raises:
             NodeError: the container could not be started, for a reason other than its own.
             ContainerLostError: it ended with its engine, or how it ended is unknown.
+        """
+
+
+class ForeignFiles(Protocol):
+    """A directory in which containers have left files of other users, seen with the rights of their engine."""
+
+    async def open_directories(self, directories: Collection[Path]) -> None:
+        """Let every user list and change some of the directories in it. Raises NodeError if the engine cannot."""
+
+    async def copy(self, file: Path, destination: Path) -> None:
+        """Copy a plain file in it to a new file of this user. Raises NodeError if that fails."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A runtime whose containers may be other users than the pilot: a daemon runs them."""
+
+    passes_closed_directories: bool
+    """Whether the engine can reach a directory of this user below one that is closed to all others."""
+    group: int
+    """The group id of the engine."""
+
+    def open_foreign_files(self, image: str, root: Path) -> AbstractAsyncContextManager[ForeignFiles]:
+        """Open a directory of this machine with the engine's rights; no program of the image is run.
+
+        Raises:
+            NodeError: the engine does not have the image, or fails.
         """
 
 

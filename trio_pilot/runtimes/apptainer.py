@@ -29,6 +29,7 @@ from trio_pilot.runtimes.apptainer_command import LEADER, MOST_TEXT, Apptainer, 
 from trio_pilot.runtimes.apptainer_directory import DOCKER_ENVIRONMENT, RUNSCRIPT
 from trio_pilot.runtimes.apptainer_images import PROBE, Image, Images, probe
 from trio_pilot.runtimes.confinement import Confinement, Limiter, OpenGroups, open_limiter
+from trio_pilot.runtimes.mount_table import PrivateMounts, to_the_bottom
 
 HOME = "/tmp"  # noqa: S108 -- the container's own: its scratch directory is mounted there
 
@@ -121,6 +122,7 @@ class ApptainerRuntime:
         self._kill_grace = options.kill_grace
         self._debug = options.debug
         self._limiter = limiter
+        self._private_mounts = PrivateMounts(self.name)
 
     async def prepare(self, image: str, *, has_args: bool = True) -> None:
         """Check the image; unpack it if it cannot be run as it is."""
@@ -177,7 +179,8 @@ class ApptainerRuntime:
             action = "exec"
         scratch = [Mount(container.scratch, place, writable=True) for place in (HOME, VAR_TMP)]
         mended = [Mount(run.image.environment, f"/{DOCKER_ENVIRONMENT}")] if run.image.environment else []
-        mounts = [*scratch, *container.mounts, *mended, *_protection()]
+        mounts = [*scratch, *to_the_bottom(container.mounts, os.geteuid()), *mended, *_protection()]
+        self._private_mounts.log(mount.source for mount in mounts if not mount.propagates)
         return [
             *(self._apptainer.path, "--debug" if self._debug else "--silent"),
             # As no home directory of the host is mounted, --home sets no more than HOME.

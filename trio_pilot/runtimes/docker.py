@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from trio_pilot.errors import NodeError
-from trio_pilot.runtimes import Limits, Options
+from trio_pilot.runtimes import Limits, Mount, Options
+from trio_pilot.runtimes.docker_config import docker_socket
 from trio_pilot.runtimes.engine import EngineRuntime, fault_of, open_engine
 from trio_pilot.runtimes.engine_dialect import MOST_LOG, SCRATCH, CreateRequest, Dialect, Spec, labels
 from trio_pilot.runtimes.engine_timeouts import DEFAULT_TIMEOUTS, EngineTimeouts
+from trio_pilot.runtimes.podman import PODMAN
 
 OLDEST, NEWEST = (1, 40), (1, 51)  # supported versions of the API
 
@@ -59,9 +61,9 @@ def spec(request: CreateRequest) -> Spec:
         "HostConfig": {
             "Init": True,
             "Mounts": [
-                _mount(container.scratch, SCRATCH, writable=True),
-                *([_mount(HOSTS, str(HOSTS), writable=False)] if is_alone else []),
-                *(_mount(mount.source, mount.target, writable=mount.writable) for mount in container.mounts),
+                _mount(Mount(container.scratch, SCRATCH, writable=True)),
+                *([_mount(Mount(HOSTS, str(HOSTS), propagates=False))] if is_alone else []),
+                *map(_mount, container.mounts),
             ],
             "NetworkMode": options.network or "default",
             "LogConfig": {
@@ -75,8 +77,10 @@ def spec(request: CreateRequest) -> Spec:
     }
 
 
-def _mount(source: Path, target: str, *, writable: bool) -> Spec:
-    return {"Type": "bind", "Source": str(source), "Target": target, "ReadOnly": not writable}
+def _mount(mount: Mount) -> Spec:
+    """Return a bind mount. From version 1.44 of the API on, docker itself makes it read-only to the bottom, if it can."""
+    spec = {"Type": "bind", "Source": str(mount.source), "Target": mount.target, "ReadOnly": not mount.writable}
+    return spec if mount.writable or not mount.propagates else {**spec, "BindOptions": {"Propagation": "rslave"}}
 
 
 def _limits(limits: Limits) -> Spec:
@@ -93,11 +97,16 @@ def _exit_code(answer: Any) -> int:
     return int(answer["StatusCode"])
 
 
+def _stand_in(headers: Mapping[str, str]) -> Dialect | None:
+    """Return podman's dialect if podman listens at docker's socket (podman-docker)."""
+    return PODMAN if "libpod-api-version" in headers else None
+
+
 DOCKER = Dialect(
     name="docker",
     variable="DOCKER_HOST",
-    socket=lambda: Path("/var/run/docker.sock"),
-    advice="start it, or name its socket in DOCKER_HOST; a user other than root must be in the group docker",
+    socket=docker_socket,
+    advice="start it, or name its socket in DOCKER_HOST or a context; a user other than root must be in the group docker",
     prefix=prefix,
     pull_prefix=None,
     spec=spec,
@@ -105,4 +114,6 @@ DOCKER = Dialect(
     exit_code=_exit_code,
     ends_its_containers=True,
     reports_out_of_memory=True,
+    refuses_private_mounts=True,
+    stand_in=_stand_in,
 )

@@ -5,8 +5,12 @@ A container has its name and labels from its creation on: whatever happens to th
 
 import os
 import re
+import socket
+import struct
+import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import trio
@@ -18,7 +22,9 @@ from trio_pilot.runtimes import Container, Exit, Options, cannot_run, no_command
 from trio_pilot.runtimes.engine_api import EngineApi, EngineRefusedError
 from trio_pilot.runtimes.engine_container import EngineContainer
 from trio_pilot.runtimes.engine_dialect import CreateRequest, Dialect, Spec
+from trio_pilot.runtimes.engine_files import EngineFiles
 from trio_pilot.runtimes.engine_images import find_image, image_config, ready_image
+from trio_pilot.runtimes.engine_mounts import EngineMounts
 from trio_pilot.runtimes.engine_outages import EngineOutages
 from trio_pilot.runtimes.engine_timeouts import DEFAULT_TIMEOUTS, EngineTimeouts
 
@@ -56,12 +62,19 @@ async def fault_of(dialect: Dialect) -> str | None:
     return None
 
 
-async def _choose_version(api: EngineApi, dialect: Dialect) -> None:
-    """Choose the version of the API. Raises NodeError if the engine does not answer, or is too old."""
+async def _choose_version(api: EngineApi, dialect: Dialect) -> Dialect:
+    """Choose the version of the API; return the dialect of the engine that answers.
+
+    Raises:
+        NodeError: the engine does not answer, or is too old.
+    """
     try:
-        api.prefix = dialect.prefix(await api.ping())
+        headers = await api.ping()
+        found = dialect.stand_in(headers) or dialect
+        api.name, api.prefix = found.name, found.prefix(headers)
     except NodeError as error:
         raise NodeError(f"{error}: {dialect.advice}") from error
+    return found
 
 
 @asynccontextmanager
@@ -74,15 +87,32 @@ async def open_engine(
         NodeError: the engine does not answer.
     """
     async with EngineApi(dialect.name, socket_of(dialect), timeouts) as api:
-        await _choose_version(api, dialect)
+        found = await _choose_version(api, dialect)
+        if found is not dialect:
+            LOGGER.info(
+                "%s listens at %s, the socket of %s: containers are run as by %s",
+                found.name,
+                api.socket,
+                dialect.name,
+                found.name,
+            )
         async with trio.open_nursery() as nursery:
             outages = EngineOutages(api, options.engine_patience)
-            if dialect.ends_its_containers:
+            if found.ends_its_containers:
                 nursery.start_soon(outages.restarts.watch)
             try:
-                yield EngineRuntime(outages, dialect, options, nursery)
+                yield EngineRuntime(outages, found, options, nursery, _user_of(api.socket))
             finally:
                 nursery.cancel_scope.cancel()
+
+
+def _user_of(engine: Path) -> tuple[int, int]:
+    """Return the user id and the group id of the process that listens at a socket; root's if they cannot be found."""
+    with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(engine))
+        _, user, group = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return user, group
+    return 0, 0
 
 
 class EngineRuntime:
@@ -91,8 +121,18 @@ class EngineRuntime:
     has_mounts = True
     image_directory: Path | None = None
 
-    def __init__(self, outages: EngineOutages, dialect: Dialect, options: Options, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        outages: EngineOutages,
+        dialect: Dialect,
+        options: Options,
+        nursery: trio.Nursery,
+        engine_user: tuple[int, int] = (0, 0),
+    ) -> None:
         self.name = dialect.name
+        self._user, self.group = engine_user
+        self.passes_closed_directories = self._user in (0, os.geteuid())
+        self._mounts = EngineMounts(dialect, self._user)
         self.engine: Path | None = outages.api.socket
         self.has_unremoved_containers = False
         self._outages = outages
@@ -140,8 +180,7 @@ class EngineRuntime:
             at_engine = EngineContainer(self._outages, self._dialect, container)
             try:
                 await self._outages.wait_if_away()
-                await self._create(at_engine, container)
-                ended = await self._run_created(at_engine, container)
+                ended = await self._create_and_run(at_engine, container)
             except NodeError:
                 await self._remove(at_engine)
                 raise
@@ -154,6 +193,36 @@ class EngineRuntime:
             else:
                 await self._remove(at_engine)
             return ended
+
+    async def _create_and_run(self, at_engine: EngineContainer, container: Container) -> Exit:
+        """Create and run the container; once more, if the engine refused a mount that another kind can replace."""
+        mounted = replace(container, mounts=self._mounts.of(container.mounts))
+        await self._create(at_engine, mounted)
+        try:
+            return await self._run_created(at_engine, container)
+        except EngineRefusedError as error:
+            if not self._mounts.note_refusal(error.message, mounted.mounts):
+                raise
+        await at_engine.remove(0)
+        return await self._create_and_run(at_engine, container)
+
+    @asynccontextmanager
+    async def open_foreign_files(self, image: str, root: Path) -> AsyncIterator[EngineFiles]:
+        """Open a directory of this machine with the engine's rights, by a container that is never started.
+
+        Raises:
+            NodeError: the engine does not have the image, or fails.
+        """
+        nothing = Path(os.devnull)
+        container = Container(f"files-{uuid.uuid4()}", image, ("true",), {}, (), root, nothing, nothing)
+        if image not in self._image_ids:
+            await self._prepare(image, None)
+        at_engine = EngineContainer(self._outages, self._dialect, container)
+        try:
+            await self._create(at_engine, container)
+            yield EngineFiles(self._outages.api, at_engine, root)
+        finally:
+            await self._remove(at_engine)
 
     async def _create(self, at_engine: EngineContainer, container: Container) -> None:
         """Create the container; if its image was removed since it was prepared, find or pull it again, once."""

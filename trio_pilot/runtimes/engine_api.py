@@ -109,7 +109,7 @@ class EngineApi:
         Args:
             request: the HTTP method and, after a space, the path below the version of the API.
             what: what the engine is asked to do, for error messages.
-            body: the body, sent as JSON.
+            body: the body; all but bytes is sent as JSON.
             seconds: the time limit; None for that of all requests.
             accepted: status codes that are no error, besides 2xx and 3xx.
             params: the query.
@@ -122,13 +122,13 @@ class EngineApi:
         method, _, path = request.partition(" ")
         target = self.prefix + path + (f"?{urlencode(params)}" if params else "")
         with self._mapped_errors(what), trio.fail_after(self.timeouts.request if seconds is None else seconds):
-            answer = Answer(*await self._connections.ask(method, target, _json(body)))
+            answer = Answer(*await self._connections.ask(method, target, body if isinstance(body, bytes) else _json(body)))
         self._check(answer, what, accepted)
         return answer
 
     @asynccontextmanager
     async def stream(
-        self, method: str, path: str, what: str, *, headers: Mapping[str, str] | None = None, **params: Any
+        self, method: str, path: str, what: str, /, *, headers: Mapping[str, str] | None = None, **params: Any
     ) -> AsyncIterator[AsyncIterator[bytes]]:
         """Send a request with a long answer, and yield the answer in pieces. The caller sets a deadline.
 

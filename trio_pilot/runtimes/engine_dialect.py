@@ -48,6 +48,9 @@ class Dialect:
     exit_code: Callable[[Any], int]  # from the answer to that request
     ends_its_containers: bool  # when it is stopped, or killed and started again
     reports_out_of_memory: bool  # whether its field OOMKilled is reliable
+    refuses_private_mounts: bool  # as sources of mounts that propagate
+    stand_in: Callable[[Mapping[str, str]], "Dialect | None"] = lambda _headers: None
+    """The dialect of another engine that listens at the socket, from the headers of the answer to a ping; None: this."""
 
 
 def labels(request: CreateRequest) -> Mapping[str, str]:

@@ -25,7 +25,7 @@ class EngineConnections:
         self._kept: list[EngineConnection] = []
 
     async def ask(self, method: str, target: str, content: bytes) -> tuple[int, bytes]:
-        """Send a request with a body of JSON; return the status and the content of the answer.
+        """Send a request, whose body is JSON or an archive; return the status and the content of the answer.
 
         If cancelled, the connection is closed.
 

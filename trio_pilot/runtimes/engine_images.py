@@ -1,6 +1,7 @@
 """Images at an engine: found, or pulled by the engine."""
 
 import json
+import math
 import random
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -10,6 +11,7 @@ from urllib.parse import quote
 import trio
 
 from trio_pilot.errors import NodeError, map_exceptions
+from trio_pilot.files.blocking_calls import BlockingCalls
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes.engine_api import SHOWN, EngineApi, EngineAwayError, EngineRefusedError
 from trio_pilot.runtimes.engine_dialect import Dialect
@@ -20,6 +22,8 @@ NOT_FOUND, TOO_MANY_REQUESTS = 404, 429
 
 # What may be an image's id, as `docker images -q` prints it, or in full. Fewer digits are a name: any id may begin so.
 MAYBE_ID = re.compile(r"[0-9a-f]{12,64}")
+
+OF_A_REGISTRY = "docker://"  # how the name of a registry's image may begin, as for apptainer
 
 RATE_LIMITED = "toomanyrequests"
 
@@ -36,6 +40,7 @@ async def ready_image(outages: EngineOutages, dialect: Dialect, image: str) -> s
     Raises:
         NodeError: the image cannot be pulled.
     """
+    image = image.removeprefix(OF_A_REGISTRY)
     if not image or image.startswith((".", "/")):
         raise NodeError(f"the image {image} must be a name, such as debian:12: {dialect.name} runs no directories or files")
     with map_exceptions({UnicodeEncodeError: NodeError}, f"the image {image!r} must have a name in UTF-8"):
@@ -104,7 +109,7 @@ async def _pull(api: EngineApi, dialect: Dialect, name: str) -> None:
     LOGGER.info("%s pulls the image %s", dialect.name, name)
     silence = api.timeouts.pull_silence
     progress, path = PullProgress(name, api.timeouts.pull_report), f"{dialect.pull_prefix or api.prefix}/images/create"
-    login = login_header(name)
+    login = await BlockingCalls().call(math.inf, login_header, name)  # it may ask a helper program
     try:
         with trio.move_on_after(silence) as patience:
             async with api.stream("POST", path, f"pull the image {name}", headers=login, fromImage=name) as pieces:

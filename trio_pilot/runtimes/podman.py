@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trio_pilot.errors import NodeError
-from trio_pilot.runtimes import Container, Options
+from trio_pilot.runtimes import Container, Mount, Options
 from trio_pilot.runtimes.engine import EngineRuntime, fault_of, open_engine
 from trio_pilot.runtimes.engine_dialect import MOST_LOG, SCRATCH, CreateRequest, Dialect, Spec, labels
 from trio_pilot.runtimes.engine_timeouts import DEFAULT_TIMEOUTS, EngineTimeouts
@@ -68,8 +68,8 @@ def spec(request: CreateRequest) -> Spec:
         "labels": labels(request),
         "init": True,
         "mounts": [
-            _mount(container.scratch, SCRATCH, writable=True),
-            *(_mount(mount.source, mount.target, writable=mount.writable) for mount in container.mounts),
+            _mount(Mount(container.scratch, SCRATCH, writable=True)),
+            *map(_mount, container.mounts),
         ],
         "log_configuration": {"driver": "k8s-file", "size": MOST_LOG},
         "resource_limits": _limits(container),
@@ -78,9 +78,9 @@ def spec(request: CreateRequest) -> Spec:
     }
 
 
-def _mount(source: Path, target: str, *, writable: bool) -> Spec:
-    options = ["rbind", "rprivate", "rw" if writable else "ro"]
-    return {"type": "bind", "source": str(source), "destination": target, "options": options}
+def _mount(mount: Mount) -> Spec:
+    options = ["rbind", "rprivate", "rw"] if mount.writable else ["rbind", "rslave", "ro"]
+    return {"type": "bind", "source": str(mount.source), "destination": mount.target, "options": options}
 
 
 def _limits(container: Container) -> Spec:
@@ -127,4 +127,5 @@ PODMAN = Dialect(
     exit_code=_exit_code,
     ends_its_containers=False,
     reports_out_of_memory=False,  # not where some control groups are of version 1 and some of version 2
+    refuses_private_mounts=False,
 )

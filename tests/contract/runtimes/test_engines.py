@@ -346,6 +346,22 @@ async def test_an_engine_that_is_not_there_is_a_fault(
             pass
 
 
+async def test_podman_behind_dockers_socket_is_driven_as_podman(
+    podman: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    container = new_container(tmp_path, ["sh", "-c", "echo said; kill -9 $$"], image=IMAGE)
+    async with engine_proxy(podman.socket, tmp_path) as proxy:
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{proxy.socket}")
+        assert await docker.fault(OPTIONS) is None
+        async with docker.open_runtime(OPTIONS) as runtime:
+            assert runtime.name == "podman"
+            await runtime.prepare(IMAGE)
+            assert await end_of(runtime, container) == Exit(137)
+    assert container.stdout.read_text() == "said\n"
+    assert all("/libpod/" in request or "/_ping" in request for request in proxy.requests)
+    assert podman.containers() == []
+
+
 # An engine that is restarted, away, or frozen.
 
 
@@ -678,6 +694,30 @@ def log_in(server: Registry, directory: Path, monkeypatch: pytest.MonkeyPatch) -
 @at_both
 async def test_an_image_of_a_private_registry_needs_a_login(runtime: Runtime, private: Registry) -> None:
     with trio.fail_after(PATIENCE), pytest.raises(NodeError, match=f"the image {private.image} could not be pulled"):
+        await runtime.prepare(private.image)
+
+
+@at_both
+@pytest.mark.usefixtures("login")
+async def test_an_image_may_be_named_as_for_apptainer(subject: Subject, runtime: Runtime, private: Registry) -> None:
+    container = replace(subject.container("sh", "-c", "echo pulled"), image=f"docker://{private.image}")
+    with trio.fail_after(PATIENCE):
+        await runtime.prepare(container.image, has_args=False)
+    assert await end_of(runtime, container) == Exit(0)
+    assert container.stdout.read_text() == "pulled\n"
+
+
+@at_both
+async def test_a_helper_program_has_the_login_for_a_registry(
+    runtime: Runtime, private: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = json.dumps({"ServerURL": "any", "Username": USER, "Secret": PASSWORD})
+    (tmp_path / "docker-credential-tests").write_text(f"#!/bin/sh\ncat >&2\necho '{answer}'\n")
+    (tmp_path / "docker-credential-tests").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "config.json").write_text(json.dumps({"auths": None, "credsStore": "tests"}))
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    with trio.fail_after(PATIENCE):
         await runtime.prepare(private.image)
 
 

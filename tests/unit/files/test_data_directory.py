@@ -1,6 +1,7 @@
 import errno
 import fcntl
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -14,10 +15,10 @@ import pytest
 
 from tests.support.disks import small_disk
 from tests.support.paths import ROOT
-from tests.support.users import as_nobody, needs_root
+from tests.support.users import NOBODY, as_nobody, needs_root
 from trio_pilot.errors import NodeError, SettingsError
 from trio_pilot.files import data_directory as module
-from trio_pilot.files.data_directory import open_data_directory
+from trio_pilot.files.data_directory import DataDirectory, open_data_directory
 from trio_pilot.processes.identity import own
 
 
@@ -378,3 +379,64 @@ def test_a_directory_below_tmp_is_mounted(tmp_path: Path) -> None:
 def test_no_directory_is_mounted_twice(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="twice"):
         open_data_directory(tmp_path, [Path("/usr/share"), Path("/usr/share/")]).__enter__()
+
+
+# Containers of other users.
+
+
+def modes(data_directory: DataDirectory) -> list[int]:
+    return [stat.S_IMODE(path.stat().st_mode) for path in (data_directory.root, data_directory.data_hub)]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_data_hub_for_any_user_is_closed_to_others_of_this_machine(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with open_data_directory(tmp_path, []) as data_directory:
+            data_directory.open_hub()
+            assert modes(data_directory) == [0o700, 0o1777]
+    finally:
+        os.umask(before)
+
+
+@needs_root
+def test_only_the_group_of_an_engine_of_another_user_passes(tmp_path: Path) -> None:
+    with open_data_directory(tmp_path, []) as data_directory:
+        data_directory.open_hub(NOBODY)
+        assert modes(data_directory) == [0o710, 0o1777]
+        assert data_directory.root.stat().st_gid == NOBODY
+
+
+def test_an_engine_of_another_user_passes_the_directory_of_a_plain_user(open_to_all: Path) -> None:
+    with as_nobody(), open_data_directory(open_to_all, []) as data_directory:
+        data_directory.open_hub(1234)
+        assert modes(data_directory) == [0o711, 0o1777]
+
+
+def test_a_data_directory_made_by_hand_keeps_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "ewms-pilot-data").mkdir()
+    (tmp_path / "ewms-pilot-data").chmod(0o750)
+    with open_data_directory(tmp_path, []) as data_directory:
+        data_directory.open_hub()
+        assert modes(data_directory) == [0o750, 0o1777]
+        assert not data_directory.take_hub(tmp_path / "taken")
+
+
+def test_the_last_pilot_takes_the_data_hub(tmp_path: Path) -> None:
+    with open_data_directory(tmp_path, []) as last:
+        with open_data_directory(tmp_path, []) as other:
+            (other.data_hub / "file").touch()
+            assert not last.take_hub(tmp_path / "taken")
+        assert last.take_hub(tmp_path / "taken")
+        assert (tmp_path / "taken/file").exists()
+        with open_data_directory(tmp_path, []) as another:
+            assert list(another.data_hub.iterdir()) == []
+
+
+@pytest.mark.parametrize("kept", ["a task", "a file"])
+def test_a_data_hub_that_stays_is_not_taken(tmp_path: Path, kept: str) -> None:
+    with open_data_directory(tmp_path, [], keep=kept == "a task") as data_directory:
+        if kept == "a file":
+            (data_directory.root / "file").touch()
+        assert not data_directory.take_hub(tmp_path / "taken")
+        assert data_directory.data_hub.is_dir()

@@ -39,6 +39,20 @@ def test_a_clean_directory_is_used_for_the_next_task(tmp_path: Path, pool: Direc
     assert list(second.io.iterdir()) == [second.infile_path]
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_directory_is_used_again_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    pool, before = DirectoryPool(any_user=True, root_mode=task_directory.PASSABLE), os.umask(umask)
+    try:
+        files = files_of(tmp_path, "a")
+        pool.make(files)
+        task_directory.write_infile(files, "event", any_user=True)
+        for path in (files.stdout, files.stderr):
+            path.touch()
+        assert pool.take_back(files)
+    finally:
+        os.umask(before)
+
+
 def test_closing_removes_all_directories(tmp_path: Path, pool: DirectoryPool) -> None:
     for name in "abc":
         assert pool.take_back(used(pool, files_of(tmp_path, name)))

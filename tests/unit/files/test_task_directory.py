@@ -15,6 +15,7 @@ from tests.support.disks import small_disk
 from tests.support.users import AS_ROOT, as_nobody, needs_root
 from trio_pilot.errors import DecodeError, NodeError, OutfileError
 from trio_pilot.files import task_directory
+from trio_pilot.files.filesystem import locked_directories
 from trio_pilot.files.task_directory import TaskFiles
 
 MOST = 1000  # bytes of an output file in these tests
@@ -31,6 +32,19 @@ def test_a_directory_for_any_user_is_closed_to_others_of_this_machine(tmp_path: 
     files = TaskFiles(tmp_path / "task", infile="infile", outfile="outfile")
     task_directory.make(files, any_user=True)
     assert [stat.S_IMODE(path.stat().st_mode) for path in (files.root, files.io, files.scratch)] == [0o700, 0o777, 0o1777]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o027])
+def test_any_user_may_read_an_input_file_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        files = TaskFiles(tmp_path / "task", infile="infile", outfile="outfile")
+        task_directory.make(files, any_user=True, root_mode=task_directory.PASSABLE)
+        task_directory.write_infile(files, "event", any_user=True)
+    finally:
+        os.umask(before)
+    paths = files.root, files.io, files.scratch, files.infile_path
+    assert [stat.S_IMODE(path.stat().st_mode) for path in paths] == [0o711, 0o777, 0o1777, 0o644]
 
 
 # Input files.
@@ -281,6 +295,18 @@ def test_removing_a_directory_that_is_gone_is_no_error(files: TaskFiles, caplog:
     shutil.rmtree(files.root)
     task_directory.remove(files)
     assert caplog.text == ""
+
+
+def test_directories_that_this_user_cannot_empty_are_found(open_to_all: Path) -> None:
+    for name, mode in (("a/closed/b", 0o700), ("a/open", 0o777), ("a/sticky", 0o1777), ("a/readable/c", 0o755)):
+        (open_to_all / name).mkdir(parents=True)
+        (open_to_all / name).chmod(mode)
+    for name, mode in (("a", 0o777), ("a/closed", 0o700), ("a/readable", 0o755)):
+        (open_to_all / name).chmod(mode)
+    (open_to_all / "a/link").symlink_to("/root")
+    with as_nobody():
+        locked = {str(path.relative_to(open_to_all)) for path in locked_directories(open_to_all)}
+    assert locked == ({"a/closed", "a/sticky", "a/readable", "a/readable/c"} if AS_ROOT else set())
 
 
 # Keeping files.
