@@ -138,8 +138,8 @@ class PrivateMounts:
         for directory in set(directories) - self._logged:
             self._logged.add(directory)
             LOGGER.warning(
-                "%s: what is mounted below %s while a container runs is not seen in it:"
+                "%s: what is mounted below %r while a container runs is not seen in it:"
                 " its mount is private (mount --make-rshared)",
                 self._name,
-                directory,
+                str(directory),
             )
