@@ -17,13 +17,13 @@ from typing import Any
 import pika
 import pytest
 
-from tests.integration.test_images import build_image
 from tests.support.apptainer import open_apptainer
 from tests.support.brokers import new_name
-from tests.support.condor.pool import PACKAGES, SUITE, USER_ID, Job, Pool, open_pool
+from tests.support.condor.pool import USER_ID, Job, Pool, open_pool
 from tests.support.paths import ROOT
+from tests.support.pilot_images import build_image
 from tests.support.processes import command_line, processes_with
-from tests.support.servers import RabbitServer, UnavailableError, debian
+from tests.support.servers import RabbitServer, UnavailableError
 from tests.support.services import cannot
 from tests.support.waiting import POOL, until_sync
 from trio_pilot.cli.condor_submit import LEAST_SILENCE, RELEASE_AFTER, SILENT
@@ -287,7 +287,7 @@ def user_of_images(onefile: Path, rabbitmq: RabbitServer) -> Iterator[Submitter]
             (user.home / "dist").mkdir()
             shutil.copy(onefile, user.home / "dist/trio-pilot")
             shutil.copytree(GUIDE.parents[1] / "images", user.home / "images")
-            build_image(debian(SUITE, *PACKAGES), user.home, programs)
+            build_image("bubblewrap", user.home, programs)
             yield user
             user.remove_jobs()
     except UnavailableError as error:
