@@ -192,6 +192,7 @@ def test_the_definition_makes_an_image_with_apptainer(
     image = build("apptainer", project, apptainer)
     for runtime in ("apptainer", "auto"):
         write_envfile(job, runtime, task_directory)
+        call(*in_apptainer(apptainer, job, image, f"--bind={task_directory}"), "check", cwd=job)
         copies_an_event(job, *in_apptainer(apptainer, job, image, f"--bind={task_directory}"))
     file = build_file(apptainer, archive, project / "task.sif")
     write_envfile(job, "apptainer", file, **FILES_AS_IMAGES, _EWMS_PILOT_APPTAINER_BUILD_WORKDIR=str(job))
