@@ -17,14 +17,11 @@ from typing import Any
 import pika
 import pytest
 
-from tests.integration.test_images import build_image
-from tests.support.apptainer import open_apptainer
 from tests.support.brokers import new_name
-from tests.support.condor.pool import PACKAGES, SUITE, USER_ID, Job, Pool, open_pool
+from tests.support.condor.pool import USER_ID, Job, Pool
 from tests.support.paths import ROOT
 from tests.support.processes import command_line, processes_with
-from tests.support.servers import RabbitServer, UnavailableError, debian
-from tests.support.services import cannot
+from tests.support.servers import RabbitServer
 from tests.support.waiting import POOL, until_sync
 from trio_pilot.cli.condor_submit import LEAST_SILENCE, RELEASE_AFTER, SILENT
 from trio_pilot.errors import BrokerError, NodeError
@@ -306,9 +303,7 @@ def test_condor_submit_takes_every_description(user: Submitter, more: list[str])
     assert "WARNING" not in said
 
 
-# Soak: a crontab counts in minutes, and images need a pool of their own.
-
-SINGULARITY = "SINGULARITY = {}/apptainer\n"  # as HTCondor calls it
+# Soak: a crontab counts in minutes.
 
 
 @pytest.mark.soak
@@ -323,47 +318,6 @@ def test_a_cron_starts_pilots_again_and_again(user: Submitter) -> None:
             time.sleep(1)
         assert found == [event]
     assert job.ad()["NumJobStarts"] > 1
-
-
-@pytest.fixture(scope="module")
-def user_of_images(onefile: Path, rabbitmq: RabbitServer) -> Iterator[Submitter]:
-    """A user of a pool with apptainer, who has an image of a pilot."""
-    try:
-        with open_apptainer(own=True) as programs, open_pool(SINGULARITY.format(programs), programs.parents[2]) as pool:
-            user = Submitter(pool, onefile, rabbitmq)
-            (user.home / "dist").mkdir()
-            shutil.copy(onefile, user.home / "dist/trio-pilot")
-            shutil.copytree(GUIDE.parents[1] / "images", user.home / "images")
-            build_image(debian(SUITE, *PACKAGES), user.home, programs)
-            yield user
-            user.remove_jobs()
-    except UnavailableError as error:
-        cannot(str(error))
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("runtime", ["process", "bubblewrap"])
-def test_an_image_runs_a_pilot(user_of_images: Submitter, runtime: str) -> None:
-    user = user_of_images
-    user.send(range(3))
-    task = (f"--runtime={runtime}", "--task-image=/", "--task-args=cp {{INFILE}} {{OUTFILE}}", "--outfile-ext=.json")
-    job = user.submit(f"--container-image={user.home}/image", *task)
-    [ad] = job.wait()
-    assert ad["ExitCode"] == 0, user.log(job)
-    assert sorted(user.receive(user.results)) == [0, 1, 2]
-    assert (ad[f"{PREFIX}Status"], ad[f"{PREFIX}TasksSuccess"]) == ("Done", 3)
-
-
-@pytest.mark.soak
-def test_an_image_that_has_to_go_returns_its_events_and_ends_by_itself(user_of_images: Submitter, mark: str) -> None:
-    user = user_of_images
-    user.send(range(4))
-    job = user.submit(f"--container-image={user.home}/image", *long_tasks(mark), "--htchirp-ratelimit-interval=1")
-    wait_for_two_tasks(job)
-    user.pool.run("condor_hold", job.cluster)
-    assert_nothing_is_left(user, mark)
-    ad = job.until(lambda ad: ad["JobStatus"] == HELD, "the job to be held")
-    assert (ad[f"{PREFIX}Status"], ad[f"{PREFIX}EventsReturned"]) == ("Done", 2)
 
 
 def test_the_guide_leads_from_nothing_to_results(user: Submitter) -> None:

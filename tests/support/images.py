@@ -95,15 +95,17 @@ def make_docker_archive(root: Path, file: Path, name: str, config: Mapping[str, 
             tar.addfile(info, io.BytesIO(content))
 
 
-def build_directory(apptainer: Path, archive: Path, directory: Path) -> None:
+def build_directory(apptainer: Path, archive: Path, directory: Path) -> Path:
     """Unpack an archive, as of `docker save`, with apptainer, as the images that EWMS's users name are made."""
-    command = [
-        str(apptainer / "apptainer"),
-        "--silent",
-        "build",
-        "--disable-cache",
-        "--sandbox",
-        str(directory),
-        f"docker-archive:{archive}",
-    ]
-    subprocess.run(command, check=True, timeout=60, stdin=subprocess.DEVNULL)
+    return _build(apptainer, archive, directory, "--sandbox")
+
+
+def build_file(apptainer: Path, archive: Path, file: Path) -> Path:
+    """Make a .sif file of an archive."""
+    return _build(apptainer, archive, file)
+
+
+def _build(apptainer: Path, archive: Path, image: Path, *flags: str) -> Path:
+    command = [str(apptainer / "apptainer"), "--silent", "build", "--disable-cache", *flags]
+    subprocess.run([*command, str(image), f"docker-archive:{archive}"], check=True, timeout=60, stdin=subprocess.DEVNULL)
+    return image

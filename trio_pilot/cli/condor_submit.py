@@ -43,6 +43,7 @@ CRON_FIELD = re.compile(r"[0-9*/,-]+")  # HTCondor's manual, "CronTab Scheduling
 CRON_FIELDS = "minute", "hour", "day_of_month", "month", "day_of_week"
 
 ADDRESSES = "broker", "queue_incoming_broker_address", "queue_outgoing_broker_address"  # secret if with a password
+EVALUATED = re.compile(r"[$`\\]")  # by a shell, in double quotes
 TOKENS = "broker_token", "queue_incoming_auth_token", "queue_outgoing_auth_token"
 
 HEADER = """\
@@ -109,6 +110,8 @@ def condor_submit(settings: Settings, flags: Mapping[str, Any], request: Request
             example = WITH_SCHEMES[0].example
             raise SettingsError(f"queue {queue.queue} is in a file of this machine: name a broker, as in --broker {example}")
     variables = dict(_variables(settings, flags, environment(os.environ, Path.cwd())))
+    if request.container_image:
+        _refuse_evaluated(variables)
     lines = list(_submit_file(settings, variables, request))
     print("\n".join(lines))
     return 0
@@ -230,6 +233,15 @@ def _variables(settings: Settings, flags: Mapping[str, Any], environ: Mapping[st
         yield variables_of(name)[0], ";".join(f"@./{Path(token).name}" if is_file(token) else "" for token in tokens)
     if settings.config:
         yield f"{PREFIX}CONFIG", settings.config.name
+
+
+def _refuse_evaluated(variables: Mapping[str, str]) -> None:
+    """Refuse values that apptainer would change before a pilot in an image sees them: it evaluates each as a shell does."""
+    for name, value in variables.items():
+        if found := EVALUATED.search(value):
+            raise SettingsError(
+                f"{name} has {found[0]!r}, which apptainer would evaluate in a variable: put the setting into {CONFIG_FILE}"
+            )
 
 
 def _refuse_secret(name: str, label: str, raw: str) -> None:

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The first process of a pool's own mount, PID, IPC and UTS namespaces: enter.sh ROOT DIRECTORY JOBS USER [MORE...]
 # ROOT is a Debian with HTCondor, which is not changed; DIRECTORY has condor.conf; JOBS is mounted at the same
-# path, and belongs to the user with the number USER; each of MORE is mounted at the same path, read-only.
+# path, and belongs to the user with the number USER; each of MORE, SOURCE:PLACE, is mounted at its place, read-only.
 set -e
 root=$1 directory=$2 jobs=$3 user=$4
 shift 4
@@ -33,9 +33,10 @@ mkdir -p -m 1777 "$all/run/lock"
 mkdir -p "$all$jobs"
 mount --bind "$jobs" "$all$jobs"
 for more in "$@"; do
-    mkdir -p "$all$more"
-    mount --bind "$more" "$all$more"
-    mount -o remount,bind,ro "$all$more"
+    place=$all${more#*:}
+    mkdir -p "$place"
+    mount --bind "${more%%:*}" "$place"
+    mount -o remount,bind,ro "$place"
 done
 echo 127.0.0.1 localhost condorpool >"$all/etc/hosts"
 cp "$directory/condor.conf" "$all/etc/condor/config.d/50-test.config"

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +28,15 @@ class CommandError(Exception):
 
 
 @contextmanager
-def open_pool(config: str = "", *seen: Path) -> Iterator["Pool"]:
-    """Run a pool. Its jobs see this machine's network and, of its files, the pool's `jobs` and the paths in `seen`."""
+def open_pool(config: str = "", seen: Mapping[str, Path] | None = None) -> Iterator["Pool"]:
+    """Run a pool. Its jobs see this machine's network, the pool's `jobs`, and at the paths in `seen` other directories."""
     if os.geteuid() != 0:
         raise UnavailableError("a private HTCondor pool takes root")
     root = debian(SUITE, *PACKAGES)
     directory = Path(tempfile.mkdtemp(prefix="trio-pilot-condor-"))
     pool = Pool(directory)
     try:
-        pool.start(root, config, seen)
+        pool.start(root, config, seen or {})
         yield pool
     finally:
         pool.stop()
@@ -85,7 +85,7 @@ class Pool:
         self.jobs = directory / "jobs"  # for what is submitted, and what comes back
         self._namespaces: subprocess.Popen[bytes] | None = None
 
-    def start(self, root: Path, config: str, seen: Sequence[Path]) -> None:
+    def start(self, root: Path, config: str, seen: Mapping[str, Path]) -> None:
         """Start the daemons, and wait until the collector knows a slot and the schedd."""
         self.jobs.mkdir()
         os.chown(self.jobs, USER_ID, USER_ID)
@@ -93,7 +93,8 @@ class Pool:
         port = free_port()
         ports = f"COLLECTOR_HOST = 127.0.0.1:{port}\nSHARED_PORT_PORT = {port}\n"
         (self._directory / "condor.conf").write_text((HERE / "pool.conf").read_text() + ports + config)
-        entering: list[str | Path] = ["sh", HERE / "enter.sh", root, self._directory, self.jobs, str(USER_ID), *seen]
+        entering: list[str | Path] = ["sh", HERE / "enter.sh", root, self._directory, self.jobs, str(USER_ID)]
+        entering += [f"{source}:{place}" for place, source in seen.items()]
         log = self._directory / "output.log"
         with log.open("wb") as output:
             # From the main thread: it ends with the thread that starts it.

@@ -52,6 +52,13 @@ def test_settings_are_variables_with_quotes_and_macros_escaped(
     assert "EWMS_PILOT_HTCHIRP='true'" in found
 
 
+@pytest.mark.parametrize("word", ["$HOME", "`id`", r"\$"])
+def test_values_that_apptainer_would_evaluate_are_refused(capsys: pytest.CaptureFixture[str], word: str) -> None:
+    arguments = f"""--task-args=echo "{word}" """
+    assert f"EWMS_PILOT_TASK_ARGS has {word[0]!r}" in error_of(capsys, "--container-image=image", arguments)
+    assert word in submit_file(capsys, arguments)["environment"].replace("$(DOLLAR)", "$")
+
+
 def test_reports_by_chirp_can_be_switched_off(capsys: pytest.CaptureFixture[str]) -> None:
     assert "EWMS_PILOT_HTCHIRP='False'" in submit_file(capsys, "--no-htchirp")["environment"]
 
