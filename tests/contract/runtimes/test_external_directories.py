@@ -193,7 +193,7 @@ async def test_a_private_external_directory_is_read_and_named(
     private = machine / "private"
     for _ in range(2):
         assert await place.run(f"touch {private}/below/mine || touch {private}/mine || echo no", private) == "no\n"
-    assert caplog.text.count(f"what is mounted below {private} while a container runs is not seen in it") == 1
+    assert caplog.text.count(f"what is mounted below '{private}' while a container runs is not seen in it") == 1
 
 
 async def test_writable_mounts_beside_them_stay_writable(place: Place, external: Path, machine: Path) -> None:

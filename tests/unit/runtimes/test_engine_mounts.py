@@ -29,7 +29,7 @@ def test_docker_is_asked_to_propagate_until_it_refuses(caplog: pytest.LogCapture
     assert caplog.text == ""
     assert mounts.note_refusal(refusal("/a"), asked)
     assert propagating(mounts) == ["/b"]
-    assert caplog.text.count("docker: what is mounted below /a while a container runs is not seen in it") == 1
+    assert caplog.text.count("docker: what is mounted below '/a' while a container runs is not seen in it") == 1
 
 
 def test_containers_that_are_refused_at_once_are_all_repeated() -> None:
@@ -54,4 +54,4 @@ def test_another_refusal_is_not_about_mounts() -> None:
 def test_podman_is_never_asked_for_less(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(engine_mounts, "to_the_bottom", lambda _mounts, _user: (Mount(Path("/a"), "/a", propagates=False),))
     EngineMounts(PODMAN, 0).of([A])
-    assert "podman: what is mounted below /a" in caplog.text
+    assert "podman: what is mounted below '/a'" in caplog.text
