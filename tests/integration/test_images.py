@@ -30,7 +30,8 @@ AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-group
 # By default, Docker prevents containers from making containers.
 ALLOWING = tuple(f"--security-opt={what}=unconfined" for what in ("seccomp", "systempaths"))
 # As with --privileged, which fails where root itself lacks a capability.
-PRIVILEGED = *ALLOWING, "--cap-add=ALL", "--cap-drop=SYS_RESOURCE", "--cgroupns=private", "--entrypoint=sh"
+CAPABILITIES = "--cap-add=ALL", "--cap-drop=SYS_RESOURCE", "--security-opt=apparmor=unconfined", "--cgroupns=private"
+PRIVILEGED = *ALLOWING, *CAPABILITIES, "--entrypoint=sh"
 WITH_CGROUPS = 'for top in /sys/fs/cgroup /sys/fs/cgroup/*; do mount -o remount,bind,rw "$top"; done 2>&1; exec "$@"'
 
 # Loads an image into a daemon that the image of a pilot starts.
@@ -127,6 +128,7 @@ def test_the_dockerfile_makes_an_image_that_is_a_pilot(docker: Engine, project: 
         copies_an_event(job, *in_docker(docker, job, *ALLOWING, image))
 
 
+@pytest.mark.soak
 def test_the_dockerfile_makes_an_image_with_apptainer(
     docker: Engine, project: Path, job: Path, task_directory: Path
 ) -> None:
