@@ -157,7 +157,8 @@ class Work:
             "_EWMS_PILOT_CONTAINER_PLATFORM": platform,
             "_EWMS_PILOT_APPTAINER_IMAGE_DIRECTORY_MUST_BE_PRESENT": str(not task_image.endswith(".sif")),
         }
-        envfile = self.user.home / "ewms_htcondor_envfile.sh"
+        envfile = self.user.home / "sent/ewms_htcondor_envfile.sh"  # elsewhere than where condor-submit would read it
+        envfile.parent.mkdir(exist_ok=True)
         envfile.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items()))
         self.user.send(events)
         flags = [f"--container-image={image}"] if image else []

@@ -145,6 +145,7 @@ def volume(docker: Engine) -> Iterator[str]:
     subprocess.run([*command, "rm", name], stdout=subprocess.DEVNULL, check=True)
 
 
+@pytest.mark.soak
 def test_the_dockerfile_makes_an_image_with_a_docker_daemon(
     docker: Engine, project: Path, job: Path, archive: Path, volume: str
 ) -> None:
@@ -188,6 +189,7 @@ def test_the_definition_makes_an_image_that_is_a_pilot(apptainer: Path, project:
         copies_an_event(job, *in_apptainer(apptainer, job, image))
 
 
+@pytest.mark.soak  # test_condor_images.py runs one in a pool
 def test_the_definition_makes_an_image_with_apptainer(
     apptainer: Path, project: Path, job: Path, archive: Path, task_directory: Path
 ) -> None:

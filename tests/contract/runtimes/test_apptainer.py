@@ -36,7 +36,6 @@ from trio_pilot.processes.identity import STATE, own, stat_of
 from trio_pilot.runtimes import Container, Exit, Limits, Mount, Options, apptainer, apptainer_quoting
 from trio_pilot.runtimes.apptainer_command import fatal
 from trio_pilot.runtimes.confinement import OpenGroups
-from trio_pilot.runtimes.selection import choose
 
 OPTIONS = Options(kill_grace=0.3)
 
@@ -421,10 +420,6 @@ def make_program(directory: Path, monkeypatch: pytest.MonkeyPatch, name: str, sc
 @pytest.mark.usefixtures("subject")
 async def test_apptainer_has_no_fault_where_it_works() -> None:
     assert await apptainer.fault(OPTIONS) is None
-
-
-async def test_auto_chooses_apptainer_for_a_directory(subject: Subject) -> None:
-    assert (await choose("auto", subject.image, OPTIONS)).name == "apptainer"
 
 
 @pytest.mark.usefixtures("subject")

@@ -80,7 +80,10 @@ def small_image(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "archive.tar"
 
 
-@pytest.fixture(params=PLACES)
+ALWAYS = ("docker, root", "remapped_docker, nobody", "rootless_podman, its user")
+
+
+@pytest.fixture(params=[name if name in ALWAYS else pytest.param(name, marks=pytest.mark.soak) for name in PLACES])
 def place(request: pytest.FixtureRequest, small_image: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     name, user = PLACES[request.param]
     engine: Engine = request.getfixturevalue(name)

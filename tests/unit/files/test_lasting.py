@@ -8,8 +8,9 @@ from trio_pilot.files.lasting import is_lasting
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    # The directories of these tests are themselves below /tmp.
+    # The directories of these tests are themselves below /tmp, and may be in a container or in memory.
     monkeypatch.setattr(lasting, "SHARED_TEMPORARY", (str(tmp_path / "tmp"),))
+    monkeypatch.setattr(lasting, "OF_CONTAINERS", ())
     return tmp_path
 
 
