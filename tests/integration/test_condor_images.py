@@ -203,9 +203,9 @@ def assert_exact(ran: Ran, events: Sequence[int], words: Sequence[str]) -> None:
         assert environment(output) == ENVIRONMENT
 
 
-@pytest.mark.parametrize("platform", ["bubblewrap", "apptainer"])
+@pytest.mark.parametrize("platform", ["bubblewrap", pytest.param("apptainer", marks=pytest.mark.soak)])
 def test_tasks_in_a_pilots_image_run_as_their_image_says(site: Site, work: Work, platform: str) -> None:
-    ran = work.run(platform, range(8), ARGUMENTS, image=site.pilot("apptainer"))
+    ran = work.run(platform, range(8), ARGUMENTS, image=site.pilot(platform))
     assert_exact(ran, range(8), ARGUMENTS)
     assert (ran.ad[f"{PREFIX}Status"], ran.ad[f"{PREFIX}Runtime"]) == ("Done", platform)
 
