@@ -80,7 +80,7 @@ def moments() -> Iterator[int]:
 
 
 # Trio shuffles the tasks that are due at once, so that no two rounds are the same.
-rounds = pytest.mark.parametrize("round_", [*range(3), *(pytest.param(n, marks=pytest.mark.soak) for n in range(3, 200))])
+rounds = pytest.mark.parametrize("round_", [*range(2), *(pytest.param(n, marks=pytest.mark.soak) for n in range(2, 200))])
 
 
 @rounds
