@@ -12,6 +12,8 @@ from typing import Any
 
 Parse = Callable[[Any], Any]
 
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # a name that a variable can have in any shell
+
 
 def text(raw: Any) -> str:
     """Parse a string; a number is accepted too."""
@@ -185,7 +187,7 @@ def variables(raw: Any) -> Mapping[str, str]:
     if not isinstance(value, dict):
         raise ValueError("must be a JSON object")
     for name, one in value.items():
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        if not VARIABLE.fullmatch(name):
             raise ValueError(f"must have names of letters, digits and _ only, not {name!r}")
         if not isinstance(one, str | int | float) or "\0" in str(one):
             raise ValueError(f"must have strings, numbers or booleans as values, unlike {name}")

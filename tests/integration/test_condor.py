@@ -189,7 +189,7 @@ def test_a_job_that_was_suspended_goes_on_and_its_task_has_its_time(user: Submit
     job.until(lambda ad: ad.get(f"{PREFIX}Status") == "Tasking", "the task to run")
     user.pool.run("condor_suspend", job.cluster)
     job.until(lambda ad: ad["JobStatus"] == SUSPENDED, "the job to be suspended")
-    time.sleep(35)
+    time.sleep(35)  # longer than the task may take, and than the silence after which its pilot is held
     user.pool.run("condor_continue", job.cluster)
     [ad] = job.wait()
     assert (ad["ExitCode"], ad["TotalSuspensions"], ad.get("NumHolds", 0)) == (0, 1, 0), user.log(job)

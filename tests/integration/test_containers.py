@@ -6,20 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.containers import NO_OUTPUTS
 from tests.support.containment import Containment
 from tests.support.engines import IMAGE, Engine
 from tests.support.pilots import PilotCommand
 from tests.support.users import NOBODY, UNPRIVILEGED, needs_root
 
-OUTFILES = """
-case "$(cat "$1")" in
-    link) ln -s /etc/passwd "$2" ;;
-    fifo) mkfifo "$2" ;;
-    directory) mkdir "$2" ;;
-    sparse) truncate -s 10G "$2" ;;
-    *) cat "$1" > "$2" ;;
-esac
-"""
 AWKWARD = "a,b=c;d:e\"f'g\\h i\nj{k}$l`m`é☃"
 
 
@@ -32,7 +24,7 @@ def reasons(pilots: PilotCommand) -> list[str]:
 def test_an_output_that_is_no_plain_file_is_refused(pilots: PilotCommand, containment: Containment) -> None:
     pilots.send("link", "fifo", "directory", "sparse", "plain")
     pilot = pilots.run(
-        *("sh", "-c", OUTFILES, "task", "{{INFILE}}", "{{OUTFILE}}"),
+        *("sh", "-c", NO_OUTPUTS, "{{INFILE}}", "{{OUTFILE}}"),
         **containment.settings,
         stop_listening_on_task_error=False,
         max_attempts=1,

@@ -4,7 +4,6 @@ import base64
 import json
 import pickle
 import shlex
-import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date, timedelta
@@ -13,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from tests.support.condor.pool import PACKAGES, SUITE
 from tests.support.containment import CONTAINMENTS, Containment
 from tests.support.engines import Engine
+from tests.support.pilot_images import BASES, import_base
 from tests.support.pilots import PilotCommand, RunningPilot
 from tests.support.servers import UnavailableError, debian
+from tests.support.services import cannot
 
 IMAGE = "python:local"
 EVENTS = [f"item{number}" for number in range(6)]
@@ -38,9 +38,9 @@ pytestmark = pytest.mark.soak
 def root() -> Path:
     """The root of a Debian with Python."""
     try:
-        return debian(SUITE, *PACKAGES)
+        return debian(*BASES["bubblewrap"])
     except UnavailableError as error:
-        pytest.skip(str(error))
+        cannot(str(error))
 
 
 @pytest.fixture(params=["bubblewrap", "apptainer", "docker"])
@@ -50,9 +50,7 @@ def python(request: pytest.FixtureRequest, root: Path) -> Containment:
         return replace(containment, image=str(root))
     docker: Engine = request.getfixturevalue("docker")
     if not docker.has_image(IMAGE):
-        command = ["docker", "--host", f"unix://{docker.socket}", "import", "-", IMAGE]
-        with subprocess.Popen(["tar", "-C", root, "--exclude=./dev", "-c", "."], stdout=subprocess.PIPE) as tar:
-            subprocess.run(command, stdin=tar.stdout, stdout=subprocess.DEVNULL, check=True)
+        import_base("bubblewrap", docker, IMAGE)
     return replace(containment, image=IMAGE)
 
 

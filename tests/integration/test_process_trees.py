@@ -98,7 +98,7 @@ def test_a_pilot_that_is_suspended_with_its_task_leaves_it_its_time(pilots: Pilo
     pilot = pilots.start(*polite(mark, work), runtime=runtime, task_timeout=8, kill_grace=0.5)
     wait_for_tasks(pilots, pilot, 1)
     stopped = processes_with(mark)  # the pilot as well
-    for number, seconds in ((signal.SIGSTOP, 10), (signal.SIGCONT, 0)):
+    for number, seconds in ((signal.SIGSTOP, 10), (signal.SIGCONT, 0)):  # longer than the task may take
         for pid in stopped:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)

@@ -6,6 +6,17 @@ from pathlib import Path
 
 from trio_pilot.runtimes import Container, Mount
 
+# A script that makes, of an input file ($0), an output ($1) that is none, or a copy of any other input.
+NO_OUTPUTS = """
+case "$(cat "$0")" in
+    link) ln -s /etc/passwd "$1" ;;
+    fifo) mkfifo "$1" ;;
+    directory) mkdir "$1" ;;
+    sparse) truncate -s 10G "$1" ;;
+    *) cat "$0" > "$1" ;;
+esac
+"""
+
 
 def new_container(
     directory: Path,

@@ -48,12 +48,19 @@ def call(*command: str | Path, cwd: Path, given: str = "", **env: str) -> str:
 
 def build_docker_image(platform: str, project: Path, engine: Engine, name: str) -> None:
     """Build an image by the Dockerfile, from a base that is removed with it."""
-    command, base = ("docker", "--host", f"unix://{engine.socket}"), f"{name}-base"
-    with _packed(platform) as tar:
-        subprocess.run([*command, "import", "-", base], stdin=tar.stdout, stdout=subprocess.DEVNULL, check=True)
+    base = f"{name}-base"
+    command = import_base(platform, engine, base)
     given = [f"--build-arg={word}" for word in (f"BASE={base}", f"CONTAINER_PLATFORM={platform}")]
     build = ("build", "--network=none", *given, "--file=images/Dockerfile", f"--tag={name}", ".")
     call(*command, *build, cwd=project, DOCKER_BUILDKIT="0")
+
+
+def import_base(platform: str, engine: Engine, name: str) -> tuple[str, ...]:
+    """Import the base of a platform as an image into an engine; return docker's command for that engine."""
+    command = ("docker", "--host", f"unix://{engine.socket}")
+    with _packed(platform) as tar:
+        subprocess.run([*command, "import", "-", name], stdin=tar.stdout, stdout=subprocess.DEVNULL, check=True)
+    return command
 
 
 def build_image(platform: str, project: Path, programs: Path, name: str = "image") -> Path:

@@ -9,13 +9,11 @@ from pathlib import Path
 import trio
 
 from trio_pilot.allocation.resources import find_allocation, fitted
-from trio_pilot.cleanup.client import open_guardian
 from trio_pilot.cli.check_finding import Check, SkippedError
-from trio_pilot.errors import NodeError, PilotError
-from trio_pilot.files.data_directory import open_data_directory, root_in
+from trio_pilot.errors import NodeError, PilotError, first
 from trio_pilot.files.filesystem import is_directory, is_link
-from trio_pilot.pilot.container_runs import RunSpec, Tools, open_hub
-from trio_pilot.pilot.serve import guarded
+from trio_pilot.pilot.container_runs import RunSpec, Tools
+from trio_pilot.pilot.tools import open_tools
 from trio_pilot.pilot.trial import find_command, try_files
 from trio_pilot.runtimes import HOST_ROOT, Runtime, confinement
 from trio_pilot.runtimes.apptainer_directory import USUAL_PATH
@@ -110,19 +108,13 @@ def _spec(settings: Settings, kind: Kind) -> RunSpec:
 @asynccontextmanager
 async def _open_tools(settings: Settings, image: str) -> AsyncIterator[Tools]:
     """Open what a container is run with. Raises SkippedError if that fails, or there is no image: other checks report it."""
-    parent = settings.data_dir_parent_path_on_host
     async with AsyncExitStack() as stack:
         try:
-            guardian = await stack.enter_async_context(open_guardian())
-            guardian.watch("data", root_in(parent))
-            data_directory = stack.enter_context(open_data_directory(parent, settings.external_directories))
-            opening = open_runtime(settings.runtime, settings.task_image, settings.runtime_options)
-            runtime = await stack.enter_async_context(guarded(opening, guardian))
-            await runtime.prepare(image)
-        except PilotError as error:
-            raise SkippedError from error
-        tools = Tools(guardian, data_directory, runtime, ())
-        await stack.enter_async_context(open_hub(tools, image))
+            tools = await stack.enter_async_context(open_tools(settings, image))
+        except Exception as error:
+            if isinstance(first(error), PilotError):
+                raise SkippedError from error
+            raise
         yield tools
 
 

@@ -39,11 +39,10 @@ class Check:
         except PilotError as error:
             return self._failed(error)
         except ExceptionGroup as group:  # of the nursery of a connection, or of a guardian
-            errors, others = group.split((PilotError, SkippedError))
+            errors, others = group.split(PilotError)
             if errors is None or others:
                 raise
-            found = next(leaves(errors))
-            return self._failed(found) if isinstance(found, PilotError) else None
+            return self._failed(next(leaves(errors)))
 
     def _failed(self, error: PilotError) -> Finding:
         return Finding(self.name, f"{error} → {self.advice}", error.exit_code)

@@ -20,16 +20,13 @@ import trio
 from trio_pilot.allocation.resources import find_allocation, fitted
 from trio_pilot.brokers import Delivery, Settlement, dead_letter_queue, dead_letters, open_sink, open_source
 from trio_pilot.brokers.listening import next_delivery
-from trio_pilot.cleanup.client import open_guardian
 from trio_pilot.cli.signals import print_summary, run_until_signalled
 from trio_pilot.errors import DecodeError, DeliveryLostError, NodeError, UsageError, map_exceptions
 from trio_pilot.files.blocking_calls import BlockingCalls
-from trio_pilot.files.data_directory import open_data_directory, root_in
 from trio_pilot.files.task_logs import TaskLogs
 from trio_pilot.pilot import container_runs
-from trio_pilot.pilot.serve import guarded
+from trio_pilot.pilot.tools import open_tools
 from trio_pilot.processes.children import end_all_children
-from trio_pilot.runtimes.selection import open_runtime
 from trio_pilot.settings import Settings
 from trio_pilot.wire import WIRES, Message
 
@@ -111,21 +108,15 @@ async def _replay(settings: Settings, queue: str, message_ids: frozenset[str], r
 
 
 async def _run(settings: Settings, event: Message) -> int:
-    parent, external = settings.data_dir_parent_path_on_host, settings.external_directories
-    async with open_guardian() as guardian:
-        guardian.watch("data", root_in(parent))
-        with open_data_directory(parent, external, keep=settings.keep_all_task_files) as data_directory:
-            opening = open_runtime(settings.runtime, settings.task_image, settings.runtime_options)
-            async with guarded(opening, guardian) as runtime:
-                await runtime.prepare(settings.task_image, has_args=bool(settings.task_args))
-                tools = container_runs.Tools(guardian, data_directory, runtime, ())
-                async with container_runs.open_hub(tools, settings.task_image), trio.open_nursery() as nursery:
-                    nursery.start_soon(tools.clock.keep)
-                    if settings.init_image or settings.init_args:
-                        await container_runs.run_init(tools, settings, TaskLogs(settings.max_output, BlockingCalls()))
-                    code = await container_runs.run_once(tools, settings, event.data)
-                    nursery.cancel_scope.cancel()
-                return code
+    has_args, keep = bool(settings.task_args), settings.keep_all_task_files
+    async with open_tools(settings, settings.task_image, has_args=has_args, keep=keep) as tools:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tools.clock.keep)
+            if settings.init_image or settings.init_args:
+                await container_runs.run_init(tools, settings, TaskLogs(settings.max_output, BlockingCalls()))
+            code = await container_runs.run_once(tools, settings, event.data)
+            nursery.cancel_scope.cancel()
+        return code
 
 
 @asynccontextmanager

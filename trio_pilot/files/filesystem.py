@@ -47,11 +47,16 @@ def _remove(root: Path) -> None:
 
 def _unlock(root: Path) -> None:
     """Restore this user's permissions on the directories of a tree, from the top down: a task may have removed them."""
-    directories = [root]
-    while directories:  # os.walk goes no deeper than a thousand
-        directory = directories.pop()
+    for directory in _directories(root):
         with suppress(OSError):
             directory.chmod(0o700)
+
+
+def _directories(root: Path) -> Iterator[Path]:
+    """Yield `root` and the directories below it, as far as they can be listed; each one before it is listed."""
+    directories = [root]
+    while directories:  # os.walk goes no deeper than a thousand
+        yield (directory := directories.pop())
         with suppress(OSError), os.scandir(directory) as entries:
             # The target of a symbolic link is not part of the tree.
             directories += [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
@@ -83,14 +88,10 @@ def is_locked(directory: Path) -> bool:
 def locked_directories(root: Path) -> set[Path]:
     """Return `root` and the directories below it, those that this user cannot empty, as far as they can be found."""
     locked: set[Path] = set()
-    directories = [root]
-    while directories:
-        directory = directories.pop()
+    for directory in _directories(root):
         with suppress(OSError):
             if is_locked(directory):
                 locked.add(directory)
-        with suppress(OSError), os.scandir(directory) as entries:
-            directories += [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
     return locked
 
 

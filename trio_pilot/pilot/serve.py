@@ -34,6 +34,7 @@ from trio_pilot.pilot.settling import Settler
 from trio_pilot.pilot.slots import Slot, Slots
 from trio_pilot.pilot.task import EventFailed, NodeFailed, Outcome, Success, Task
 from trio_pilot.pilot.task_runner import TaskRunner, open_task_runner
+from trio_pilot.pilot.tools import guarded
 from trio_pilot.runtimes import Runtime
 from trio_pilot.settings import Settings
 from trio_pilot.status import State, Status
@@ -82,22 +83,6 @@ async def serve(settings: Settings, parts: Parts, signals: AsyncIterable[int], s
     if status.failed.value:
         raise TasksFailedError(status.failures())
     return drain.signal
-
-
-@asynccontextmanager
-async def guarded(opening: AbstractAsyncContextManager[Runtime], guardian: Guardian) -> AsyncIterator[Runtime]:
-    """Open a runtime, and let the guardian know what it may leave elsewhere than below this pilot."""
-    runtime: Runtime | None = None
-    try:
-        async with opening as runtime:
-            if runtime.engine:
-                guardian.watch("engine", runtime.engine)
-            if runtime.image_directory:
-                guardian.watch("images", runtime.image_directory)
-            yield runtime
-    finally:
-        if runtime and runtime.has_unremoved_containers:
-            guardian.outlive_pilot()
 
 
 class Pilot:

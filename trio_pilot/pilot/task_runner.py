@@ -140,10 +140,10 @@ class TaskRunner:
 
     async def _read_output(self, size: int, headers: Mapping[str, Any], files: TaskFiles) -> Message | None:
         """Read the output file; if it is another user's, by way of the engine."""
-        engine = self._tools.engine
         try:
             return await self._blocking.call(size, self._read, headers, files)
         except OutfileError as error:
+            engine = self._tools.engine
             if engine is None or not isinstance(error.__cause__, PermissionError):
                 raise
         await fetch_outfile(engine, self._spec.image, files, self._settings.max_payload)

@@ -149,6 +149,17 @@ def no_command(image: str) -> NodeError:
     return NodeError(f"the image {image or '/'} has no command of its own: say what to run in it (TASK_ARGS, INIT_ARGS)")
 
 
+def command_refused(container: Container, line: str) -> Exit:
+    """Return the exit of a command that could not be executed, and append the line that says so to its stderr.
+
+    Raises:
+        OSError: stderr cannot be written.
+    """
+    with container.stderr.open("ab", 0) as stderr:
+        stderr.write(os.fsencode(f"{line}\n"))
+    return cannot_run(line)
+
+
 def cannot_run(reason: str) -> Exit:
     """Return the exit of a command that could not be executed, from a text that ends with the reason."""
     return Exit(NOT_FOUND if reason.endswith(NOT_FOUND_REASONS) else NOT_EXECUTABLE)

@@ -21,10 +21,11 @@ from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.files.data_directory import open_temporary
 from trio_pilot.files.filesystem import is_directory
 from trio_pilot.files.task_logs import open_log
+from trio_pilot.parsing import VARIABLE
 from trio_pilot.processes import cgroups
 from trio_pilot.processes.children import Child, Command
 from trio_pilot.processes.orphans import MARKER, mark
-from trio_pilot.runtimes import Container, Exit, Limits, Mount, Options, apptainer_quoting, cannot_run, no_command
+from trio_pilot.runtimes import Container, Exit, Limits, Mount, Options, apptainer_quoting, command_refused, no_command
 from trio_pilot.runtimes.apptainer_command import LEADER, MOST_TEXT, Apptainer, environment, fatal
 from trio_pilot.runtimes.apptainer_directory import DOCKER_ENVIRONMENT, RUNSCRIPT
 from trio_pilot.runtimes.apptainer_images import PROBE, Image, Images, probe
@@ -44,8 +45,6 @@ APPTAINERS_OWN = 17 + 8 * min(os.cpu_count() or 1, 8)
 
 PROBE_TIMEOUT = 20.0  # seconds for a container of the probe
 MOUNT_POINTS = "dev", "proc", "sys", "tmp", "etc"  # the least that an image can have
-
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 # Where root could write without privileges, because it owns the files.
 KERNEL_FILES = tuple(map(Path, ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus")))
@@ -127,12 +126,12 @@ class ApptainerRuntime:
     async def prepare(self, image: str, *, has_args: bool = True) -> None:
         """Check the image; unpack it if it cannot be run as it is."""
         ready = await self._images.ready(image)
-        if not has_args and not ready.has_command:
+        if not has_args and not ready.runscript.has_command:
             raise no_command(image)
 
     async def has_entrypoint(self, image: str) -> bool:
         """Return whether an image has a runscript with more in it than the arguments."""
-        return (await self._images.ready(image)).has_entrypoint
+        return (await self._images.ready(image)).runscript.has_entrypoint
 
     async def run(self, container: Container) -> Exit:
         """Run a container to its end; on every way out its PID namespace has ended."""
@@ -212,10 +211,7 @@ class ApptainerRuntime:
         why = os.strerror(REASONS.get(facts.get("reason", ""), errno.ENOENT))
         # What an image executes is its own affair; apptainer quotes the arguments of a task in its errors.
         command = facts["command"] if runs_script else None
-        line = f"{command or next(iter(container.args), RUNSCRIPT)}: {why}"
-        with container.stderr.open("ab", 0) as stderr:
-            stderr.write(os.fsencode(f"{line}\n"))
-        return cannot_run(line)
+        return command_refused(container, f"{command or next(iter(container.args), RUNSCRIPT)}: {why}")
 
     async def _could_be_made(self, run: _ApptainerRun) -> bool:
         """Make the same container with a command that no image has; return whether that is the only error."""

@@ -45,44 +45,58 @@ USUAL_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @dataclass(frozen=True, slots=True)
+class Runscript:
+    """What an image runs: a script of its own, or the ENTRYPOINT and CMD of a Docker image."""
+
+    is_own: bool = False  # a shell has to execute it
+    entrypoint: Sequence[str] = ()
+    command: Sequence[str] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> "Runscript":
+        """Read a runscript; empty: the image has none."""
+        found = {name: words.replace("""'"'"'""", "'") for name, words in WORDS.findall(text)}
+        if set(found) != {"ENTRYPOINT", "CMD"}:
+            return cls(is_own=is_runscript(text))
+        words = {name: [OF_SHELL.sub(r"\1", word) for word in WORD.findall(line)] for name, line in found.items()}
+        return cls(entrypoint=words["ENTRYPOINT"], command=words["CMD"])
+
+    @property
+    def has_entrypoint(self) -> bool:
+        """Whether arguments are passed to a program of the image."""
+        return self.is_own or bool(self.entrypoint)
+
+    @property
+    def has_command(self) -> bool:
+        """Whether it runs something without arguments."""
+        return self.has_entrypoint or bool(self.command)
+
+    def argv(self, args: Sequence[str]) -> Sequence[str]:
+        """Return the command that arguments make with the ENTRYPOINT; without any, the CMD with it."""
+        return [*self.entrypoint, *(args or self.command)]
+
+
+@dataclass(frozen=True, slots=True)
 class ImageDirectory:
     """What an unpacked image says about how it is run."""
 
     variables: Mapping[str, str] = field(default_factory=dict)
-    words: Mapping[str, Sequence[str]] = field(default_factory=dict)  # `ENTRYPOINT` and `CMD` of a Docker image
-    has_runscript: bool = False  # one that a shell has to execute
+    runscript: Runscript = field(default_factory=Runscript)
     scripts: Sequence[str] = ()  # that a shell has to read for more variables: names of files in the image
 
     @classmethod
     def of(cls, image: Path) -> "ImageDirectory":
         """Read an unpacked image. Blocks. Raises NodeError if it needs a shell that is not in it."""
-        runscript = runscript_of(image)
-        words = docker_words(runscript)
         variables = docker_variables(_text(image / DOCKER_ENVIRONMENT))
         directory = cls(
             variables=with_usual_path(variables or {}),
-            words=words,
-            has_runscript=is_runscript(runscript) and not words,
+            runscript=Runscript.parse(runscript_of(image)),
             scripts=_scripts(image, known=variables is not None),
         )
         shell = image / SHELL.lstrip("/")
-        if (directory.has_runscript or directory.scripts) and not (exists(shell) or is_link(shell)):
+        if (directory.runscript.is_own or directory.scripts) and not (exists(shell) or is_link(shell)):
             raise NodeError(f"the image {image} has scripts for its start, but no {SHELL} to run them: let apptainer run it")
         return directory
-
-    @property
-    def has_entrypoint(self) -> bool:
-        """Whether arguments are passed to a program of the image."""
-        return self.has_runscript or bool(self.words.get("ENTRYPOINT"))
-
-    @property
-    def has_command(self) -> bool:
-        """Whether it runs something without arguments."""
-        return self.has_runscript or any(self.words.values())
-
-    def argv(self, args: Sequence[str]) -> Sequence[str]:
-        """Return the command that arguments make with the entrypoint of a Docker image; without any, with its CMD."""
-        return [*self.words.get("ENTRYPOINT", ()), *(args or self.words.get("CMD", ()))]
 
 
 def runscript_of(image: Path) -> str:
@@ -93,26 +107,6 @@ def runscript_of(image: Path) -> str:
 def is_runscript(text: str) -> bool:
     """Return whether a runscript is one of the image's own."""
     return bool(text.strip()) and NO_RUNSCRIPT not in text
-
-
-def has_command(runscript: str) -> bool:
-    """Return whether a runscript executes something without arguments: that of a Docker image without a command does not."""
-    words = docker_words(runscript)
-    return any(words.values()) if words else is_runscript(runscript)
-
-
-def has_entrypoint(runscript: str) -> bool:
-    """Return whether a runscript passes arguments to a program of the image."""
-    words = docker_words(runscript)
-    return bool(words["ENTRYPOINT"]) if words else is_runscript(runscript)
-
-
-def docker_words(runscript: str) -> Mapping[str, Sequence[str]]:
-    """Return the ENTRYPOINT and CMD that apptainer has made a runscript of; empty if the runscript is another."""
-    found = {name: text.replace("""'"'"'""", "'") for name, text in WORDS.findall(runscript)}
-    if set(found) != {"ENTRYPOINT", "CMD"}:
-        return {}
-    return {name: [OF_SHELL.sub(r"\1", word) for word in WORD.findall(text)] for name, text in found.items()}
 
 
 def docker_variables(script: str) -> Mapping[str, str] | None:

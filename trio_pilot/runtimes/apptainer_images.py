@@ -11,7 +11,7 @@ import re
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import trio
@@ -24,8 +24,7 @@ from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import APPTAINER_BUILD, APPTAINER_IMAGE, HOST_ROOT, Options
 from trio_pilot.runtimes.apptainer_command import Apptainer, environment
 from trio_pilot.runtimes.apptainer_directory import (
-    has_command,
-    has_entrypoint,
+    Runscript,
     is_runscript,
     mended_environment,
     runscript_of,
@@ -55,8 +54,7 @@ class Image:
     path: str
     # `exec` runs the command itself, `run` the image's runscript with it, which is what a Docker entrypoint becomes.
     action: str = "exec"
-    has_command: bool = False  # that can be run without arguments
-    has_entrypoint: bool = False  # which its arguments are passed to
+    runscript: Runscript = field(default_factory=Runscript)
     environment: Path | None = None  # a file to mount instead of the script of its variables
 
 
@@ -180,8 +178,7 @@ def _directory(name: str) -> Image:
 
 
 def _image(path: Path, runscript: str) -> Image:
-    action = "run" if is_runscript(runscript) else "exec"
-    return Image(str(path), action, has_command(runscript), has_entrypoint(runscript))
+    return Image(str(path), "run" if is_runscript(runscript) else "exec", Runscript.parse(runscript))
 
 
 def _make_own(directory: Path) -> None:

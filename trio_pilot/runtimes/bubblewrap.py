@@ -19,7 +19,7 @@ from trio_pilot.files.task_logs import open_log
 from trio_pilot.processes import cgroups
 from trio_pilot.processes.children import Child, Children, Command
 from trio_pilot.processes.orphans import MARKER, mark
-from trio_pilot.runtimes import HOST_ROOT, NOT_EXECUTABLE, NOT_FOUND, Container, Exit, Options, cannot_run, no_command
+from trio_pilot.runtimes import HOST_ROOT, NOT_EXECUTABLE, NOT_FOUND, Container, Exit, Options, command_refused, no_command
 from trio_pilot.runtimes.apptainer_directory import USUAL_PATH, ImageDirectory
 from trio_pilot.runtimes.bubblewrap_root import HOME, Root, root_of
 from trio_pilot.runtimes.confinement import NOT_ENTERED, Confinement, Limiter, OpenGroups, open_limiter
@@ -97,12 +97,12 @@ class BubblewrapRuntime:
     async def prepare(self, image: str, *, has_args: bool = True) -> None:
         """Read the image directory. Raises NodeError if there is none, or no command in it where one is needed."""
         await self._root(image, ())
-        if not has_args and not (await self._directory(image)).has_command:
+        if not has_args and not (await self._directory(image)).runscript.has_command:
             raise no_command(image)
 
     async def has_entrypoint(self, image: str) -> bool:
         """Return whether an image has a runscript, or the entrypoint of a Docker image."""
-        return (await self._directory(image)).has_entrypoint
+        return (await self._directory(image)).runscript.has_entrypoint
 
     async def _directory(self, image: str) -> ImageDirectory:
         if image in HOST_ROOT:
@@ -132,7 +132,7 @@ class BubblewrapRuntime:
                 if code in NOT_THE_PAYLOADS and "exit-code" not in status.read():
                     return _own_fault(container, code, confinement)
                 if refusal := payload.refusal(code, container.stderr):
-                    return _refused(container, refusal)
+                    return command_refused(container, refusal)
             return Exit(code, code != 0 and confinement.out_of_memory)
 
     def _start(self, container: Container, plan: "_Plan") -> Child:
@@ -215,13 +215,6 @@ def _open_unnamed(directory: Path) -> IO[bytes]:
     return tempfile.TemporaryFile(dir=directory)
 
 
-def _refused(container: Container, reason: str) -> Exit:
-    """Return the exit of a command that could not be executed, and write the command and the reason."""
-    with container.stderr.open("ab", 0) as stderr:
-        stderr.write(os.fsencode(f"{reason}\n"))
-    return cannot_run(reason)
-
-
 class StatusPipe:
     """The pipe that bubblewrap writes the status of a container to."""
 
@@ -254,5 +247,5 @@ def _own_fault(container: Container, code: int, confinement: Confinement) -> Exi
         return Exit(code)
     error = container.stderr.read_text(errors="replace").strip()
     if error.startswith(NO_COMMAND):
-        return _refused(container, error.removeprefix(NO_COMMAND))
+        return command_refused(container, error.removeprefix(NO_COMMAND))
     raise NodeError(f"bubblewrap could not make the container: {error_summary(container.stderr)}")

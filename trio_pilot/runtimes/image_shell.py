@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trio_pilot.errors import NodeError
+from trio_pilot.parsing import VARIABLE
 from trio_pilot.runtimes import NOT_EXECUTABLE, NOT_FOUND, Container, no_command
 from trio_pilot.runtimes.apptainer_directory import DOCKER_ENVIRONMENT, RUNSCRIPT, SHELL, USUAL_PATH, ImageDirectory
 
 # Makes a runscript pass its arguments on as they are; without it, a shell would expand them.
 AS_THEY_ARE = {"SINGULARITY_NO_EVAL": "1"}
-
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 # A function: so a script that changes the positional parameters does not change the arguments.
 READ = "trio_pilot_read() {{ command . {script}; }}; trio_pilot_read"
@@ -72,10 +71,10 @@ def launch(image: ImageDirectory, container: Container, own: Mapping[str, str]) 
     Raises:
         NodeError: there is nothing to run, or the name of a variable is none that a shell can export.
     """
-    if not container.args and (container.without_entrypoint or not image.has_command):
+    if not container.args and (container.without_entrypoint or not image.runscript.has_command):
         raise no_command(container.image)
-    runs_script = image.has_runscript and not container.without_entrypoint
-    argv = list(container.args) if container.without_entrypoint else image.argv(container.args)
+    runs_script = image.runscript.is_own and not container.without_entrypoint
+    argv = list(container.args) if container.without_entrypoint else image.runscript.argv(container.args)
     variables = {**image.variables, **own}
     if not (runs_script or image.scripts):
         return Launch(argv, {**variables, **container.env})

@@ -26,7 +26,7 @@ class Entry:
     number: int
     parent: int
     place: Path
-    is_mounted_again: bool  # where it is below a directory that is to be read-only: it is not, and may be bound
+    is_writable: bool  # and can be mounted once more at another place
     propagates: bool
     only_user: int | None  # the only user who may use a file system in user space; None: any user
 
@@ -40,8 +40,8 @@ class Entry:
         user = re.search(rb"\buser_id=(\d+)", more)
         is_closed = kind.startswith(b"fuse") and b"allow_other" not in more and user is not None
         path = Path(os.fsdecode(ESCAPE.sub(lambda found: bytes([int(found[1], 8)]), place)))
-        again = b"ro" not in options.split(b",") and b"unbindable" not in tags
-        return cls(int(number), int(parent), path, again, propagates, int(user[1]) if user and is_closed else None)
+        is_writable = b"ro" not in options.split(b",") and b"unbindable" not in tags
+        return cls(int(number), int(parent), path, is_writable, propagates, int(user[1]) if user and is_closed else None)
 
 
 class MountTable:
@@ -121,7 +121,7 @@ def to_the_bottom(mounts: Sequence[Mount], user: int) -> tuple[Mount, ...]:
 
 def _below(table: MountTable, mount: Mount, top: Path, user: int) -> Iterator[Mount]:
     for entry in table.below(top):
-        if entry.is_mounted_again and entry.only_user in (None, user):
+        if entry.is_writable and entry.only_user in (None, user):
             target = str(Path(mount.target, entry.place.relative_to(top)))
             yield replace(mount, source=entry.place, target=target, propagates=entry.propagates)
 

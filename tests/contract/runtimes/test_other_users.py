@@ -15,6 +15,7 @@ import pytest
 import trio
 
 from tests.support import engines
+from tests.support.containers import NO_OUTPUTS
 from tests.support.engines import IMAGE, SOMEBODY, Engine
 from tests.support.images import make_docker_archive
 from tests.support.lab import WIRE, Lab
@@ -176,20 +177,10 @@ async def test_what_an_init_container_leaves_is_removed_although_it_fails(place:
     assert list(pilot.directory.iterdir()) == []
 
 
-NO_OUTPUT = """
-case "$(cat "$0")" in
-    link) ln -s /etc/passwd "$1" ;;
-    fifo) mkfifo "$1" ;;
-    directory) mkdir "$1" ;;
-    sparse) truncate -s 10G "$1" ;;
-esac
-"""
-
-
 async def test_what_is_no_output_is_refused_for_any_user(place: Place, pilot: Pilot) -> None:
     pilot.put("link", "fifo", "directory", "sparse")
     with pytest.raises(TasksFailedError, match=r"^4 .*the output file"):
-        await pilot.run_at(place, NO_OUTPUT, max_attempts=1, max_concurrent_tasks=4, stop_listening_on_task_error=False)
+        await pilot.run_at(place, NO_OUTPUTS, max_attempts=1, max_concurrent_tasks=4, stop_listening_on_task_error=False)
     assert pilot.outputs() == []
     assert list(pilot.directory.iterdir()) == []
 

@@ -7,8 +7,8 @@ import pytest
 from trio_pilot.errors import NodeError
 from trio_pilot.runtimes.apptainer_directory import (
     ImageDirectory,
+    Runscript,
     docker_variables,
-    docker_words,
     mended_environment,
     with_usual_path,
 )
@@ -60,10 +60,12 @@ def image(tmp_path: Path) -> Path:
 def test_a_docker_image_is_read_without_a_shell(image: Path) -> None:
     directory = ImageDirectory.of(image)
     assert directory.variables == with_usual_path(VALUES)
-    assert directory.words == {"ENTRYPOINT": ["echo", "ep"], "CMD": ["c m", "it's $x", "l1\nl2", "", '"q" \\ `']}
-    assert (directory.has_runscript, directory.scripts, directory.has_command) == (False, [], True)
-    assert directory.argv(["mine"]) == ["echo", "ep", "mine"]
-    assert directory.argv([])[2:4] == ["c m", "it's $x"]
+    runscript = directory.runscript
+    assert runscript.entrypoint == ["echo", "ep"]
+    assert runscript.command == ["c m", "it's $x", "l1\nl2", "", '"q" \\ `']
+    assert (runscript.is_own, directory.scripts, runscript.has_command) == (False, [], True)
+    assert runscript.argv(["mine"]) == ["echo", "ep", "mine"]
+    assert runscript.argv([])[2:4] == ["c m", "it's $x"]
 
 
 def test_the_usual_directories_follow_in_a_path() -> None:
@@ -112,14 +114,14 @@ def test_a_script_of_a_persons_own_is_left_to_a_shell(image: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", 'exec python3 "$@"', "OCI_CMD='\"x\"'", 'OCI_ENTRYPOINT="x"\nOCI_CMD=\'"x"\''])
 def test_any_other_runscript_is_left_to_a_shell(text: str) -> None:
-    assert not docker_words(text)
+    assert Runscript.parse(text) == Runscript(is_own=bool(text))
 
 
 def test_a_docker_image_without_a_command_has_none(image: Path) -> None:
     (image / ".singularity.d/runscript").write_text("#!/bin/sh\nOCI_ENTRYPOINT=''\nOCI_CMD=''\n")
-    directory = ImageDirectory.of(image)
-    assert (directory.has_command, directory.has_runscript) == (False, False)
-    assert directory.argv(["mytool", "x"]) == ["mytool", "x"]
+    runscript = ImageDirectory.of(image).runscript
+    assert (runscript.has_command, runscript.is_own) == (False, False)
+    assert runscript.argv(["mytool", "x"]) == ["mytool", "x"]
 
 
 def test_a_directory_that_apptainer_has_not_built_says_nothing(tmp_path: Path) -> None:

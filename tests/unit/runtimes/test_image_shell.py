@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.containers import new_container
 from trio_pilot.errors import NodeError
-from trio_pilot.runtimes.apptainer_directory import ImageDirectory
+from trio_pilot.runtimes.apptainer_directory import ImageDirectory, Runscript
 from trio_pilot.runtimes.image_shell import Launch, launch
 
 EVERY_BYTE = os.fsdecode(bytes(range(1, 256)))
@@ -91,7 +91,10 @@ def test_what_a_task_writes_is_no_refusal(shell: list[str], image: ImageDirector
 
 def test_the_entrypoint_is_left_out_where_it_is_not_wanted(tmp_path: Path) -> None:
     container = replace(new_container(tmp_path, ["mytool"]), without_entrypoint=True)
-    for image in (ImageDirectory(has_runscript=True), ImageDirectory(words={"ENTRYPOINT": ["x"], "CMD": ["y"]})):
+    for image in (
+        ImageDirectory(runscript=Runscript(is_own=True)),
+        ImageDirectory(runscript=Runscript(entrypoint=["x"], command=["y"])),
+    ):
         assert launch(image, container, {}) == Launch(["mytool"], {})
         with pytest.raises(NodeError, match="has no command of its own"):
             launch(image, replace(container, args=()), {})
@@ -103,7 +106,7 @@ def test_variables_are_those_of_the_image_the_runtime_and_the_task_in_turn(tmp_p
     assert launch(image, container, {"B": "runtime", "C": "runtime"}).env == {"A": "image", "B": "runtime", "C": "task"}
 
 
-@pytest.mark.parametrize("image", [ImageDirectory(), ImageDirectory(scripts=["x"]), ImageDirectory(words={"CMD": []})])
+@pytest.mark.parametrize("image", [ImageDirectory(), ImageDirectory(scripts=["x"]), ImageDirectory(runscript=Runscript())])
 def test_nothing_to_run_is_an_error_and_no_success(tmp_path: Path, image: ImageDirectory) -> None:
     with pytest.raises(NodeError, match="the image / has no command of its own"):
         launch(image, new_container(tmp_path, []), {})
