@@ -2,6 +2,9 @@
 
 Nothing is unpacked, so that the first run is as fast as any other, and a job has only one: the pilot listens after 0.25 s.
 Files made by pex and shiv unpack themselves to a disk first, and took 2.3 and 1.9 s; shiv needs a home, pex makes a `~`.
+
+Made twice of the same sources, with the same Pythons, it is the same to the byte: packages come from the lock file, by their
+hashes, and nothing in the file depends on the directory, the clock or the umask.
 """
 
 import argparse
@@ -9,19 +12,23 @@ import os
 import shutil
 import subprocess
 import sys
-import zipapp
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 ROOT = Path(__file__).parents[1]
+LOCK, BUILD_LOCK = ROOT / ".ci" / "packages.lock", ROOT / ".ci" / "packages-build.lock"
 MINORS = range(11, 15)  # minor versions of Python 3 that are looked for
 
 # Packages that the pilot never imports: tests of libraries, and parts of cyclopts and rich for coloured help.
 LEFT_OUT = {"tests", "_tests", "bin", "pygments", "rich_rst", "markdown_it", "mdurl", "_cffi", "backend_cffi"}
+
+# What pip writes about the installation itself: the path of the wheel, and hashes of files that are not kept.
+OF_PIP = {"direct_url.json", "RECORD", "INSTALLER", "REQUESTED"}
 
 # A job may have no PATH; sh has a default for it.
 HEADER = """#!/bin/sh
@@ -69,7 +76,7 @@ def make(output: Path, pythons: Iterable[str]) -> str:
     """Make the file, and return a line with its path, its size and its Pythons."""
     with TemporaryDirectory() as directory:
         wheels, archive = Path(directory, "wheels"), Path(directory, "archive")
-        _pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", str(wheels), str(ROOT))
+        _build(wheels, Path(directory, "build"))
         with ThreadPool(os.cpu_count()) as threads:
             tags = threads.map(partial(_fill, archive, next(wheels.iterdir())), pythons)
         (archive / "tags").write_text("\n".join(tags))
@@ -79,12 +86,20 @@ def make(output: Path, pythons: Iterable[str]) -> str:
     return f"{output}: {output.stat().st_size / 1e6:.1f} MB, for {', '.join(tags)}"
 
 
+def _build(wheels: Path, packages: Path) -> None:
+    """Build the wheel of trio-pilot by packages of the lock file, and by no others."""
+    _pip(sys.executable, "install", "--require-hashes", "-r", str(BUILD_LOCK), "--target", str(packages))
+    options = "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels)
+    _pip(sys.executable, "wheel", *options, str(ROOT), env={**os.environ, "PYTHONPATH": str(packages)})
+
+
 def _fill(archive: Path, wheel: Path, python: str) -> str:
     """Fill the folder for a Python, whose name is the tag of its compiled modules; return the tag."""
     executable, tag = _facts(python)
     folder = archive / tag
-    _pip(executable, "install", "--no-compile", "--target", str(folder), str(wheel))
-    _remove(path for path in folder.rglob("*") if path.name.split(".")[0] in LEFT_OUT)
+    for what in (["--require-hashes", "-r", str(LOCK)], ["--no-deps", str(wheel)]):
+        _pip(executable, "install", "--no-compile", "--upgrade", "--target", str(folder), *what)
+    _remove(path for path in folder.rglob("*") if path.name.split(".")[0] in LEFT_OUT or path.name in OF_PIP)
     shutil.copytree(ROOT / "onefile", folder / "onefile")
     if strip := shutil.which("strip"):  # which removes 11 MB of symbols for debuggers
         subprocess.run([strip, "--strip-unneeded", *folder.rglob("*.so")], check=True)
@@ -106,9 +121,9 @@ def _facts(python: str) -> list[str]:
     ]
 
 
-def _pip(python: str, *arguments: str) -> None:
+def _pip(python: str, *arguments: str, env: Mapping[str, str] | None = None) -> None:
     command = [sys.executable, "-m", "pip", "--python", python, *arguments, "--quiet", "--disable-pip-version-check"]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, env=env)
 
 
 def _write(output: Path, archive: Path) -> None:
@@ -117,7 +132,10 @@ def _write(output: Path, archive: Path) -> None:
     new = output.with_name(f".{output.name}.new")
     with new.open("wb") as file:
         file.write((HEADER % pythons).encode())
-        zipapp.create_archive(archive, file, compressed=True)
+        with ZipFile(file, "w", ZIP_DEFLATED) as zipped:
+            for path in sorted(path for path in archive.rglob("*") if path.is_file()):
+                # With the date and the mode that this has by itself, those of the files do not matter.
+                zipped.writestr(ZipInfo(str(path.relative_to(archive))), path.read_bytes(), ZIP_DEFLATED)
     new.chmod(0o755)
     new.rename(output)
 

@@ -5,12 +5,14 @@ import sys
 import tempfile
 import uuid
 import zipapp
+import zipfile
 from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
 
-from onefile.__main__ import found_pythons
+from onefile.__main__ import found_pythons, make
 from tests.integration.test_guardian import guardians
 from tests.support.containment import CONTAINMENTS
 from tests.support.paths import ROOT
@@ -20,6 +22,7 @@ from tests.support.waiting import until_sync
 
 TIMEOUT = 60
 PYTHONS = list(found_pythons())
+TAG = EXTENSION_SUFFIXES[0].split(".")[1]  # the folder of this Python
 
 
 @pytest.fixture
@@ -138,3 +141,27 @@ def test_its_guardian_cleans_up_when_pilot_and_file_are_gone(
     until_sync(lambda: not processes_with(mark) and not containment.containers(), "the task to end")
     until_sync(lambda: not processes_with(str(job)), "the guardian to go")
     assert not data.exists()
+
+
+def members(file: Path, folder: str) -> dict[str, bytes]:
+    with zipfile.ZipFile(file) as archive:
+        return {name: archive.read(name) for name in archive.namelist() if name.startswith(f"{folder}/")}
+
+
+def test_made_again_it_is_the_same(onefile: Path, tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        make(tmp_path / "again", [sys.executable])
+    finally:
+        os.umask(before)
+    assert members(tmp_path / "again", TAG) == members(onefile, TAG)
+
+
+@pytest.mark.soak
+def test_made_twice_elsewhere_it_is_the_same_to_the_byte(onefile: Path, tmp_path: Path) -> None:
+    for name in ("trio_pilot", "onefile", ".ci"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    subprocess.run([sys.executable, "-m", "onefile", *PYTHONS], cwd=tmp_path, check=True)
+    assert (tmp_path / "dist/trio-pilot").read_bytes() == onefile.read_bytes()
