@@ -1,6 +1,6 @@
 """The files of the embedded broker's queues, and who may use them. Everything here blocks.
 
-Only the user who made a queue file may use it. Users that share one give it, by chmod and chown, to their group: it keeps the
+Only the user who made a queue file may use it. Users that share one give it to their group by chmod and chown: it keeps the
 mode that it has. Older versions made the files for all users to read; such a reader could lock them for ever.
 """
 

@@ -263,7 +263,7 @@ def _has_secret(address: str) -> bool:
     try:
         parts = urlsplit(address if "://" in address else f"//{address}")
         is_name = parts.scheme in ("amqp", "amqps") and not parts.password  # at a NATS server it may be a token
-        return "@" in address and not is_name or bool(SECRET_QUERY.search(parts.query))
+        return ("@" in address and not is_name) or bool(SECRET_QUERY.search(parts.query))
     except ValueError:  # not a URL: it may have one
         return True
 

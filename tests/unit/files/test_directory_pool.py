@@ -50,7 +50,7 @@ def test_a_directory_is_used_again_whatever_the_umask(tmp_path: Path, umask: int
         pool.make(files)
         task_directory.write_infile(files, "event", any_user=True)
         for path in (files.stdout, files.stderr):
-            path.touch()
+            open_log(path).close()
         assert pool.take_back(files)
     finally:
         os.umask(before)
