@@ -285,7 +285,11 @@ def _share_lock(directory: int) -> IO[bytes] | None:
         file = os.fdopen(os.open(LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory), "r+b")
     except FileNotFoundError:
         return None
-    _lock_if_possible(file, fcntl.LOCK_SH)
+    try:
+        _lock_if_possible(file, fcntl.LOCK_SH)
+    except NodeError:
+        file.close()
+        raise
     return file
 
 
@@ -296,7 +300,9 @@ def _lock_if_possible(file: IO[Any], how: int) -> None:
             return fcntl.flock(file, how | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise NodeError(f"{file.name} was locked by another process for {LOCK_TIMEOUT:g} s") from None
+                raise NodeError(
+                    f"the lock file {LOCK} of the data directory was locked by another process for {LOCK_TIMEOUT:g} s"
+                ) from None
             time.sleep(LOCK_INTERVAL)
         except OSError:  # on a file system without locks, the data directory is never removed
             return None

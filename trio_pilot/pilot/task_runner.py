@@ -182,10 +182,10 @@ class TaskRunner:
         What is in the data hub is removed if the disk is full, and no other task or pilot uses it.
         """
         await self._remove_files(task)
-        if await self._have_filled_the_disk() and not self._tasks_running:
-            if not self._tools.data_directory.is_used_by_others():
-                LOGGER.warning("the disk is full: what tasks have added to the data hub is removed")
-                await trio.to_thread.run_sync(self._hub_additions.remove)
+        if not await self._have_filled_the_disk() or self._tasks_running or self._tools.data_directory.is_used_by_others():
+            return
+        LOGGER.warning("the disk is full: what tasks have added to the data hub is removed")
+        await trio.to_thread.run_sync(self._hub_additions.remove)
 
     async def _have_filled_the_disk(self) -> bool:
         return await trio.to_thread.run_sync(self._hub_additions.have_filled_the_disk)
