@@ -165,7 +165,7 @@ def test_a_lock_of_another_process_is_not_waited_for_for_ever(shared: Path, monk
     with open_data_directory(shared, []) as data, (data.root / ".lock").open() as other:
         fcntl.flock(data.lock or other, fcntl.LOCK_UN)
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(NodeError, match="locked elsewhere"), open_data_directory(shared, []):
+        with pytest.raises(NodeError, match="locked by another process"), open_data_directory(shared, []):
             pass
 
 
