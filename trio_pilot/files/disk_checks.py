@@ -25,9 +25,10 @@ def check_writable(directory: Path) -> None:
 def is_full(directory: Path) -> bool:
     """Return whether this user cannot write in a directory because the disk, or the quota, is used up."""
     try:
-        check_writable(directory)
-    except NodeError as error:
-        return isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
+        with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+            file.write(b"?" * TRIAL)
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return False
 
 

@@ -1,4 +1,4 @@
-"""Files of settings that are found by their names, and must be of somebody who may decide. Everything here blocks.
+"""Files of settings in the working directory, which another user may have put there. Everything here blocks.
 
 HTCondor gives the files that it transfers to the user of the job. In a user namespace, the owner may be one that cannot be
 named there (a container of which only some users are mapped): such a file counts in a directory that not all may write to.

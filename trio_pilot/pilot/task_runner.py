@@ -122,7 +122,7 @@ class TaskRunner:
 
     async def _run_container(self, task: Task) -> None:
         if not self._hub_additions.are_watched:  # before the first task, and after the init container
-            await trio.to_thread.run_sync(self._hub_additions.remember)
+            await self._blocking.call(0, self._hub_additions.remember)
         started = self._tools.clock.time()
         with self._running(), self._cpu_sets.lend() as cpus, self._task_lines.around(task.delivery):
             spec = replace(self._spec, cpu_set=cpus) if cpus else self._spec
@@ -185,10 +185,10 @@ class TaskRunner:
         if not await self._have_filled_the_disk() or self._tasks_running or self._tools.data_directory.is_used_by_others():
             return
         LOGGER.warning("the disk is full: what tasks have added to the data hub is removed")
-        await trio.to_thread.run_sync(self._hub_additions.remove)
+        await self._blocking.call(math.inf, self._hub_additions.remove)
 
     async def _have_filled_the_disk(self) -> bool:
-        return await trio.to_thread.run_sync(self._hub_additions.have_filled_the_disk)
+        return await self._blocking.call(0, self._hub_additions.have_filled_the_disk)
 
     async def _remove_files(self, task: Task) -> None:
         keep = self._settings.keep_all_task_files
