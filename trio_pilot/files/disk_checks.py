@@ -25,8 +25,9 @@ def check_writable(directory: Path) -> None:
 def is_full(directory: Path) -> bool:
     """Return whether this user cannot write in a directory because the disk, or the quota, is used up."""
     try:
-        with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+        with tempfile.TemporaryFile(dir=directory) as file:
             file.write(b"?" * TRIAL)
+            file.flush()
     except OSError as error:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return False
