@@ -15,6 +15,7 @@ from typing import Any
 from trio_pilot.brokers import DEAD_LETTERS, LONGEST_LEASE, QueueAddress
 from trio_pilot.brokers.kinds import EXAMPLES, KINDS, kind_of
 from trio_pilot.errors import SettingsError, map_exceptions
+from trio_pilot.files.trusted_text import read_trusted
 from trio_pilot.parsing import (
     Parse,
     arguments,
@@ -468,7 +469,7 @@ def _short(raw: Any) -> str:
 def _read_envfile(file: Path) -> Mapping[str, str]:
     """Read the `export NAME='value'` lines that EWMS writes, as data."""
     try:
-        tokens = shlex.split(file.read_text(), comments=True)
+        tokens = shlex.split(read_trusted(file), comments=True)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -479,7 +480,7 @@ def _read_envfile(file: Path) -> Mapping[str, str]:
 
 def _read_toml(file: Path, *, optional: bool = False) -> Mapping[str, Any]:
     try:
-        content = file.read_text()
+        content = read_trusted(file) if optional else file.read_text()
         import tomllib  # few pilots have such a file
 
         table = tomllib.loads(content)

@@ -160,3 +160,26 @@ def test_an_output_of_the_wrong_kind_fails_the_event_and_not_the_pilot(
     assert pilot.last_line.startswith("1 TASK(S) FAILED: OutfileError('the output file must be a plain file")
     assert pilots.queue() == [FAILED_ONCE]
     assert not pilots.data.exists()
+
+
+FILL_THE_HUB = 'grep -q bad "$0" && { echo x > "$2/more"; cat /dev/zero > "$2/big"; exit 1; }; cat "$2/first" > "$1"'
+
+
+@needs_root
+def test_an_event_that_fills_the_data_hub_is_charged_and_others_are_done(
+    pilots: PilotCommand, runtime: str, disk: Path
+) -> None:
+    pilots.send("bad", "good", "good")
+    pilot = pilots.run(
+        *("sh", "-c", FILL_THE_HUB, "{{INFILE}}", "{{OUTFILE}}", "{{DATA_HUB}}"),
+        init_args="sh -c 'echo first > {{DATA_HUB}}/first'",
+        runtime=runtime,
+        data_dir_parent_path_on_host=disk,
+        stop_listening_on_task_error=False,
+        retry_delay=0,
+        max_attempts=2,
+    )
+    assert pilot.wait() == 1, pilot.stderr
+    assert "what tasks have added to the data hub is removed" in pilot.stderr
+    assert len(pilots.queue("outputs")) == 2
+    assert pilots.queue() == []

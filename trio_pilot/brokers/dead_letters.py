@@ -30,6 +30,7 @@ from trio_pilot.brokers import Delivery
 from trio_pilot.errors import NodeError, NotSetAsideError, map_exceptions
 from trio_pilot.files.filesystem import make_durably, write_durably
 from trio_pilot.files.lasting import is_lasting
+from trio_pilot.files.ownership import flaw, open_plain
 from trio_pilot.log import LOGGER
 from trio_pilot.processes import identity
 
@@ -103,8 +104,11 @@ def _write(directory: Path, delivery: Delivery, facts: Facts) -> Path:
     text = json.dumps({**facts, "message_id": delivery.message_id}, indent=1)
     with map_exceptions({OSError: NodeError}, f"cannot write a dead letter in {directory}"):
         if not is_lasting(directory, os.environ):
-            raise NodeError(f"{directory} is removed with this job; --dead-letter-directory may name one that is not")
+            raise NodeError(f"{directory} is removed with this job; --dead-letter-directory may name another")
         make_durably(folder)
+        for place in (directory, folder):
+            if why := flaw(place):
+                raise NodeError(f"{place} {why}; --dead-letter-directory may name another")
         write_durably(stem.with_name(f"{stem.name}.body"), delivery.body)
         write_durably(path := stem.with_name(f"{stem.name}.json"), text.encode())
     return path
@@ -118,8 +122,13 @@ def read(directory: Path, queue: str) -> Iterator[DeadLetter]:
     """
     for path in sorted(_folder(directory, queue).glob("*.json")):
         with map_exceptions({OSError: NodeError, ValueError: NodeError}, f"cannot read the dead letter {path}"):
-            letter = DeadLetter(path, json.loads(path.read_bytes()), path.with_suffix(".body").read_bytes())
+            letter = DeadLetter(path, json.loads(_content(path)), _content(path.with_suffix(".body")))
         yield letter
+
+
+def _content(path: Path) -> bytes:
+    with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
+        return file.read()
 
 
 def _folder(directory: Path, queue: str) -> Path:

@@ -25,12 +25,23 @@ from typing import Any
 import inotify_simple
 import trio
 
-from trio_pilot.brokers import LONGEST_LEASE, Delivery, Patience, QueueAddress, Settlement, dead_letter_queue, dead_letters
+from trio_pilot.brokers import (
+    LONGEST_LEASE,
+    Delivery,
+    Patience,
+    QueueAddress,
+    Settlement,
+    dead_letter_queue,
+    dead_letters,
+    queue_files,
+)
 from trio_pilot.brokers.addresses import file_of
 from trio_pilot.errors import BrokerError, DeliveryLostError, map_exceptions
+from trio_pilot.files.ownership import open_plain
 
 LOOK_INTERVAL = 5.0  # seconds between looks for messages without a bell: claims of dead processes, above all
 LOOK_INTERVAL_WITHOUT_INOTIFY = 0.2  # fs.inotify.max_user_instances is 128 on most machines
+LOCK_INTERVAL = 0.01  # seconds between two attempts to lock the bell
 BUSY_TIMEOUT = 30.0  # seconds to wait for another process's transaction; they take milliseconds
 
 SCHEMA_VERSION = 2
@@ -151,15 +162,21 @@ class _Bell:
     def presence(self) -> Iterator[int]:
         """Yield a number whose byte is locked as long as this context lasts and the process lives."""
         number = random.randrange(1, 2**62)  # noqa: S311 -- a name, not a secret
-        with self._path_of_bell.open("r+b") as file:
-            # Locks of open file descriptions, fcntl(2): two consumers of one process have locks of their own.
-            fcntl.fcntl(file, fcntl.F_OFD_SETLK, _lock_of_byte(number))
+        with map_exceptions({OSError: BrokerError}, f"cannot open {self._path_of_bell}"):
+            file = open_plain(self._path_of_bell, os.O_RDWR)
+        try:
+            with map_exceptions({OSError: BrokerError}, f"cannot lock {self._path_of_bell}; another process may hold it"):
+                # Locks of open file descriptions, fcntl(2): two consumers of one process have locks of their own.
+                fcntl.fcntl(file, fcntl.F_OFD_SETLK, _lock_of_byte(number))
             yield number
+        finally:
+            os.close(file)
 
     def is_alive(self, number: int) -> bool:
         """Return whether the process of the consumer of that number still lives."""
         answer = fcntl.fcntl(self._bell, fcntl.F_OFD_GETLK, _lock_of_byte(number))
-        return int(struct.unpack_from("h", answer)[0]) != fcntl.F_UNLCK
+        # A consumer's lock is for writing. One for reading is of a process that may only read the file.
+        return int(struct.unpack_from("h", answer)[0]) == fcntl.F_WRLCK
 
 
 def _lock_of_byte(number: int) -> bytes:
@@ -175,9 +192,10 @@ def _bell_path(path: Path) -> Path:
 async def _open_file(address: QueueAddress) -> AsyncIterator[_QueueFile]:
     path = file_of(address.address)
     with map_exceptions({OSError: BrokerError}, f"cannot open the queue file {path}, or what is beside it"):
-        bell = os.open(_bell_path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        bell = queue_files.open_both(path, _bell_path(path))
     try:
-        connection = await trio.to_thread.run_sync(_connect, path, bell)
+        async with _locked(path, bell):
+            connection = await trio.to_thread.run_sync(_connect, path)
         try:
             yield _QueueFile(connection, _Bell(path, bell))
         finally:
@@ -187,10 +205,31 @@ async def _open_file(address: QueueAddress) -> AsyncIterator[_QueueFile]:
         os.close(bell)
 
 
-def _connect(path: Path, bell: int) -> sqlite3.Connection:
+@asynccontextmanager
+async def _locked(path: Path, bell: int) -> AsyncIterator[None]:
+    """Lock the bell for the body. Raises BrokerError if another process holds the lock for BUSY_TIMEOUT."""
+    with trio.move_on_after(BUSY_TIMEOUT) as scope:
+        while True:
+            try:
+                fcntl.flock(bell, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                await trio.sleep(LOCK_INTERVAL)
+            except OSError as error:
+                raise BrokerError(f"cannot lock {_bell_path(path)}: {error.strerror}") from error
+    if scope.cancelled_caught:
+        raise BrokerError(
+            f"{_bell_path(path)} was locked by another process for {BUSY_TIMEOUT:g} s: let no other user open it"
+        )
+    try:
+        yield
+    finally:
+        fcntl.flock(bell, fcntl.LOCK_UN)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
     with map_exceptions({sqlite3.Error: BrokerError}, f"cannot open the queue file {path}"):
         # One after the other: a first switch to WAL meets another with "database is locked", timeout or not.
-        fcntl.flock(bell, fcntl.LOCK_EX)
         connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
         try:
             connection.execute("PRAGMA journal_mode = WAL")
@@ -198,8 +237,6 @@ def _connect(path: Path, bell: int) -> sqlite3.Connection:
         except BaseException:
             connection.close()
             raise
-        finally:
-            fcntl.flock(bell, fcntl.LOCK_UN)
         return connection
 
 

@@ -10,6 +10,7 @@ import stat
 from pathlib import Path
 
 from trio_pilot.files.filesystem import remove_tree
+from trio_pilot.files.ownership import open_plain
 
 UNFINISHED = ".building-"  # in the name of an unfinished image: KEY.building-UUID, while its pilot holds the lock KEY.lock
 
@@ -26,7 +27,10 @@ def remove_unfinished(images: Path, locked: str = "") -> int:
     removed = 0
     for unfinished in images.glob(f"*{UNFINISHED}*"):
         key = unfinished.name.partition(UNFINISHED)[0]
-        lock = open_lock(images, key)
+        try:
+            lock = open_lock(images, key)
+        except OSError:  # it is no key: a file name of any length and kind may stand before the mark
+            continue
         try:
             if key == locked or try_to_lock(lock):
                 remove_tree(unfinished)
@@ -47,7 +51,7 @@ def is_own(directory: Path) -> bool:
 
 def open_lock(images: Path, key: str) -> int:
     """Open the lock file of an image. It is never removed: another process may be about to lock it."""
-    return os.open(images / f"{key}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    return open_plain(images / f"{key}.lock", os.O_RDWR | os.O_CREAT)
 
 
 def try_to_lock(lock: int) -> bool:

@@ -42,7 +42,8 @@ VACATE_TIME = 60  # seconds between SIGTERM and SIGKILL that are requested; the 
 CRON_FIELD = re.compile(r"[0-9*/,-]+")  # HTCondor's manual, "CronTab Scheduling": numbers only, no names
 CRON_FIELDS = "minute", "hour", "day_of_month", "month", "day_of_week"
 
-ADDRESSES = "broker", "queue_incoming_broker_address", "queue_outgoing_broker_address"  # secret if with a password
+ADDRESSES = "broker", "queue_incoming_broker_address", "queue_outgoing_broker_address"  # secret if with a password or token
+SECRET_QUERY = re.compile(r"(?i)(^|&)[^=&]*(token|password|secret)[^=&]*=")  # in an address
 EVALUATED = re.compile(r"[$`\\]")  # by a shell, in double quotes
 TOKENS = "broker_token", "queue_incoming_auth_token", "queue_outgoing_auth_token"
 
@@ -245,7 +246,7 @@ def _refuse_evaluated(variables: Mapping[str, str]) -> None:
 
 
 def _refuse_secret(name: str, label: str, raw: str) -> None:
-    is_secret = {**dict.fromkeys(ADDRESSES, _has_password), **dict.fromkeys(TOKENS, _is_token)}.get(name, bool)
+    is_secret = {**dict.fromkeys(ADDRESSES, _has_secret), **dict.fromkeys(TOKENS, _is_token)}.get(name, bool)
     if not FIELDS[name].metadata["secret"] or not any(map(is_secret, raw.split(";"))):
         return
     raise SettingsError(
@@ -258,9 +259,11 @@ def _is_token(word: str) -> bool:
     return bool(word) and not is_file(word)
 
 
-def _has_password(address: str) -> bool:
+def _has_secret(address: str) -> bool:
     try:
-        return bool(urlsplit(address if "://" in address else f"//{address}").password)
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        is_name = parts.scheme in ("amqp", "amqps") and not parts.password  # at a NATS server it may be a token
+        return ("@" in address and not is_name) or bool(SECRET_QUERY.search(parts.query))
     except ValueError:  # not a URL: it may have one
         return True
 

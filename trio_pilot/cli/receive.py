@@ -33,6 +33,7 @@ from trio_pilot.settings import Settings
 from trio_pilot.wire import WIRES
 
 PREFETCH = 64  # messages that the broker sends ahead while one is written
+FOR_THE_UMASK = 0o666  # the mode of files that are made for the user
 RELEASE_TIMEOUT = 1.0  # seconds
 MAX_SEEN = 100_000  # ids to remember; they take about 15 MB
 SUFFIXES = ".bin", ".txt", ".json"
@@ -177,9 +178,9 @@ def _write_file(directory: Path, message_id: str, data: Any) -> None:
         stem = _stem(message_id) or uuid.uuid4().hex
         path = directory / f"{stem}{suffix}"
         if not path.exists():
-            write_durably(path, content)
+            write_durably(path, content, FOR_THE_UMASK)
         elif path.read_bytes() != content:  # another message with the same id; no file is ever overwritten
-            write_durably(directory / f"{stem}-{uuid.uuid4().hex}{suffix}", content)
+            write_durably(directory / f"{stem}-{uuid.uuid4().hex}{suffix}", content, FOR_THE_UMASK)
 
 
 def _stem(message_id: str) -> str:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from trio_pilot.errors import PilotError, SettingsError
+from trio_pilot.files.trusted_text import read_trusted
 from trio_pilot.parsing import boolean
 from trio_pilot.runtimes import ENVFILE
 from trio_pilot.settings import FIELDS, PREFIX, environment
@@ -54,8 +55,8 @@ def _readable_environment(directory: Path) -> Mapping[str, str]:
     with suppress(SettingsError):
         return environment(os.environ, directory)
     environ = dict(os.environ)
-    with suppress(OSError):
-        for line in (directory / ENVFILE).read_text(errors="replace").splitlines():
+    with suppress(OSError, SettingsError):
+        for line in read_trusted(directory / ENVFILE, errors="replace").splitlines():
             with suppress(ValueError):
                 environ |= dict(word.split("=", 1) for word in shlex.split(line, comments=True) if "=" in word)
     return environ

@@ -9,7 +9,9 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -20,6 +22,7 @@ from typing import IO, Any
 
 from trio_pilot.errors import NodeError, SettingsError
 from trio_pilot.files.filesystem import is_directory, opened, remove_tree
+from trio_pilot.files.ownership import flaw, is_own, open_plain
 from trio_pilot.processes import identity
 from trio_pilot.processes.identity import Identity
 
@@ -28,6 +31,8 @@ LOCK = ".lock"  # in a data directory that a pilot made; the pilots that use it 
 KEPT = b"task directories are kept\n"  # what is in the lock file if a pilot keeps its task directories
 OWNER = ".pilot-"  # an owner file is .pilot-PREFIX-PILOT@NODE; PREFIX begins the names of that pilot's task directories
 PREFIX_DIGITS = 8  # of a UUID
+LOCK_TIMEOUT = 10.0  # seconds to wait for another process that holds a lock; pilots hold one for milliseconds
+LOCK_INTERVAL = 0.01  # seconds between two attempts to lock a file
 NOT_OF_TASKS = "init", "probe", "clearing"  # how the names of the directories of other containers begin, before PREFIX
 
 FORBIDDEN = tuple(map(Path, ("/proc", "/dev", "/sys", "/run", "/boot")))
@@ -38,6 +43,7 @@ NEVER_WRITABLE = tuple(
     )
 )
 
+CLOSED_TO_READERS = 0o711  # an engine may have to pass
 HUB = "data-hub"  # in the data directory, here and in containers
 HUB_MODE = 0o1777  # of the data hub if containers may be any user
 TASK_IO = "task-io"
@@ -105,6 +111,17 @@ class DataDirectory:
         finally:
             _lock_if_possible(self.lock, fcntl.LOCK_SH)
         return is_last
+
+    def is_used_by_others(self) -> bool:
+        """Return whether another pilot uses the data directory, or may use it. Blocks."""
+        if self.lock is None:
+            return bool(self._entries_of_others())
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        _lock_if_possible(self.lock, fcntl.LOCK_SH)
+        return False
 
     def _entries_of_others(self) -> set[str]:
         own = f"{OWNER}{self.prefix}-", f"{self.prefix}-", *(f"{what}-{self.prefix}" for what in NOT_OF_TASKS)
@@ -176,6 +193,7 @@ def _make_and_share(root: Path, *, keep: bool) -> IO[bytes] | None:
     while True:
         if not root.exists():
             _make_root(root)
+        _refuse_foreign(root)
         # At any moment, the last of the other pilots may remove the data directory, or the lock file alone.
         with suppress(FileNotFoundError), opened(root, os.O_DIRECTORY) as directory, ExitStack() as stack:
             lock = _share_lock(directory)
@@ -185,15 +203,25 @@ def _make_and_share(root: Path, *, keep: bool) -> IO[bytes] | None:
                 if keep:
                     os.pwrite(lock.fileno(), KEPT, 0)
             if os.path.samestat(root.stat(), os.fstat(directory)):
+                if lock:  # older versions made it for others to read
+                    os.fchmod(directory, stat.S_IMODE(os.fstat(directory).st_mode) & CLOSED_TO_READERS)
                 stack.pop_all()
                 return lock
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """Refuse a directory whose files another user decides on. Raises SettingsError."""
+    with suppress(FileNotFoundError):
+        if why := flaw(directory):
+            advice = "remove it, or name another place with --data-dir-parent-path-on-host"
+            raise SettingsError(f"the directory {directory} {why}: {advice}")
 
 
 def _make_root(root: Path) -> None:
     with _directory_beside(root) as new:
         try:
-            (new / HUB).mkdir()
-            (new / LOCK).touch()
+            (new / HUB).mkdir(mode=0o700)
+            (new / LOCK).touch(mode=0o600)
             new.rename(root)
         except OSError as error:
             shutil.rmtree(new, ignore_errors=True)
@@ -217,7 +245,7 @@ def _directory_beside(root: Path) -> Iterator[Path]:
     with ExitStack() as stack:
         while True:
             new = _new_name_beside(root)
-            new.mkdir()
+            new.mkdir(mode=0o700)
             # Before it is locked, a sweep may remove it: one in another PID namespace takes this pilot for dead.
             with suppress(FileNotFoundError):
                 directory = stack.enter_context(opened(new, os.O_DIRECTORY))
@@ -254,16 +282,30 @@ def open_temporary(parent: Path) -> Iterator[Path]:
 
 def _share_lock(directory: int) -> IO[bytes] | None:
     try:
-        file = os.fdopen(os.open(LOCK, os.O_RDWR | os.O_CLOEXEC, dir_fd=directory), "r+b")
+        file = os.fdopen(os.open(LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory), "r+b")
     except FileNotFoundError:
         return None
-    _lock_if_possible(file, fcntl.LOCK_SH)
+    try:
+        _lock_if_possible(file, fcntl.LOCK_SH)
+    except NodeError:
+        file.close()
+        raise
     return file
 
 
 def _lock_if_possible(file: IO[Any], how: int) -> None:
-    with suppress(OSError):  # on a file system without locks, the data directory is never removed
-        fcntl.flock(file, how)
+    deadline = time.monotonic() + LOCK_TIMEOUT
+    while True:
+        try:
+            return fcntl.flock(file, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise NodeError(
+                    f"the lock file {LOCK} of the data directory was locked by another process for {LOCK_TIMEOUT:g} s"
+                ) from None
+            time.sleep(LOCK_INTERVAL)
+        except OSError:  # on a file system without locks, the data directory is never removed
+            return None
 
 
 @contextmanager
@@ -279,7 +321,8 @@ def _try_to_write(root: Path) -> None:
     hub = root / HUB
     if hub.is_symlink():  # containers would write to its target
         raise SettingsError(f"{hub} must be a directory, not a link: remove it")
-    hub.mkdir(exist_ok=True)
+    hub.mkdir(mode=0o700, exist_ok=True)
+    _refuse_foreign(hub)
     with tempfile.TemporaryFile(dir=root) as file:
         file.write(b"!")
 
@@ -292,7 +335,8 @@ def _owner_file(data_directory: DataDirectory) -> Iterator[None]:
         with _mapped_errors(data_directory.root):
             # Before it is locked, a sweep may remove it: one in another PID namespace takes this pilot for dead.
             while not owner.exists():
-                _lock_if_possible(stack.enter_context(owner.open("xb")), fcntl.LOCK_EX)
+                new = os.fdopen(open_plain(owner, os.O_RDWR | os.O_CREAT | os.O_EXCL), "r+b")
+                _lock_if_possible(stack.enter_context(new), fcntl.LOCK_EX)
         try:
             yield
         finally:
@@ -312,18 +356,40 @@ def sweep(root: Path, removable: Collection[Path] | None = None) -> int:
     """
     removed = 0
     for owner, prefix, pilot_at_node in _owner_files(root):
-        with suppress(OSError), owner.open("rb") as file:
-            if _is_orphaned(pilot_at_node, file.fileno()):
+        with suppress(OSError), _opened_own(owner) as file:
+            if _is_orphaned(pilot_at_node, file):
                 removed += _remove_task_directories(root, prefix)
                 if removable is None or owner in removable:
                     owner.unlink()
-    with suppress(OSError), (root / LOCK).open("r+b") as lock:
-        _remove_unused(root, lock)
-    for directory in root.parent.glob(f".{root.name}-*"):
+    with suppress(OSError):
+        if not flaw(root):
+            with os.fdopen(open_plain(root / LOCK, os.O_RDWR), "r+b") as lock:
+                _remove_unused(root, lock)
+    for directory in _entries(root.parent, f".{root.name}-"):
         with suppress(OSError), opened(directory, os.O_DIRECTORY | os.O_NOFOLLOW) as descriptor:
-            if _is_orphaned(directory.name.removeprefix(f".{root.name}-").rpartition("-")[0], descriptor):
+            pilot_at_node = directory.name.removeprefix(f".{root.name}-").rpartition("-")[0]
+            if is_own(os.fstat(descriptor), directory) and _is_orphaned(pilot_at_node, descriptor):
                 remove_tree(directory)
     return removed
+
+
+def _entries(directory: Path, *beginnings: str) -> list[Path]:
+    """Return the entries of a directory whose names begin with a text; none if it cannot be listed."""
+    with suppress(OSError, ValueError), os.scandir(directory) as entries:
+        return [Path(entry.path) for entry in entries if entry.name.startswith(beginnings)]
+    return []
+
+
+@contextmanager
+def _opened_own(path: Path) -> Iterator[int]:
+    """Open a plain file of this user. Raises OSError for any other."""
+    descriptor = open_plain(path, os.O_RDONLY)
+    try:
+        if not is_own(os.fstat(descriptor), path.parent):
+            raise PermissionError(errno.EPERM, "it belongs to another user", str(path))
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def owner_files_of_dead(root: Path, dead: Identity | None = None) -> set[Path]:
@@ -350,16 +416,22 @@ def _is_of(pilot: Identity | None, pilot_at_node: str) -> bool:
 
 
 def _is_owner_file_of_dead(owner: Path, pilot_at_node: str) -> bool:
-    with suppress(OSError), owner.open("rb") as file:
-        return _is_orphaned(pilot_at_node, file.fileno(), fcntl.LOCK_SH)  # several pilots may check at once
+    with suppress(OSError), _opened_own(owner) as file:
+        return _is_orphaned(pilot_at_node, file, fcntl.LOCK_SH)  # several pilots may check at once
     return False
 
 
 def _owner_files(root: Path) -> Iterator[tuple[Path, str, str]]:
     """Yield each owner file, the prefix of its pilot's task directories, and PILOT@NODE."""
-    for owner in root.glob(f"{OWNER}*"):
+    for owner in _entries(root, OWNER):
         prefix, _, pilot_at_node = owner.name.removeprefix(OWNER).partition("-")
-        yield owner, prefix, pilot_at_node
+        if is_prefix(prefix):
+            yield owner, prefix, pilot_at_node
+
+
+def is_prefix(text: str) -> bool:
+    """Return whether a text can be the prefix of a pilot."""
+    return len(text) == PREFIX_DIGITS and set(text) <= set("0123456789abcdef")
 
 
 def _is_orphaned(pilot_at_node: str, descriptor: int, how: int = fcntl.LOCK_EX) -> bool:
@@ -388,8 +460,7 @@ def _is_orphaned(pilot_at_node: str, descriptor: int, how: int = fcntl.LOCK_EX) 
 
 
 def _remove_task_directories(root: Path, prefix: str) -> int:
-    others = [directory for what in NOT_OF_TASKS for directory in root.glob(f"{what}-{prefix}*")]
-    directories = [*root.glob(f"{prefix}-*"), *others]
+    directories = _entries(root, f"{prefix}-", *(f"{what}-{prefix}" for what in NOT_OF_TASKS))
     for directory in directories:
         remove_tree(directory)
     return len(directories)

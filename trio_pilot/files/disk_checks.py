@@ -1,5 +1,6 @@
 """Checks of what each machine needs: a disk that can be written, and a clock that is right. Everything here blocks."""
 
+import errno
 import os
 import tempfile
 import time
@@ -19,6 +20,17 @@ def check_writable(directory: Path) -> None:
         file.write(b"?" * TRIAL)
         file.flush()
         os.fsync(file.fileno())
+
+
+def is_full(directory: Path) -> bool:
+    """Return whether this user cannot write in a directory because the disk, or the quota, is used up."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"?" * TRIAL)
+            file.flush()
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return False
 
 
 def disk_fault(directory: Path) -> str:

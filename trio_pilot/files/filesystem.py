@@ -4,7 +4,8 @@ import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from trio_pilot.log import LOGGER
 # Before Python 3.14, those of pathlib raise if a directory may not be read, or a name is too long. These return False.
 exists, is_directory, is_file, is_link = os.path.exists, os.path.isdir, os.path.isfile, os.path.islink
 
+O_DIRECTORY_PATH = os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC  # a directory, even one that is closed
 RM_TIMEOUT = 60.0  # seconds that rm may take
 
 
@@ -47,19 +49,46 @@ def _remove(root: Path) -> None:
 
 def _unlock(root: Path) -> None:
     """Restore this user's permissions on the directories of a tree, from the top down: a task may have removed them."""
-    for directory in _directories(root):
-        with suppress(OSError):
-            directory.chmod(0o700)
+    for _, descriptor in _directories(root):
+        with suppress(OSError):  # fchmod(2) refuses a descriptor of O_PATH; its name in /proc can be
+            Path(f"/proc/self/fd/{descriptor}").chmod(0o700)
 
 
-def _directories(root: Path) -> Iterator[Path]:
-    """Yield `root` and the directories below it, as far as they can be listed; each one before it is listed."""
-    directories = [root]
-    while directories:  # os.walk goes no deeper than a thousand
-        yield (directory := directories.pop())
-        with suppress(OSError), os.scandir(directory) as entries:
-            # The target of a symbolic link is not part of the tree.
-            directories += [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+def _directories(root: Path) -> Iterator[tuple[Path, int]]:
+    """Yield `root` and the directories below it, as far as they can be listed; each one before it is listed.
+
+    Each comes with a descriptor (O_PATH), which is open until the next one: another user may replace a path by a link.
+    """
+    waiting: list[tuple[str, ...]] = [()]
+    while waiting:  # os.walk goes no deeper than a thousand
+        names = waiting.pop()
+        with suppress(OSError), _opened_below(root, names) as descriptor:
+            yield root.joinpath(*names), descriptor
+            with _opened_at(descriptor, ".", os.O_RDONLY) as listed, os.scandir(listed) as entries:
+                # The target of a symbolic link is not part of the tree.
+                waiting += [(*names, entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)]
+
+
+@contextmanager
+def _opened_below(root: Path, names: Sequence[str]) -> Iterator[int]:
+    """Open a directory below `root`, with no link followed on the way, however long its path is."""
+    descriptor = os.open(root, O_DIRECTORY_PATH)
+    try:
+        for name in names:
+            outer, descriptor = descriptor, os.open(name, O_DIRECTORY_PATH, dir_fd=descriptor)
+            os.close(outer)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _opened_at(directory: int, name: str, flags: int, mode: int = 0o600) -> Iterator[int]:
+    descriptor = os.open(name, flags | os.O_CLOEXEC, mode, dir_fd=directory)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _remove_by_rm(root: Path) -> None:
@@ -88,27 +117,30 @@ def is_locked(directory: Path) -> bool:
 def locked_directories(root: Path) -> set[Path]:
     """Return `root` and the directories below it, those that this user cannot empty, as far as they can be found."""
     locked: set[Path] = set()
-    for directory in _directories(root):
+    for directory, _ in _directories(root):
         with suppress(OSError):
             if is_locked(directory):
                 locked.add(directory)
     return locked
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file and sync it to disk; after a crash it is there as a whole, or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+def write_durably(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Write a file and sync it to disk; after a crash it is there as a whole, or not at all.
+
+    A link with its name is replaced, not followed. Until then the file has a name that no other user can guess.
+    """
+    temporary = f".{uuid.uuid4().hex}.part"
+    with opened(path.parent, os.O_RDONLY | os.O_DIRECTORY) as directory:
+        try:
+            with _opened_at(directory, temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode) as file:
+                write_all(file, content)
+                os.fsync(file)
+            os.rename(temporary, path.name, src_dir_fd=directory, dst_dir_fd=directory)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary, dir_fd=directory)
+            raise
+        os.fsync(directory)
 
 
 def write_all(descriptor: int, content: bytes) -> None:
@@ -119,10 +151,10 @@ def write_all(descriptor: int, content: bytes) -> None:
 
 
 def make_durably(directory: Path) -> None:
-    """Make a directory and its parents, and sync them to disk: they survive a power failure."""
+    """Make a directory and its parents, for this user only, and sync them to disk: they survive a power failure."""
     if not directory.is_dir():
         make_durably(directory.parent)
-        directory.mkdir(exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
         sync(directory.parent)
 
 

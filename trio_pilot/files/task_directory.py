@@ -73,7 +73,7 @@ def make(files: TaskFiles, *, any_user: bool = False, root_mode: int = CLOSED) -
     """
     with map_exceptions({OSError: NodeError}, f"cannot make the task directory {files.root}"):
         for directory in (files.root, files.scratch, files.outputs, *([files.io] if files.infile else [])):
-            directory.mkdir()
+            directory.mkdir(mode=CLOSED)
             if any_user and directory != files.outputs:
                 directory.chmod(modes(files, root_mode)[directory])
 
@@ -110,7 +110,7 @@ def _overwrite(path: Path, content: bytes, mode: int | None) -> None:
 
 
 def _open_without_emptying(path: str, flags: int) -> int:
-    return os.open(path, flags & ~os.O_TRUNC | os.O_NOFOLLOW, 0o666)
+    return os.open(path, flags & ~os.O_TRUNC | os.O_NOFOLLOW, 0o600)
 
 
 def read_outfile(files: TaskFiles, max_size: int) -> bytes | None:

@@ -34,7 +34,7 @@ def open_log(path: Path) -> IO[bytes]:
 
 
 def _open_to_append(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_APPEND, 0o666)
+    return os.open(path, flags | os.O_APPEND | os.O_NOFOLLOW, 0o600)
 
 
 def cut(path: Path, most: int) -> None:

@@ -13,6 +13,10 @@ from trio_util import AsyncValue
 from trio_pilot.errors import ContainerLostError, NodeError, PilotError
 
 
+async def _never() -> bool:
+    return False
+
+
 class NodeHealth:
     """Doubts the node when tasks fail, and probes it."""
 
@@ -29,11 +33,17 @@ class NodeHealth:
         if self._doubts.value:
             await self._doubts.wait_value(0)
 
-    async def check(self, error: PilotError, tidy_up: Callable[[], Awaitable[object]]) -> None:
+    async def check(
+        self,
+        error: PilotError,
+        tidy_up: Callable[[], Awaitable[object]],
+        tasks_are_at_fault: Callable[[], Awaitable[bool]] = _never,
+    ) -> None:
         """Probe the node after a failure, once `tidy_up` has removed what the task has left.
 
         One probe does for all that wait for it. A failure that comes while a probe runs waits for the next one: by then what
-        makes tasks fail may have begun, or what has filled the disk be gone.
+        makes tasks fail may have begun, or what has filled the disk be gone. A fault that tasks have caused, such as a disk
+        that is full of their files, is not the node's.
 
         Raises:
             NodeError: the node is broken, and doubted for ever. The event is not at fault.
@@ -46,10 +56,11 @@ class NodeHealth:
             if probes == self._probes:
                 await self._probe_once(error)
             fault = self._fault
-        if fault and not isinstance(fault, ContainerLostError):
+        is_lost = isinstance(fault, ContainerLostError)
+        if fault and not is_lost and not await tasks_are_at_fault():
             raise NodeError(f"this node breaks tasks: {fault}; so the event may not be at fault: {error}") from fault
         self._doubts.value -= 1
-        if fault:
+        if fault and is_lost:
             raise ContainerLostError(f"{fault}; so it is not known what is at fault: {error}") from fault
 
     async def _probe_once(self, error: PilotError) -> None:

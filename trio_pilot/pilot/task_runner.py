@@ -1,8 +1,8 @@
 """Running tasks: stage the event, run its container, send its output."""
 
 import math
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,10 +21,12 @@ from trio_pilot.errors import (
 from trio_pilot.files import task_directory
 from trio_pilot.files.blocking_calls import BlockingCalls
 from trio_pilot.files.directory_pool import DirectoryPool
+from trio_pilot.files.hub_additions import HubAdditions
 from trio_pilot.files.late_sync import LateSync
 from trio_pilot.files.task_directory import TaskFiles
 from trio_pilot.files.task_logs import TaskLogs
 from trio_pilot.grace_period import GracePeriod
+from trio_pilot.log import LOGGER
 from trio_pilot.pilot.container_runs import RunSpec, Tools, probe, remove, run
 from trio_pilot.pilot.foreign_files import fetch_outfile
 from trio_pilot.pilot.node_health import NodeHealth
@@ -68,6 +70,8 @@ class TaskRunner:
         self._spec = RunSpec.task(settings)
         self._wire = WIRES[settings.wire]
         self._task_lines = TaskLines()
+        self._hub_additions = HubAdditions(tools.data_directory.data_hub)
+        self._tasks_running = 0
         self._cpu_sets = CpuSets(settings.max_concurrent_tasks if settings.pin_tasks else 0, settings.cpus_per_task or 1)
 
     async def run(self, task: Task, slot: Slot) -> Outcome:
@@ -85,7 +89,7 @@ class TaskRunner:
             except (ContainerTimeoutError, ContainerOutOfMemoryError):
                 raise  # limits that the user has set: not the node's fault
             except ContainerRunError as error:
-                await self.node_health.check(error, partial(self._remove_files, task))  # for they may fill the disk
+                await self.node_health.check(error, partial(self._make_room, task), self._have_filled_the_disk)
                 raise
             await self._send_output(task, headers, slot)
         except EventError as error:
@@ -117,8 +121,10 @@ class TaskRunner:
         return task.headers
 
     async def _run_container(self, task: Task) -> None:
+        if not self._hub_additions.are_watched:  # before the first task, and after the init container
+            await self._blocking.call(0, self._hub_additions.remember)
         started = self._tools.clock.time()
-        with self._cpu_sets.lend() as cpus, self._task_lines.around(task.delivery):
+        with self._running(), self._cpu_sets.lend() as cpus, self._task_lines.around(task.delivery):
             spec = replace(self._spec, cpu_set=cpus) if cpus else self._spec
             await run(self._tools, self._blocking, self.logs, spec, task.files)
         self._run_times.add(self._tools.clock.time() - started)
@@ -161,6 +167,28 @@ class TaskRunner:
             return None if content is None else Message(content)
         is_json = self._settings.outfile_ext == ".json"
         return Message(task_directory.parse_outfile(content, is_json=is_json), headers)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        self._tasks_running += 1
+        try:
+            yield
+        finally:
+            self._tasks_running -= 1
+
+    async def _make_room(self, task: Task) -> None:
+        """Remove the files of a failed task, for they may fill the disk, and then what is in the data hub by tasks.
+
+        What is in the data hub is removed if the disk is full, and no other task or pilot uses it.
+        """
+        await self._remove_files(task)
+        if not await self._have_filled_the_disk() or self._tasks_running or self._tools.data_directory.is_used_by_others():
+            return
+        LOGGER.warning("the disk is full: what tasks have added to the data hub is removed")
+        await self._blocking.call(math.inf, self._hub_additions.remove)
+
+    async def _have_filled_the_disk(self) -> bool:
+        return await self._blocking.call(0, self._hub_additions.have_filled_the_disk)
 
     async def _remove_files(self, task: Task) -> None:
         keep = self._settings.keep_all_task_files

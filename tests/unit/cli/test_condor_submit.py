@@ -8,6 +8,8 @@ from trio_pilot.errors import SettingsError
 
 GIVEN = {"--broker": "amqp://host", "--queue-incoming": "in", "--queue-outgoing": "out", "--task-args": "true"}
 
+SECRET_ADDRESSES = "--broker=nats://T@h", "--broker=T@h", "--broker=nats://a:1,nats://T@h", "--broker=pulsar://h/?token=x"
+
 
 @pytest.fixture(autouse=True)
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -80,7 +82,14 @@ def test_delayed_reports_take_no_io_proxy_and_more_silence(capsys: pytest.Captur
 
 @pytest.mark.parametrize(
     "flag",
-    ["--broker-token=x", "--broker=amqp://u:p@h", "--broker=u:p@h", "--broker=amqp://[u:p", '--task-env-json={"A":"b"}'],
+    [
+        "--broker-token=x",
+        "--broker=amqp://u:p@h",
+        "--broker=u:p@h",
+        "--broker=amqp://[u:p",
+        *SECRET_ADDRESSES,
+        '--task-env-json={"A":"b"}',
+    ],
 )
 def test_secrets_in_flags_are_refused(capsys: pytest.CaptureFixture[str], flag: str) -> None:
     assert error_of(capsys, flag) == (

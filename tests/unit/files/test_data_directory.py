@@ -250,7 +250,7 @@ def test_a_pilot_may_start_while_the_lock_file_is_removed(tmp_path: Path, monkey
     flock = fcntl.flock
 
     def be_late(file: Any, how: int) -> None:
-        if how == fcntl.LOCK_SH:
+        if how & fcntl.LOCK_SH:
             monkeypatch.undo()
             keeper.close()
         flock(file, how)

@@ -7,6 +7,7 @@ import pytest
 from trio_pilot.files import task_directory
 from trio_pilot.files.directory_pool import DirectoryPool
 from trio_pilot.files.task_directory import TaskFiles
+from trio_pilot.files.task_logs import open_log
 
 
 @pytest.fixture(params=[False, True], ids=["this user", "any user"])
@@ -20,9 +21,11 @@ def files_of(directory: Path, name: str) -> TaskFiles:
 
 def used(pool: DirectoryPool, files: TaskFiles) -> TaskFiles:
     pool.make(files)
-    task_directory.write_infile(files, "event")
-    for path in (files.io / files.outfile, files.stdout, files.stderr):
-        path.write_text("written")
+    task_directory.write_infile(files, "event", any_user=files.io.stat().st_mode & 0o777 == 0o777)
+    files.outfile_path.write_text("written")
+    for path in (files.stdout, files.stderr):
+        with open_log(path) as log:
+            log.write(b"written")
     return files
 
 
@@ -47,7 +50,7 @@ def test_a_directory_is_used_again_whatever_the_umask(tmp_path: Path, umask: int
         pool.make(files)
         task_directory.write_infile(files, "event", any_user=True)
         for path in (files.stdout, files.stderr):
-            path.touch()
+            open_log(path).close()
         assert pool.take_back(files)
     finally:
         os.umask(before)
