@@ -18,7 +18,7 @@ from trio_pilot.cli.signals import run_until_signalled
 from trio_pilot.errors import BrokerError, SettingsError
 from trio_pilot.files import disk_checks
 from trio_pilot.files.filesystem import exists
-from trio_pilot.log import LOGGER
+from trio_pilot.log import LOGGER, indented
 from trio_pilot.settings import FIELDS, Settings, flag_of
 
 EXPIRES_SOON = 3600.0  # seconds before the expiry of a token
@@ -51,7 +51,7 @@ async def _check(settings: Settings) -> int:
 
 def _print(findings: Sequence[Finding]) -> int:
     for finding in findings:
-        print(finding, flush=True)
+        print(indented(str(finding)), flush=True)
     return next((finding.exit_code for finding in findings if finding.exit_code), 0)
 
 

@@ -24,6 +24,7 @@ from trio_pilot.cli.signals import print_summary, run_until_signalled
 from trio_pilot.errors import DecodeError, DeliveryLostError, NodeError, UsageError, map_exceptions
 from trio_pilot.files.blocking_calls import BlockingCalls
 from trio_pilot.files.task_logs import TaskLogs
+from trio_pilot.log import in_one_line
 from trio_pilot.pilot import container_runs
 from trio_pilot.pilot.tools import open_tools
 from trio_pilot.processes.children import end_all_children
@@ -51,7 +52,7 @@ class DeadLetter:
 def show_list(settings: Settings, queue: str, *, as_json: bool) -> int:
     """Print the dead letters of a queue, one on each line."""
     lines = run_until_signalled(_list, settings, queue, as_json)
-    print("\n".join(lines)) if lines else print(f"no dead letters of {queue}", file=sys.stderr)
+    print("\n".join(lines)) if lines else print(in_one_line(f"no dead letters of {queue}"), file=sys.stderr)
     return 0
 
 
@@ -195,7 +196,9 @@ def _event(settings: Settings, letter: DeadLetter) -> dict[str, Any]:
 
 def _table(letters: Iterable[DeadLetter]) -> Iterable[str]:
     """Yield the lines of a table: a head, and a line for each dead letter."""
-    rows = [[letter.message_id, *(_short(letter.facts.get(name, "")) for name in COLUMNS)] for letter in letters]
+    rows = [
+        [in_one_line(letter.message_id), *(_short(letter.facts.get(name, "")) for name in COLUMNS)] for letter in letters
+    ]
     if not rows:
         return
     rows.insert(0, ["ID", *map(str.upper, COLUMNS)])
@@ -205,5 +208,5 @@ def _table(letters: Iterable[DeadLetter]) -> Iterable[str]:
 
 
 def _short(value: object) -> str:
-    text = " ".join(str(value).split())
+    text = in_one_line(" ".join(str(value).split()))
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"

@@ -162,7 +162,7 @@ async def _release(delivery: Delivery) -> None:
 
 def _write_line(_message_id: str, data: Any) -> None:
     """Write a line to stdout. Not by sys.stdout: a thread that waits in it would hold its lock at exit."""
-    line = json.dumps(_base64(data) if isinstance(data, bytes) else data).encode() + b"\n"
+    line = json.dumps(_base64(data) if isinstance(data, bytes) else data).encode() + b"\n"  # ASCII, and so escaped
     try:
         write_all(STDOUT, line)
     except BrokenPipeError:
