@@ -19,6 +19,7 @@ from trio_pilot.errors import BrokerError, SettingsError
 from trio_pilot.files import disk_checks
 from trio_pilot.files.filesystem import exists
 from trio_pilot.log import LOGGER, indented
+from trio_pilot.processes import threads
 from trio_pilot.settings import FIELDS, Settings, flag_of
 
 EXPIRES_SOON = 3600.0  # seconds before the expiry of a token
@@ -103,7 +104,7 @@ async def _queue(open_queue: Callable[..., Any], queue: QueueAddress, lease: flo
 
 async def _queue_in_file(open_queue: Callable[..., Any], queue: QueueAddress) -> str:
     file = file_of(queue.address)
-    if not await trio.to_thread.run_sync(exists, file):  # no fault: the pilot makes it
+    if not await threads.run_sync(exists, file):  # no fault: the pilot makes it
         if not os.access(file.parent, os.W_OK | os.X_OK):
             raise BrokerError(f"{queue.queue}: the queue file {file} cannot be made")
         return f"{queue.queue}, in the queue file {file}, which will be made"

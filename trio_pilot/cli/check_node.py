@@ -7,14 +7,13 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 
-import trio
-
 from trio_pilot.allocation.resources import find_allocation, fitted
 from trio_pilot.allocation.walltime import End, find_end
 from trio_pilot.cli.check_finding import Check
 from trio_pilot.errors import NodeError, SettingsError
 from trio_pilot.files import disk_checks
 from trio_pilot.files.data_directory import open_data_directory
+from trio_pilot.processes import threads
 from trio_pilot.settings import Settings
 
 LEAST_FREE = 100 * 10**6  # bytes on the disk of the data directory
@@ -30,8 +29,8 @@ def data_checks(settings: Settings) -> list[Check]:
     directory_advice = "name another directory in EWMS_PILOT_DATA_DIR_PARENT_PATH_ON_HOST, or make room there"
     clock_advice = "set the clocks of this machine and of the server of the data directory"
     return [
-        Check("data", partial(trio.to_thread.run_sync, _data_directory, settings), directory_advice),
-        Check("clock", partial(trio.to_thread.run_sync, _clock, settings), clock_advice),
+        Check("data", partial(threads.run_sync, _data_directory, settings), directory_advice),
+        Check("clock", partial(threads.run_sync, _clock, settings), clock_advice),
     ]
 
 

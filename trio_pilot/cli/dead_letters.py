@@ -27,6 +27,7 @@ from trio_pilot.files.task_logs import TaskLogs
 from trio_pilot.log import in_one_line
 from trio_pilot.pilot import container_runs
 from trio_pilot.pilot.tools import open_tools
+from trio_pilot.processes import threads
 from trio_pilot.processes.children import end_all_children
 from trio_pilot.settings import Settings
 from trio_pilot.wire import WIRES, Message
@@ -134,7 +135,7 @@ async def _open_dead_letters(settings: Settings, queue: str) -> AsyncIterator[li
                     letters.append(_from_delivery(delivery))
             # The consumer is closed by now: what is released is not delivered here again, out of order.
             read = partial(_from_directory, settings.dead_letters, queue)
-            letters += await trio.to_thread.run_sync(read, abandon_on_cancel=True)
+            letters += await threads.run_sync(read, abandon_on_cancel=True)
             yield letters
         finally:
             with trio.move_on_after(RELEASE_TIMEOUT, shield=True):
@@ -152,7 +153,7 @@ async def _remove(letter: DeadLetter) -> None:
     if isinstance(letter.place, Delivery):
         await letter.place.source.settle(letter.place, Settlement.ACK)
     else:
-        await trio.to_thread.run_sync(_unlink, letter.place)
+        await threads.run_sync(_unlink, letter.place)
 
 
 def _unlink(path: Path) -> None:

@@ -27,6 +27,7 @@ from trio_pilot.errors import (
     reported_name,
 )
 from trio_pilot.processes.secrecy import keep_secrets
+from trio_pilot.processes.threads import is_refusal
 
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a disk that is full or broken
 
@@ -81,10 +82,12 @@ def _run_command(argv: Sequence[str]) -> int:
 
 
 def _print_unexpected(error: Exception) -> int:
-    """Print an error that is not a PilotError: stdout cannot be written to, which may happen to any command, or a defect."""
+    """Print an error that is not a PilotError: stdout cannot be written to, or no thread started, or a defect."""
     if isinstance(error, OSError) and error.errno in WRITE_ERRORS and error.filename is None:
         _discard_stdout()
         return _print_lines([f"trio-pilot: cannot write to stdout: {error.strerror}"], NodeError.exit_code)
+    if is_refusal(error):
+        return _print_lines([f"trio-pilot: no process or thread can be started: {error}"], NodeError.exit_code)
     defect = "trio-pilot: this is a defect of trio-pilot; please report it with the lines above"
     return _print_lines([log.shown(traceback.format_exc()), defect], SOFTWARE_ERROR)
 

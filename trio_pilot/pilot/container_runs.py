@@ -29,6 +29,7 @@ from trio_pilot.files.task_directory import TaskFiles
 from trio_pilot.files.task_logs import TaskLogs
 from trio_pilot.pilot.foreign_files import open_directories
 from trio_pilot.pilot.running_clock import RunningClock
+from trio_pilot.processes import threads
 from trio_pilot.runtimes import NOT_FOUND_REASONS, Container, Engine, Exit, Limits, Mount, Runtime
 from trio_pilot.settings import Settings
 
@@ -163,7 +164,7 @@ async def run_once(tools: Tools, settings: Settings, data: Any) -> int:
         ended = None
         with tools.clock.move_on_after(timeout):
             ended = await tools.runtime.run(container_for(tools, replace(RunSpec.task(settings), dump=True), files))
-        await trio.to_thread.run_sync(copy_logs, files, abandon_on_cancel=True)
+        await threads.run_sync(copy_logs, files, abandon_on_cancel=True)
     finally:
         await remove(tools, disk, files, settings.task_image, keep=settings.keep_all_task_files)
     if ended is None:
@@ -248,11 +249,11 @@ async def _take_hub(engine: Engine, image: str, data_directory: DataDirectory, d
     if is_locked(data_directory.data_hub):
         async with engine.open_foreign_files(image, data_directory.root) as foreign:
             await foreign.open_directories([data_directory.data_hub])
-    await trio.to_thread.run_sync(data_directory.take_hub, destination)
+    await threads.run_sync(data_directory.take_hub, destination)
 
 
 async def _has_locked(directory: Path) -> bool:
-    locked: set[Path] = await trio.to_thread.run_sync(locked_directories, directory)
+    locked: set[Path] = await threads.run_sync(locked_directories, directory)
     return bool(locked)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import trio
 from trio_util import AsyncValue
 
-from trio_pilot.errors import ContainerLostError, NodeError, PilotError
+from trio_pilot.errors import ContainerLostError, NodeError, NoProcessError, PilotError
 
 
 class NodeHealth:
@@ -38,6 +38,7 @@ class NodeHealth:
         Raises:
             NodeError: the node is broken, and doubted for ever. The event is not at fault.
             ContainerLostError: that cannot be found out, for the engine is away.
+            NoProcessError: that cannot be found out, for there is no process to be had.
         """
         self._doubts.value += 1
         await tidy_up()
@@ -46,11 +47,11 @@ class NodeHealth:
             if probes == self._probes:
                 await self._probe_once(error)
             fault = self._fault
-        if fault and not isinstance(fault, ContainerLostError):
+        if fault and not isinstance(fault, ContainerLostError | NoProcessError):
             raise NodeError(f"this node breaks tasks: {fault}; so the event may not be at fault: {error}") from fault
         self._doubts.value -= 1
         if fault:
-            raise ContainerLostError(f"{fault}; so it is not known what is at fault: {error}") from fault
+            raise type(fault)(f"{fault}; so it is not known what is at fault: {error}") from fault
 
     async def _probe_once(self, error: PilotError) -> None:
         self._probes += 1

@@ -16,6 +16,7 @@ from trio_pilot.errors import (
     ContainerTimeoutError,
     EventError,
     NodeError,
+    NoProcessError,
     OutfileError,
 )
 from trio_pilot.files import task_directory
@@ -35,6 +36,8 @@ from trio_pilot.processes.children import Children
 from trio_pilot.settings import Settings
 from trio_pilot.status import RunTimes
 from trio_pilot.wire import WIRES, Message
+
+NO_PROCESS_DELAY = 1.0  # seconds for which an event is held that no process can be started for, lest it be taken at once
 
 
 @asynccontextmanager
@@ -92,6 +95,8 @@ class TaskRunner:
         except EventError as error:
             return EventFailed(error)
         except NodeError as error:
+            if isinstance(error, NoProcessError):
+                await trio.sleep(NO_PROCESS_DELAY)
             return NodeFailed(error)
         return Success()
 

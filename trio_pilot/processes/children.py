@@ -29,6 +29,7 @@ from typing import IO, ClassVar
 
 import trio
 
+from trio_pilot.errors import NoProcessError
 from trio_pilot.log import LOGGER
 from trio_pilot.processes import descent
 from trio_pilot.processes.identity import DEAD_STATES, PARENT, STATE, stat_of
@@ -81,10 +82,18 @@ class Children:
         descent.own_mark()
 
     def spawn(self, command: Command) -> "Child":
-        """Start a child in a session of its own, with an empty stdin. Raises OSError if it cannot be started."""
+        """Start a child in a session of its own, with an empty stdin.
+
+        Raises:
+            NoProcessError: There is no process left to start, for the moment.
+            OSError: It cannot be started for another reason.
+        """
         number = descent.new_number()
         with _restricted_to(command.cpus), descent.passing_on(number), passing_on_core_limit():
-            process = _popen(command)
+            try:
+                process = _popen(command)
+            except BlockingIOError as error:
+                raise NoProcessError(f"no process can be started for the moment: {error.strerror}") from error
         try:
             child = Child(process, command.marker, self, number)
         except OSError:  # no file descriptor is left
