@@ -75,7 +75,7 @@ def a_pilot_works(pilots: PilotCommand, prefix: Sequence[str] = ()) -> str:
     return pilot.stderr
 
 
-def test_the_markers_of_other_users_neither_end_a_pilot_nor_their_processes(
+def test_markers_of_other_users_end_neither_a_pilot_nor_their_processes(
     pilots: PilotCommand, bystanders: "list[subprocess.Popen[bytes]]"
 ) -> None:
     bystanders += [start(as_user(user), marker) for user in USERS for marker in MARKERS.values()]
@@ -163,3 +163,25 @@ def test_a_pilot_survives_a_task_that_takes_all_processes(pilots: PilotCommand) 
     assert pilot.wait() == 1, pilot.stderr
     assert pilot.last_line.startswith("1 TASK(S) FAILED"), pilot.stderr
     assert sorted(map(str, pilots.receive())) == ["1", "2", "3"]
+
+
+ODD_NAMES = ["a b", "a`touch spoilt`", "$(touch spoilt)", "a'b", "a*", "a\nb"]
+
+
+def test_paths_that_a_shell_would_not_take_as_they_are_are_refused(pilots: PilotCommand) -> None:
+    pilots.send("event")
+    for parent in (pilots.directory / name for name in ODD_NAMES):
+        parent.mkdir()
+        pilot = pilots.run("sh", "-c", "cat {{INFILE}} > {{OUTFILE}}", data_dir_parent_path_on_host=parent)
+        assert pilot.wait() == 4, pilot.stderr
+        assert "a shell would not take as it is" in pilot.last_line
+    assert pilots.queue() == [(0, False)]
+    assert not list(pilots.directory.rglob("spoilt"))
+
+
+def test_a_path_that_is_an_argument_of_its_own_may_be_any(pilots: PilotCommand) -> None:
+    pilots.send("event")
+    parent = pilots.directory / "a`touch spoilt` $b"
+    parent.mkdir()
+    assert pilots.run(*COPY, data_dir_parent_path_on_host=parent).wait() == 0
+    assert pilots.receive() == ["event"]

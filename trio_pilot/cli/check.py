@@ -13,7 +13,7 @@ from trio_pilot.brokers import QueueAddress, open_sink, open_source, tokens
 from trio_pilot.brokers.addresses import file_of
 from trio_pilot.cli.check_containers import container_checks
 from trio_pilot.cli.check_finding import Check, Finding
-from trio_pilot.cli.check_node import allocation_check, data_checks
+from trio_pilot.cli.check_node import allocation_check, data_checks, user_check
 from trio_pilot.cli.signals import run_until_signalled
 from trio_pilot.errors import BrokerError, SettingsError
 from trio_pilot.files import disk_checks
@@ -67,6 +67,7 @@ def _checks(settings: Settings) -> list[Check]:
         ),
         *(Check("outgoing", partial(_queue, open_sink, queue), _broker_cure("OUTGOING")) for queue in outgoing),
         allocation_check(settings),
+        user_check(),
         *container_checks(settings),
         *data_checks(settings),
         *(Check("token", partial(_token, queue), "get a new one, or set the clock") for queue in tokens),

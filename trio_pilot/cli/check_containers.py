@@ -12,7 +12,7 @@ from trio_pilot.allocation.resources import find_allocation, fitted
 from trio_pilot.cli.check_finding import Check, SkippedError
 from trio_pilot.errors import NodeError, PilotError, first
 from trio_pilot.files.filesystem import is_directory, is_link
-from trio_pilot.pilot.container_runs import RunSpec, Tools
+from trio_pilot.pilot.container_runs import RunSpec, Tools, check_paths
 from trio_pilot.pilot.tools import open_tools
 from trio_pilot.pilot.trial import find_command, try_files
 from trio_pilot.processes import threads
@@ -122,6 +122,7 @@ async def _open_tools(settings: Settings, image: str) -> AsyncIterator[Tools]:
 async def _container(settings: Settings, kind: Kind) -> str:
     spec = _spec(settings, kind)
     async with _open_tools(settings, spec.image) as tools:
+        check_paths(tools, spec)
         begun = trio.current_time()
         facts = await try_files(tools, settings, spec)
         return f"started and ended in {trio.current_time() - begun:.1f} s; {facts}"

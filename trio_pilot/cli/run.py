@@ -14,6 +14,7 @@ from trio_pilot.allocation.walltime import find_end
 from trio_pilot.brokers import Patience, open_sinks, open_sources
 from trio_pilot.cleanup.client import open_guardian
 from trio_pilot.cli.exit_codes import SIGNALLED
+from trio_pilot.cli.root_warning import root_warning
 from trio_pilot.cli.site_lines import site_lines
 from trio_pilot.condor.reporter import open_reporter
 from trio_pilot.log import LOGGER, NonBlockingWriter, in_one_line
@@ -45,6 +46,8 @@ def _print_site() -> None:
 
 async def run_pilot(settings: Settings) -> int | None:
     """Run a pilot with the brokers and the runtime of the settings; return the signal that ended it, or None."""
+    if warning := root_warning():
+        LOGGER.warning(warning)
     settings, status = _fit_to_allocation(settings), Status()
     patience = patience_of(settings, status)
     parts = Parts(

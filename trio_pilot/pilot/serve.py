@@ -25,7 +25,7 @@ from trio_pilot.cleanup.client import Guardian
 from trio_pilot.errors import ContainerLostError, NodeError, NoProcessError, TasksFailedError, names
 from trio_pilot.files.data_directory import open_data_directory, root_in
 from trio_pilot.log import LOGGER
-from trio_pilot.pilot.container_runs import Tools, open_hub, probe, run_init, task_files
+from trio_pilot.pilot.container_runs import RunSpec, Tools, check_paths, open_hub, probe, run_init, task_files
 from trio_pilot.pilot.deduplication import Deduplicator
 from trio_pilot.pilot.drain import Drain
 from trio_pilot.pilot.intake import Intake
@@ -127,6 +127,7 @@ class Pilot:
 
     async def _try_the_node(self) -> None:
         """Prepare the image of the tasks, and probe the node: one that is broken does not touch an event."""
+        check_paths(self._tools, RunSpec.task(self._settings))
         await self._tools.runtime.prepare(self._settings.task_image, has_args=bool(self._settings.task_args))
         await probe(self._tools, self._settings)
 
