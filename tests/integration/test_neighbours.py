@@ -111,37 +111,35 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
 def test_control_groups_of_other_users_are_left_alone(
-    pilots: PilotCommand, bystanders: "list[subprocess.Popen[bytes]]", name: str
+    pilots: PilotCommand, bystanders: "list[subprocess.Popen[bytes]]"
 ) -> None:
     places = [place for place in hierarchies() if os.access(place.here, os.W_OK)]
     if not places:
         pytest.skip("no control group can be made here")
-    group = places[0].here / f"trio-pilot-{name}"
+    groups = [places[0].here / f"trio-pilot-{name}" for name in NAMES.values()]
+    made: list[Path] = []
     try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"no control group can be made here: {error}")
-    os.chown(group, USERS[0], USERS[0])
-    bystander = start(as_user(USERS[0]))
-    bystanders.append(bystander)
-    try:
-        (group / "cgroup.procs").write_text(str(bystander.pid))
+        for group in groups:
+            group.mkdir()
+            made.append(group)
+            os.chown(group, USERS[0], USERS[0])
+            bystanders.append(start(as_user(USERS[0])))
+            (group / "cgroup.procs").write_text(str(bystanders[-1].pid))
         a_pilot_works(pilots)
-        assert group.exists()
+        assert all(group.exists() for group in groups)
     finally:
-        with suppress(OSError):
-            (places[0].here / "cgroup.procs").write_text(str(bystander.pid))
-        group.rmdir()
+        for group, bystander in zip(made, bystanders, strict=False):
+            with suppress(OSError):
+                (places[0].here / "cgroup.procs").write_text(str(bystander.pid))
+            group.rmdir()
 
 
-@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
-def test_names_beside_the_data_directory_do_not_end_a_pilot(pilots: PilotCommand, name: str) -> None:
-    odd = pilots.directory / f".ewms-pilot-data-{name}@node-0123"
-    odd.mkdir()
+def test_names_beside_the_data_directory_do_not_end_a_pilot(pilots: PilotCommand) -> None:
     pilots.data.mkdir()
-    (pilots.data / f".pilot-01234567-{name}@node").touch()
+    for name in NAMES.values():
+        (pilots.directory / f".ewms-pilot-data-{name}@node-0123").mkdir()
+        (pilots.data / f".pilot-01234567-{name}@node").touch()
     a_pilot_works(pilots)
 
 
@@ -165,7 +163,7 @@ def test_a_pilot_survives_a_task_that_takes_all_processes(pilots: PilotCommand) 
     assert sorted(map(str, pilots.receive())) == ["1", "2", "3"]
 
 
-ODD_NAMES = ["a b", "a`touch spoilt`", "$(touch spoilt)", "a'b", "a*", "a\nb"]
+ODD_NAMES = ["a b", "a`touch spoilt`"]
 
 
 def test_paths_that_a_shell_would_not_take_as_they_are_are_refused(pilots: PilotCommand) -> None:
