@@ -97,7 +97,8 @@ def test_what_shares_a_session_with_another_users_marked_process_lives(pilots: P
             until_sync(lambda: (tmp_path / "pids").exists() and len((tmp_path / "pids").read_text().split()) == 3)
             pids = (tmp_path / "pids").read_text().split()
             until_sync(lambda: {Path(f"/proc/{pid}/comm").read_text() for pid in pids} == {"sleep\n"})
-            a_pilot_works(pilots)
+            logged = a_pilot_works(pilots)
+            assert "removed" not in logged
             assert [pid for pid in pids if not Path(f"/proc/{pid}/exe").exists()] == []
         finally:
             with suppress(ProcessLookupError):
