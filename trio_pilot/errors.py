@@ -55,6 +55,10 @@ class ContainerLostError(NodeError):
     """A container ended with its engine, or its end is unknown. The engine may work again: the pilot goes on."""
 
 
+class NoProcessError(NodeError):
+    """No process or thread can be started for the moment: a task may have taken all of them. The pilot goes on."""
+
+
 class ReportError(PilotError):
     """A report to HTCondor failed. This never ends a pilot."""
 

@@ -2,11 +2,12 @@
 
 import logging
 import os
+import re
 import select
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import TextIO
 
@@ -15,6 +16,33 @@ LOGGER = logging.getLogger("trio_pilot")
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
 MOST_KEPT = 10_000  # lines for a reader that does not read; older lines are lost
 LAST_WAIT = 2.0  # seconds for that reader to read on, at the end
+
+
+# What a terminal would obey, or what makes a text look like another one: control characters, line and paragraph separators,
+# and invisible characters, of which some turn the direction of writing (Unicode, "Bidirectional Character Types").
+NOT_SHOWN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+)
+INDENTED = "\n    "  # in place of a line feed: the next line does not look like one of the log
+
+
+def shown(text: str) -> str:
+    """Return a text with escapes in place of all that a terminal would not show as it is, except tabs and line feeds."""
+    return text if text.isprintable() else NOT_SHOWN.sub(_escape, text)
+
+
+def in_one_line(text: str) -> str:
+    """Return a text as `shown`, with escapes for line feeds too."""
+    return shown(text).replace("\n", r"\n")
+
+
+def indented(text: str) -> str:
+    """Return a text as `shown`, with each line after the first indented: none looks like a line of its own."""
+    return shown(text).replace("\n", INDENTED)
+
+
+def _escape(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode()
 
 
 class NonBlockingWriter:
@@ -61,11 +89,29 @@ class NonBlockingHandler(logging.Handler):
 
 
 class UtcFormatter(logging.Formatter):
-    """Writes times as 2027-01-31T18:30:05.123Z."""
+    """Writes times as 2027-01-31T18:30:05.123Z, and texts of others, such as message ids and errors of tasks, as `shown`.
+
+    Text has no line feeds then, apart from that of an error: the error of a task may be a traceback. Its lines are indented.
+    """
 
     converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 -- the name in the standard library
+        """Return the line of a record, without its traceback."""
+        errors = (one for one in _arguments(record) if isinstance(one, BaseException))
+        if "\n" in record.message and not any("\n" in str(error) for error in errors):
+            record.message = record.message.replace("\n", r"\n")
+        return super().formatMessage(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of a record."""
+        return indented(super().format(record))
+
+
+def _arguments(record: logging.LogRecord) -> Iterable[object]:
+    return record.args.values() if isinstance(record.args, Mapping) else record.args or ()
 
 
 def _has_room(stream: TextIO, seconds: float) -> bool:

@@ -212,7 +212,11 @@ class Settings:
         None, or_auto(memory), "memory limit of a task, in bytes or as 512m or 2g; auto: its share of the job's memory"
     )
     task_cpus: float | None = setting(None, cpus, "CPU limit of a task, in CPUs")
-    task_pids: int | None = setting(None, integer(1), "largest number of processes and threads of a task")
+    task_pids: int | None = setting(
+        None,
+        or_auto(integer(1)),
+        "largest number of processes and threads of a task; auto: its share of those that the job may have",
+    )
     task_network: str = setting("", text, "network of the tasks with docker or podman, such as none or host")
     task_user: str = setting("", text, "user of the tasks with docker or podman, as UID[:GID]; none: that of the image")
     engine_patience: float = setting(

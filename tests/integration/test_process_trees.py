@@ -119,6 +119,40 @@ def test_after_its_last_attempt_an_event_is_a_dead_letter(pilots: PilotCommand, 
     assert len(pilots.queue("events.dead-letters")) == 1
 
 
+# Without containers, what a task leaves is known only by what it has inherited.
+
+SPOILER = """
+(env -i "$(command -v setsid)" {prefix} "$(command -v sh)" -c '
+    while sleep 0.02; do echo spoilt; for file in ../task-io/outfile*; do echo spoilt >> "$file"; done; done
+    : "$0"' "$0" &)
+sleep 0.2; echo "$0" > "$1"
+"""
+
+
+@pytest.mark.parametrize(("prefix", "slots"), [("", 2), ("prlimit --locks=7:7", 1)], ids=["with others", "that hides"])
+def test_a_daemon_of_a_task_does_not_write_into_the_next_ones(
+    pilots: PilotCommand, mark: str, prefix: str, slots: int
+) -> None:
+    pilots.send(*range(4))
+    prefix = prefix and f'"$(command -v {prefix.partition(" ")[0]})" {prefix.partition(" ")[2]}'
+    script = f'if test "$(cat "$2")" = 0; then {SPOILER.format(prefix=prefix)} else sleep 0.3; echo "$0" > "$1"; fi'
+    args = "sh", "-c", script, mark, "{{OUTFILE}}", "{{INFILE}}"
+    pilot = pilots.run(*args, max_concurrent_tasks=slots, dump_task_output="true")
+    assert pilot.wait() == 0, pilot.stderr
+    assert containers(mark) == []
+    outputs = pilots.receive()
+    assert len(outputs) == 4
+    assert sum("spoilt" in str(output) for output in outputs) <= 1, "that of its own task is its own affair"
+    nothing_is_left(pilots)
+
+
+def test_zombies_of_a_task_do_not_use_up_its_processes(pilots: PilotCommand) -> None:
+    pilots.send("event")
+    script = 'for number in $(seq 100); do (env -i "$(command -v setsid)" "$(command -v true)" &); sleep 0.01; done'
+    pilot = pilots.run("sh", "-c", script, task_pids=10)
+    assert pilot.wait() == 0, pilot.stderr
+
+
 # Signals.
 
 

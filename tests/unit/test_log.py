@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 import pytest
 
 from trio_pilot import log
-from trio_pilot.log import MOST_KEPT, NonBlockingHandler, UtcFormatter
+from trio_pilot.log import FORMAT, MOST_KEPT, NonBlockingHandler, UtcFormatter, in_one_line, shown
 
 
 def record(message: str) -> logging.LogRecord:
@@ -100,3 +100,36 @@ def test_the_programs_log_has_times_in_utc() -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO a line\n", done.stderr)
     told = datetime.fromisoformat(done.stderr.split()[0])
     assert abs((datetime.now(UTC) - told).total_seconds()) < 60
+
+
+HOSTILE = [
+    *("\x1b[2J", "\x1b]0;title\x07", "\x9b2J", "\r", "\x08", "\x7f", "\x00", "\x85", "\u2028", "\u2029", "\v", "\f"),
+    *("\u202e", "\u2066", "\u200f", "\u061c", "\u200b", "\ufeff", "\udc9b", "\U000e0041"),
+]
+
+
+@pytest.mark.parametrize("hostile", HOSTILE, ids=ascii)
+def test_what_a_terminal_would_obey_is_logged_as_an_escape(hostile: str) -> None:
+    line = UtcFormatter(FORMAT).format(logging.LogRecord("a", 20, "", 1, "event %s", (f"a{hostile}b",), None))
+    assert hostile not in line
+    assert line.endswith(rf"event a{hostile.encode('unicode_escape').decode()}b")
+    assert line.isprintable()
+
+
+@pytest.mark.parametrize("text", ["plain", "a\tb", "naïve café", "日本語", "🙂", r"C:\new", ""])
+def test_other_text_is_shown_as_it_is(text: str) -> None:
+    assert shown(text) == in_one_line(text) == text
+
+
+FORGED = "an-id\n2027-01-31T18:30:05.123Z INFO all is well"
+
+
+def test_a_message_id_cannot_look_like_a_line_of_the_log() -> None:
+    line = UtcFormatter(FORMAT).format(logging.LogRecord("a", 20, "", 1, "event %s: %s", (FORGED, "b"), None))
+    assert len(line.splitlines()) == 1
+    assert r"an-id\n2027" in line
+
+
+def test_the_lines_of_a_tasks_error_are_indented() -> None:
+    text = UtcFormatter(FORMAT).format(logging.LogRecord("a", 20, "", 1, "event: %s", (ValueError(FORGED),), None))
+    assert text.splitlines()[1] == "    2027-01-31T18:30:05.123Z INFO all is well"

@@ -1,4 +1,4 @@
-"""The memory and CPUs that control groups leave to this process. Everything here blocks."""
+"""The memory, CPUs and processes that control groups leave to this process. Everything here blocks."""
 
 import re
 from collections.abc import Iterator
@@ -20,6 +20,12 @@ def most_cpus() -> float | None:
     quotas = [_cpu_quota(group, place) for group, place in _groups("cpu")]
     found = [re.fullmatch(r"(\d+) (\d+)", quota) for quota in quotas]  # without a quota it is `max`, or -1
     return min((int(quota[1]) / int(quota[2]) for quota in found if quota), default=None)
+
+
+def most_pids() -> int | None:
+    """Return the processes and threads that the group of this process, and those above it, allow; None without a limit."""
+    texts = [_text(group / place.main_file("pids")) for group, place in _groups("pids")]
+    return min((int(text) for text in texts if text.isdecimal()), default=None)
 
 
 def _cpu_quota(group: Path, place: Hierarchy) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import resource
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,9 @@ THREADS = (
 
 DEFAULT_GRACE = 10.0  # seconds that tasks have to end, if neither the user nor HTCondor sets a number
 PILOTS_OWN = 128 * 2**20  # bytes of the memory that the pilot keeps for itself and its guardian
+
+PIDS_OWN = 64  # processes and threads that the pilot keeps for itself and its guardian
+OF_MACHINE = "/proc/sys/kernel/pid_max", "/proc/sys/kernel/threads-max"
 
 Ad = Mapping[str, classad.Literal]
 
@@ -102,6 +106,22 @@ def _own_memory() -> tuple[int, str]:
     return (limit, "control group") if limit and limit < installed else (installed, "machine")
 
 
+def pids_of_tasks() -> int:
+    """Return the processes and threads for all tasks together.
+
+    That is what control groups, the limit of this user or else the machine allow, less what the pilot needs. The limit of a
+    user and those of the machine are shared with others: half of them is left to these.
+    """
+    shared = [int(Path(file).read_text()) for file in OF_MACHINE if Path(file).exists()]
+    if os.geteuid() and (of_user := resource.getrlimit(resource.RLIMIT_NPROC)[0]) != resource.RLIM_INFINITY:
+        shared.append(of_user)
+    limits = [number // 2 for number in shared]
+    if of_group := cgroup_limits.most_pids():
+        limits.append(of_group)
+    most = min(limits, default=2 * PIDS_OWN)
+    return most - min(PIDS_OWN, most // 4)
+
+
 def fitted(settings: Settings, allocation: Allocation) -> Settings:
     """Return settings that give each task its share: numbers in place of `auto`, and variables for the number of threads.
 
@@ -113,6 +133,9 @@ def fitted(settings: Settings, allocation: Allocation) -> Settings:
     memory = settings.task_memory
     if memory == AUTO:
         memory = allocation.memory_of_tasks // tasks
+    pids = settings.task_pids
+    if pids == AUTO:
+        pids = max(1, pids_of_tasks() // tasks)
     cpus: float = settings.task_cpus or settings.cpus_per_task or allocation.cpus / tasks
     return replace(
         settings,
@@ -120,6 +143,7 @@ def fitted(settings: Settings, allocation: Allocation) -> Settings:
         cpus_per_task=cpus,
         grace=_grace(settings, allocation),
         task_memory=memory,
+        task_pids=pids,
         task_env_json={**_threads(cpus), **settings.task_env_json},
         init_env_json={**_threads(allocation.cpus), **settings.init_env_json},
     )

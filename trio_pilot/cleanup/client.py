@@ -1,5 +1,6 @@
 """The pilot's end of the pipe to its guardian."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from trio_pilot.cleanup.guardian import parsed
 from trio_pilot.cleanup.sweep import sweep
 from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.log import LOGGER
-from trio_pilot.processes import identity
+from trio_pilot.processes import identity, threads
 from trio_pilot.processes.children import Children, let_outlive
 
 DISMISSAL_TIMEOUT = 2.0  # seconds for a guardian to end when it is dismissed
@@ -95,14 +96,17 @@ class GuardianClient:
 
     async def keep_running(self) -> None:
         """Start another guardian whenever one has ended, until cancelled."""
+        was_refused = False
         while True:
-            await self._ended()
-            LOGGER.warning("the guardian has ended before the pilot; starting another")
+            if self._process:
+                await self._ended()
+                LOGGER.warning("the guardian has ended before the pilot; starting another")
             self._forget()
             try:
                 self.start()
-            except NodeError as error:
-                LOGGER.warning("%s", error)
+            except NodeError as error:  # logged once: it is tried again until there is a process to be had
+                LOGGER.log(logging.DEBUG if was_refused else logging.WARNING, "%s", error)
+            was_refused = self._process is None
             await trio.sleep(RESTART_INTERVAL)
 
     async def dismiss(self) -> None:
@@ -121,7 +125,7 @@ class GuardianClient:
 
     async def sweep(self) -> None:
         """Remove what dead pilots left. If cancelled, wait for it nevertheless: each of its steps has a deadline."""
-        await trio.to_thread.run_sync(sweep, [parsed(line) for line in self._watched])
+        await threads.run_sync(sweep, [parsed(line) for line in self._watched])
 
     def _send(self, line: str) -> None:
         with suppress(BrokenPipeError):  # it has ended; the next one is sent all lines
@@ -130,14 +134,16 @@ class GuardianClient:
 
     async def _ended(self) -> None:
         process = self._process
-        if process is None:
-            return
-        pidfd = os.pidfd_open(process.pid)
-        try:
-            while process.poll() is None:
+        while process and process.poll() is None:
+            try:
+                pidfd = os.pidfd_open(process.pid)
+            except OSError:  # no file descriptor is left
+                await trio.sleep(RESTART_INTERVAL)
+                continue
+            try:
                 await trio.lowlevel.wait_readable(pidfd)
-        finally:
-            os.close(pidfd)
+            finally:
+                os.close(pidfd)
 
     def _forget(self) -> None:
         if self._process and self._process.stdin:

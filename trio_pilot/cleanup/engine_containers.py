@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def _containers(engine: Path) -> Iterable[Mapping[str, Any]]:
         raise ConnectionError(f"{engine} answers {status} to a request to list containers: {answer[:SHOWN]!r}")
     try:
         listed: list[Mapping[str, Any]] = json.loads(answer)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConnectionError(f"{engine} does not speak JSON: {answer[:SHOWN]!r}") from error
     if not isinstance(listed, list) or not all(map(_is_container, listed)):
         raise ConnectionError(f"{engine} does not list containers: {answer[:SHOWN]!r}")
@@ -79,7 +79,9 @@ def _is_left(container: Mapping[str, Any], theirs: PilotFilter) -> bool:
 def _is_orphaned(container: Mapping[str, Any], pilot: Identity) -> bool:
     """Return whether a container's pilot has died, even in another PID namespace, whose end also ends its guardian."""
     root = Path(_label(container, DATA_LABEL))
-    return root.is_absolute() and has_orphaned(root, pilot)
+    with suppress(OSError, ValueError):  # any text may be a label, and need not be a path
+        return root.is_absolute() and has_orphaned(root, pilot)
+    return False
 
 
 def _is_past(container: Mapping[str, Any], pilot: Identity) -> bool:

@@ -1,6 +1,8 @@
 """The sweep at the start of a pilot: remove what dead pilots left behind. It blocks."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from trio_pilot.cleanup import image_builds
@@ -11,28 +13,47 @@ from trio_pilot.processes.identity import Identity
 
 
 def sweep(watched: Collection[tuple[str, Path]]) -> None:
-    """Remove what dead pilots left at each of the watched places, and their processes and control groups."""
-    found = {"process(es)": orphans.end_processes(_is_dead), "control group(s)": cgroups.sweep(_is_dead)}
+    """Remove what dead pilots left at each of the watched places, and their processes and control groups.
+
+    What other users have put where it looks is no reason to end this pilot, or not to look elsewhere: each look may fail.
+    """
     # Engines before data directories: a container's pilot may be known to be dead only by its owner file there. The owner
     # files are listed before: that of a pilot that dies meanwhile is kept for the next sweep.
-    dead = {path: data_directory.owner_files_of_dead(path) for what, path in watched if what == "data"}
+    _look("process(es)", "/proc", lambda: orphans.end_processes(_is_dead))
+    _look("control group(s)", "the control groups", lambda: cgroups.sweep(_is_dead))
+    dead = {path: _owner_files(path) for what, path in watched if what == "data"}
     for what, path in sorted(watched, key=lambda one: one[0] != "engine"):
-        try:
-            if what == "engine":
-                from trio_pilot.cleanup import engine_containers
-
-                found["container(s)"] = engine_containers.remove_containers(path, _is_dead)
-            elif what == "images":
-                found["half-unpacked image(s)"] = image_builds.remove_unfinished(path)
-            else:
-                found["task directory(ies)"] = data_directory.sweep(path, removable=dead.get(path, ()))
-        except OSError as error:
-            if what == "engine":
+        if what == "engine":
+            if not _look("container(s)", path, partial(_remove_containers, path)):
                 dead.clear()
-            LOGGER.warning("cannot look for what dead pilots left at %s: %s", path, error)
-    for what, number in found.items():
-        if number:
-            LOGGER.warning("removed %d %s of pilots that are no more", number, what)
+        elif what == "images":
+            _look("half-unpacked image(s)", path, partial(image_builds.remove_unfinished, path))
+        else:
+            _look("task directory(ies)", path, partial(data_directory.sweep, path, removable=dead.get(path, ())))
+
+
+def _look(what: str, place: object, remove: Callable[[], int]) -> bool:
+    """Remove things of one kind, and log how many they were; return False if that failed, which is logged too."""
+    try:
+        number = remove()
+    except Exception as error:  # one kind that cannot be looked for must not keep the others
+        LOGGER.warning("cannot look for what dead pilots left at %s: %s", place, error or type(error).__name__)
+        return False
+    if number:
+        LOGGER.warning("removed %d %s of pilots that are no more", number, what)
+    return True
+
+
+def _owner_files(root: Path) -> Collection[Path]:
+    with suppress(Exception):  # they are kept then
+        return data_directory.owner_files_of_dead(root)
+    return ()
+
+
+def _remove_containers(engine: Path) -> int:
+    from trio_pilot.cleanup import engine_containers
+
+    return engine_containers.remove_containers(engine, _is_dead)
 
 
 def _is_dead(pilot: Identity) -> bool:

@@ -13,12 +13,13 @@ from trio_pilot.brokers import QueueAddress, open_sink, open_source, tokens
 from trio_pilot.brokers.addresses import file_of
 from trio_pilot.cli.check_containers import container_checks
 from trio_pilot.cli.check_finding import Check, Finding
-from trio_pilot.cli.check_node import allocation_check, data_checks
+from trio_pilot.cli.check_node import allocation_check, data_checks, user_check
 from trio_pilot.cli.signals import run_until_signalled
 from trio_pilot.errors import BrokerError, SettingsError
 from trio_pilot.files import disk_checks
 from trio_pilot.files.filesystem import exists
-from trio_pilot.log import LOGGER
+from trio_pilot.log import LOGGER, indented
+from trio_pilot.processes import threads
 from trio_pilot.settings import FIELDS, Settings, flag_of
 
 EXPIRES_SOON = 3600.0  # seconds before the expiry of a token
@@ -51,7 +52,7 @@ async def _check(settings: Settings) -> int:
 
 def _print(findings: Sequence[Finding]) -> int:
     for finding in findings:
-        print(finding, flush=True)
+        print(indented(str(finding)), flush=True)
     return next((finding.exit_code for finding in findings if finding.exit_code), 0)
 
 
@@ -66,6 +67,7 @@ def _checks(settings: Settings) -> list[Check]:
         ),
         *(Check("outgoing", partial(_queue, open_sink, queue), _broker_cure("OUTGOING")) for queue in outgoing),
         allocation_check(settings),
+        user_check(),
         *container_checks(settings),
         *data_checks(settings),
         *(Check("token", partial(_token, queue), "get a new one, or set the clock") for queue in tokens),
@@ -103,7 +105,7 @@ async def _queue(open_queue: Callable[..., Any], queue: QueueAddress, lease: flo
 
 async def _queue_in_file(open_queue: Callable[..., Any], queue: QueueAddress) -> str:
     file = file_of(queue.address)
-    if not await trio.to_thread.run_sync(exists, file):  # no fault: the pilot makes it
+    if not await threads.run_sync(exists, file):  # no fault: the pilot makes it
         if not os.access(file.parent, os.W_OK | os.X_OK):
             raise BrokerError(f"{queue.queue}: the queue file {file} cannot be made")
         return f"{queue.queue}, in the queue file {file}, which will be made"

@@ -12,9 +12,10 @@ from trio_pilot.allocation.resources import find_allocation, fitted
 from trio_pilot.cli.check_finding import Check, SkippedError
 from trio_pilot.errors import NodeError, PilotError, first
 from trio_pilot.files.filesystem import is_directory, is_link
-from trio_pilot.pilot.container_runs import RunSpec, Tools
+from trio_pilot.pilot.container_runs import RunSpec, Tools, check_paths
 from trio_pilot.pilot.tools import open_tools
 from trio_pilot.pilot.trial import find_command, try_files
+from trio_pilot.processes import threads
 from trio_pilot.runtimes import HOST_ROOT, Runtime, confinement
 from trio_pilot.runtimes.apptainer_directory import USUAL_PATH
 from trio_pilot.runtimes.bubblewrap_root import is_own
@@ -121,6 +122,7 @@ async def _open_tools(settings: Settings, image: str) -> AsyncIterator[Tools]:
 async def _container(settings: Settings, kind: Kind) -> str:
     spec = _spec(settings, kind)
     async with _open_tools(settings, spec.image) as tools:
+        check_paths(tools, spec)
         begun = trio.current_time()
         facts = await try_files(tools, settings, spec)
         return f"started and ended in {trio.current_time() - begun:.1f} s; {facts}"
@@ -139,7 +141,7 @@ async def _command(settings: Settings, kind: Kind) -> str:
         found = await find_command(tools, settings, spec)
         root = Path("/") if spec.image in HOST_ROOT or not tools.runtime.has_mounts else Path(spec.image)
         if found is None:  # no shell has looked for it
-            if tools.runtime.engine or not await trio.to_thread.run_sync(is_directory, root):
+            if tools.runtime.engine or not await threads.run_sync(is_directory, root):
                 return f"{command}: cannot be looked for in this image"
             paths = (path for path in _candidates(command) if _is_executable(path, root, settings))
             found = next(map(str, paths), "")

@@ -24,8 +24,10 @@ from trio_pilot.cli.signals import print_summary, run_until_signalled
 from trio_pilot.errors import DecodeError, DeliveryLostError, NodeError, UsageError, map_exceptions
 from trio_pilot.files.blocking_calls import BlockingCalls
 from trio_pilot.files.task_logs import TaskLogs
+from trio_pilot.log import in_one_line
 from trio_pilot.pilot import container_runs
 from trio_pilot.pilot.tools import open_tools
+from trio_pilot.processes import threads
 from trio_pilot.processes.children import end_all_children
 from trio_pilot.settings import Settings
 from trio_pilot.wire import WIRES, Message
@@ -51,7 +53,7 @@ class DeadLetter:
 def show_list(settings: Settings, queue: str, *, as_json: bool) -> int:
     """Print the dead letters of a queue, one on each line."""
     lines = run_until_signalled(_list, settings, queue, as_json)
-    print("\n".join(lines)) if lines else print(f"no dead letters of {queue}", file=sys.stderr)
+    print("\n".join(lines)) if lines else print(in_one_line(f"no dead letters of {queue}"), file=sys.stderr)
     return 0
 
 
@@ -133,7 +135,7 @@ async def _open_dead_letters(settings: Settings, queue: str) -> AsyncIterator[li
                     letters.append(_from_delivery(delivery))
             # The consumer is closed by now: what is released is not delivered here again, out of order.
             read = partial(_from_directory, settings.dead_letters, queue)
-            letters += await trio.to_thread.run_sync(read, abandon_on_cancel=True)
+            letters += await threads.run_sync(read, abandon_on_cancel=True)
             yield letters
         finally:
             with trio.move_on_after(RELEASE_TIMEOUT, shield=True):
@@ -151,7 +153,7 @@ async def _remove(letter: DeadLetter) -> None:
     if isinstance(letter.place, Delivery):
         await letter.place.source.settle(letter.place, Settlement.ACK)
     else:
-        await trio.to_thread.run_sync(_unlink, letter.place)
+        await threads.run_sync(_unlink, letter.place)
 
 
 def _unlink(path: Path) -> None:
@@ -195,7 +197,9 @@ def _event(settings: Settings, letter: DeadLetter) -> dict[str, Any]:
 
 def _table(letters: Iterable[DeadLetter]) -> Iterable[str]:
     """Yield the lines of a table: a head, and a line for each dead letter."""
-    rows = [[letter.message_id, *(_short(letter.facts.get(name, "")) for name in COLUMNS)] for letter in letters]
+    rows = [
+        [in_one_line(letter.message_id), *(_short(letter.facts.get(name, "")) for name in COLUMNS)] for letter in letters
+    ]
     if not rows:
         return
     rows.insert(0, ["ID", *map(str.upper, COLUMNS)])
@@ -205,5 +209,5 @@ def _table(letters: Iterable[DeadLetter]) -> Iterable[str]:
 
 
 def _short(value: object) -> str:
-    text = " ".join(str(value).split())
+    text = in_one_line(" ".join(str(value).split()))
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"

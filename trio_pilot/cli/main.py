@@ -26,6 +26,8 @@ from trio_pilot.errors import (
     map_exceptions,
     reported_name,
 )
+from trio_pilot.processes.secrecy import keep_secrets
+from trio_pilot.processes.threads import is_refusal
 
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a disk that is full or broken
 
@@ -33,6 +35,7 @@ WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a disk
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit; an expected error is printed as a line of text, without a traceback."""
     code = SOFTWARE_ERROR
+    keep_secrets()
     try:
         code = _run_command_or_report(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
@@ -41,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = _print_lines([_line(error) for error in found], found[0].exit_code)
     except* SignalledError as signals:
         number = next(leaves(signals)).number
-        code = _print_lines([f"trio-pilot: {error}" for error in leaves(signals)], SIGNALLED + number)
+        code = _print_lines([log.indented(f"trio-pilot: {error}") for error in leaves(signals)], SIGNALLED + number)
     except* KeyboardInterrupt:
         code = _print_lines(["trio-pilot: interrupted"], SIGNALLED + signal.SIGINT)
     except* BrokenPipeError:  # the reader has gone, as in `| head`
@@ -79,12 +82,14 @@ def _run_command(argv: Sequence[str]) -> int:
 
 
 def _print_unexpected(error: Exception) -> int:
-    """Print an error that is not a PilotError: stdout cannot be written to, which may happen to any command, or a defect."""
+    """Print an error that is not a PilotError: stdout cannot be written to, or no thread started, or a defect."""
     if isinstance(error, OSError) and error.errno in WRITE_ERRORS and error.filename is None:
         _discard_stdout()
         return _print_lines([f"trio-pilot: cannot write to stdout: {error.strerror}"], NodeError.exit_code)
+    if is_refusal(error):
+        return _print_lines([f"trio-pilot: no process or thread can be started: {error}"], NodeError.exit_code)
     defect = "trio-pilot: this is a defect of trio-pilot; please report it with the lines above"
-    return _print_lines([traceback.format_exc(), defect], SOFTWARE_ERROR)
+    return _print_lines([log.shown(traceback.format_exc()), defect], SOFTWARE_ERROR)
 
 
 def _discard_stdout() -> None:
@@ -93,10 +98,11 @@ def _discard_stdout() -> None:
 
 
 def _line(error: PilotError) -> str:
-    """Return the line for an error: in the words of ewms-pilot for errors that EWMS reads."""
-    if isinstance(error, TasksFailedError):
-        return str(error)
-    return f"{reported_name(error)}: {error}" if isinstance(error, ContainerRunError) else f"trio-pilot: {error}"
+    """Return the line for an error: in the words of ewms-pilot, to the byte, for errors that EWMS reads from a file."""
+    if not isinstance(error, TasksFailedError | ContainerRunError):
+        return log.indented(f"trio-pilot: {error}")
+    line = str(error) if isinstance(error, TasksFailedError) else f"{reported_name(error)}: {error}"
+    return log.indented(line) if sys.stderr and sys.stderr.isatty() else line
 
 
 def _print_lines(lines: Iterable[str], code: int) -> int:

@@ -29,6 +29,7 @@ from trio_pilot.errors import (
 from trio_pilot.files.filesystem import exists, is_directory, write_all, write_durably
 from trio_pilot.files.log_copies import STDOUT
 from trio_pilot.log import LOGGER
+from trio_pilot.processes import threads
 from trio_pilot.settings import Settings
 from trio_pilot.wire import WIRES
 
@@ -126,7 +127,7 @@ class Receiver:
             return
         # The reader of stdout may have stopped reading: when cancelled, the thread that waits for it is abandoned.
         write = partial(self._write, delivery.message_id, message.data)
-        await trio.to_thread.run_sync(write, abandon_on_cancel=True)
+        await threads.run_sync(write, abandon_on_cancel=True)
         if self._seen:
             self._seen.add(delivery.message_id)
         await delivery.source.settle(delivery, Settlement.ACK)
@@ -163,7 +164,7 @@ async def _release(delivery: Delivery) -> None:
 
 def _write_line(_message_id: str, data: Any) -> None:
     """Write a line to stdout. Not by sys.stdout: a thread that waits in it would hold its lock at exit."""
-    line = json.dumps(_base64(data) if isinstance(data, bytes) else data).encode() + b"\n"
+    line = json.dumps(_base64(data) if isinstance(data, bytes) else data).encode() + b"\n"  # ASCII, and so escaped
     try:
         write_all(STDOUT, line)
     except BrokenPipeError:

@@ -14,9 +14,10 @@ from trio_pilot.allocation.walltime import find_end
 from trio_pilot.brokers import Patience, open_sinks, open_sources
 from trio_pilot.cleanup.client import open_guardian
 from trio_pilot.cli.exit_codes import SIGNALLED
+from trio_pilot.cli.root_warning import root_warning
 from trio_pilot.cli.site_lines import site_lines
 from trio_pilot.condor.reporter import open_reporter
-from trio_pilot.log import LOGGER, NonBlockingWriter
+from trio_pilot.log import LOGGER, NonBlockingWriter, in_one_line
 from trio_pilot.pilot.serve import Parts, serve
 from trio_pilot.processes.children import end_all_children
 from trio_pilot.runtimes.selection import open_runtime
@@ -40,11 +41,13 @@ def _print_site() -> None:
     if sys.stdout:
         stdout = NonBlockingWriter(sys.stdout)
         for line in site_lines(os.environ):
-            stdout.write(line)
+            stdout.write(in_one_line(line))
 
 
 async def run_pilot(settings: Settings) -> int | None:
     """Run a pilot with the brokers and the runtime of the settings; return the signal that ended it, or None."""
+    if warning := root_warning():
+        LOGGER.warning(warning)
     settings, status = _fit_to_allocation(settings), Status()
     patience = patience_of(settings, status)
     parts = Parts(

@@ -14,6 +14,7 @@ from trio_pilot.brokers import Sink, open_sink
 from trio_pilot.cli.signals import print_summary, run_until_signalled
 from trio_pilot.errors import EncodeError, PilotError, SettingsError, map_exceptions
 from trio_pilot.files.task_directory import parse_outfile
+from trio_pilot.processes import threads
 from trio_pilot.settings import Settings
 from trio_pilot.wire import WIRES, Message
 
@@ -53,7 +54,7 @@ class Sender:
         ):
             await sink.ready()
             # Reading may block, for example on a pipe, so it is done in a thread; None is the end.
-            next_body = partial(trio.to_thread.run_sync, self._next_body, events, abandon_on_cancel=True)
+            next_body = partial(threads.run_sync, self._next_body, events, abandon_on_cancel=True)
             try:
                 while (body := await next_body()) is not None:
                     message = object()

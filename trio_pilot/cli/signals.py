@@ -9,6 +9,7 @@ from typing import TypeVar, TypeVarTuple
 import trio
 
 from trio_pilot.cli.exit_codes import SignalledError
+from trio_pilot.log import in_one_line
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -27,9 +28,9 @@ def print_summary(summary: Callable[[], str]) -> Iterator[None]:
     except SignalledError as error:
         raise SignalledError(error.number, summary()) from None
     except BaseException:
-        print(summary(), file=sys.stderr)
+        print(in_one_line(summary()), file=sys.stderr)
         raise
-    print(summary(), file=sys.stderr)
+    print(in_one_line(summary()), file=sys.stderr)
 
 
 async def _until_signalled(function: Callable[[*Ts], Awaitable[T]], arguments: tuple[*Ts]) -> T:

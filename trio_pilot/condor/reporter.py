@@ -17,6 +17,7 @@ from trio_util import wait_any
 from trio_pilot import __version__
 from trio_pilot.errors import ReportError, reported_name
 from trio_pilot.log import LOGGER
+from trio_pilot.processes.threads import run_sync
 from trio_pilot.settings import Settings
 from trio_pilot.status import Status
 
@@ -53,7 +54,7 @@ async def _send_in_thread(
     is_given_up = threading.Event()
     wanted = takewhile(lambda _: not is_given_up.is_set(), changes.items())
     try:
-        await trio.to_thread.run_sync(_send, destination, wanted, reported, abandon_on_cancel=True, limiter=threads)
+        await run_sync(_send, destination, wanted, reported, abandon_on_cancel=True, limiter=threads)
     finally:
         is_given_up.set()
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 import trio
 
 from trio_pilot.log import LOGGER
+from trio_pilot.processes import threads
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ class BlockingCalls:
     async def call(self, size: float, function: Callable[..., T], *arguments: object) -> T:
         """Call a function that handles `size` bytes. If cancelled, wait for it: what it makes must not be left behind."""
         if not self.is_quick(size):
-            return await trio.to_thread.run_sync(function, *arguments)
+            return await threads.run_sync(function, *arguments)
         await trio.lowlevel.checkpoint_if_cancelled()
         return self._call_here(function, *arguments)
 
@@ -41,7 +42,7 @@ class BlockingCalls:
         if self.is_quick(size):
             return self._call_here(function, *arguments)
         with trio.move_on_after(self._finish_timeout, shield=True):
-            return await trio.to_thread.run_sync(function, *arguments, abandon_on_cancel=True)
+            return await threads.run_sync(function, *arguments, abandon_on_cancel=True)
         LOGGER.error("%s%s not done in %g s, given up: the disk hangs", function.__name__, arguments, self._finish_timeout)
         return None
 

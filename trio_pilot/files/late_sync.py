@@ -12,6 +12,7 @@ import trio
 
 from trio_pilot.files.filesystem import sync
 from trio_pilot.log import LOGGER
+from trio_pilot.processes import threads
 
 LATE = 5.0  # seconds after which the sending of an output is late
 
@@ -30,7 +31,7 @@ class LateSync:
                 await trio.sleep(LATE)
                 for path in [path for path, since in self._since.items() if since + LATE <= trio.current_time()]:
                     if self._since.pop(path, None) is not None:  # only once, and not if it is sent by now
-                        await trio.to_thread.run_sync(_sync_output, path, abandon_on_cancel=True)
+                        await threads.run_sync(_sync_output, path, abandon_on_cancel=True)
 
     def close(self) -> None:
         """End `watch`: there is nothing left to send."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trio_pilot.files.filesystem import opened, write_all
 from trio_pilot.files.task_directory import TaskFiles
+from trio_pilot.log import shown
 
 STDOUT, STDERR = 1, 2
 PIECE = 65536  # bytes that are copied in one step
@@ -61,10 +62,16 @@ def _opened(path: Path, stack: ExitStack) -> int | None:
 def _copy(log: int | None, descriptor: int) -> bytes:
     """Copy a log, and return its last piece. Not through sys.stdout: a thread that waits there would hold its lock."""
     last = b""
+    escaped = _escaped if os.isatty(descriptor) else bytes
     while log is not None and (piece := os.read(log, PIECE)):
-        _write(descriptor, piece)
+        _write(descriptor, escaped(piece))
         last = piece
     return last
+
+
+def _escaped(piece: bytes) -> bytes:
+    """Return what a terminal shows of a piece and does not obey. A character at its end may be shown as its bytes."""
+    return shown(piece.decode(errors="backslashreplace")).encode(errors="backslashreplace")
 
 
 def _write(descriptor: int, content: bytes) -> None:

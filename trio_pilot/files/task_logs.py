@@ -20,6 +20,7 @@ from trio_pilot.files.error_summary import MOST
 from trio_pilot.files.filesystem import opened
 from trio_pilot.files.task_directory import TaskFiles
 from trio_pilot.log import LOGGER
+from trio_pilot.processes import threads
 
 TAIL = MOST  # bytes of the end that are kept while a task runs: the error summary is taken from them
 
@@ -111,7 +112,7 @@ class TaskLogs:
             return
         seconds = FAILED_SHOW_TIMEOUT if failed else SHOW_TIMEOUT
         with trio.move_on_after(seconds, shield=True) as scope:  # the output of the task must not be lost
-            await trio.to_thread.run_sync(copy, files, abandon_on_cancel=True, limiter=self._showing)
+            await threads.run_sync(copy, files, abandon_on_cancel=True, limiter=self._showing)
         if scope.cancelled_caught and not self._is_unread:
             LOGGER.warning("stdout or stderr is not read: the logs of tasks are not copied to it until it is")
         self._is_unread = scope.cancelled_caught

@@ -1,6 +1,7 @@
 """Running containers to their ends: tasks, the init container, probes of the node; and removing their directories."""
 
 import math
+import re
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from trio_pilot.files.task_directory import TaskFiles
 from trio_pilot.files.task_logs import TaskLogs
 from trio_pilot.pilot.foreign_files import open_directories
 from trio_pilot.pilot.running_clock import RunningClock
+from trio_pilot.processes import threads
 from trio_pilot.runtimes import NOT_FOUND_REASONS, Container, Engine, Exit, Limits, Mount, Runtime
 from trio_pilot.settings import Settings
 
@@ -144,6 +146,7 @@ def _conclude(logs: TaskLogs, files: TaskFiles, ended: Exit | None) -> str:
 
 async def run_init(tools: Tools, settings: Settings, logs: TaskLogs) -> None:
     """Run the init container. Raises what `run` raises."""
+    check_paths(tools, RunSpec.init(settings))
     async with _open_directory(tools, "init", settings.init_image, keep=settings.keep_all_task_files) as files:
         await tools.runtime.prepare(settings.init_image, has_args=bool(settings.init_args))
         await run(tools, BlockingCalls(), logs, RunSpec.init(settings), files)
@@ -156,6 +159,7 @@ async def run_once(tools: Tools, settings: Settings, data: Any) -> int:
         ContainerTimeoutError: it took too long.
         NodeError: it could not be run.
     """
+    check_paths(tools, RunSpec.task(settings))
     files, disk, timeout = task_files(tools, settings), BlockingCalls(), settings.task_timeout or math.inf
     try:
         await disk.call(0, tools.make, files)
@@ -163,7 +167,7 @@ async def run_once(tools: Tools, settings: Settings, data: Any) -> int:
         ended = None
         with tools.clock.move_on_after(timeout):
             ended = await tools.runtime.run(container_for(tools, replace(RunSpec.task(settings), dump=True), files))
-        await trio.to_thread.run_sync(copy_logs, files, abandon_on_cancel=True)
+        await threads.run_sync(copy_logs, files, abandon_on_cancel=True)
     finally:
         await remove(tools, disk, files, settings.task_image, keep=settings.keep_all_task_files)
     if ended is None:
@@ -248,11 +252,11 @@ async def _take_hub(engine: Engine, image: str, data_directory: DataDirectory, d
     if is_locked(data_directory.data_hub):
         async with engine.open_foreign_files(image, data_directory.root) as foreign:
             await foreign.open_directories([data_directory.data_hub])
-    await trio.to_thread.run_sync(data_directory.take_hub, destination)
+    await threads.run_sync(data_directory.take_hub, destination)
 
 
 async def _has_locked(directory: Path) -> bool:
-    locked: set[Path] = await trio.to_thread.run_sync(locked_directories, directory)
+    locked: set[Path] = await threads.run_sync(locked_directories, directory)
     return bool(locked)
 
 
@@ -293,6 +297,24 @@ def container_for(tools: Tools, spec: RunSpec, files: TaskFiles) -> Container:
     )
 
 
+def check_paths(tools: Tools, *specs: RunSpec) -> None:
+    """Check that the paths of this machine can stand in the text of a shell, as an argument may have them in one.
+
+    Where a path is a whole argument, it may be any.
+
+    Raises:
+        NodeError: A shell would read a path as something else: its output would be lost, or part of the path be executed.
+    """
+    root = str(tools.data_directory.root)
+    in_texts = any(placeholder in arg != placeholder for spec in specs for arg in spec.args for placeholder in PLACEHOLDERS)
+    if in_texts and not tools.runtime.has_mounts and not PLAIN_PATH.fullmatch(root):
+        raise NodeError(
+            f"the data directory {root!r} has a name that a shell would not take as it is, and without containers"
+            " {{INFILE}}, {{OUTFILE}} and {{DATA_HUB}} are paths in it: name another directory in"
+            " EWMS_PILOT_DATA_DIR_PARENT_PATH_ON_HOST, or pass them as arguments of their own"
+        )
+
+
 def _mounts(tools: Tools, io: Path | None) -> tuple[Mount, ...]:
     """List the mounts of a container that reads and writes its files in `io`; the init container has none."""
     inside_io, inside_hub = INSIDE
@@ -301,6 +323,7 @@ def _mounts(tools: Tools, io: Path | None) -> tuple[Mount, ...]:
     return (hub, *own, *(Mount(path, str(path)) for path in tools.data_directory.external))
 
 
+PLAIN_PATH = re.compile(r"[\w/.+@%:=,-]+")  # letters, digits and what has no meaning in any shell
 PLACEHOLDERS = {
     "{{INFILE}}": "EWMS_TASK_INFILE",
     "{{IN_FILE}}": "EWMS_TASK_INFILE",

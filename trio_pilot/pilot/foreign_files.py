@@ -8,6 +8,7 @@ from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.files import task_directory
 from trio_pilot.files.filesystem import is_locked, locked_directories
 from trio_pilot.files.task_directory import TaskFiles
+from trio_pilot.processes import threads
 from trio_pilot.runtimes import Engine
 
 FETCHING_TIMEOUT = 60.0  # seconds to copy an output file of another user
@@ -21,7 +22,7 @@ async def open_directories(engine: Engine, image: str, root: Path) -> None:
     """
     opened: set[Path] = set()
     async with engine.open_foreign_files(image, root) as foreign:
-        while locked := await trio.to_thread.run_sync(locked_directories, root) - opened:
+        while locked := await threads.run_sync(locked_directories, root) - opened:
             await foreign.open_directories(sorted(locked))
             opened |= locked
 

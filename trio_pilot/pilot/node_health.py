@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import trio
 from trio_util import AsyncValue
 
-from trio_pilot.errors import ContainerLostError, NodeError, PilotError
+from trio_pilot.errors import ContainerLostError, NodeError, NoProcessError, PilotError
 
 
 async def _never() -> bool:
@@ -48,6 +48,7 @@ class NodeHealth:
         Raises:
             NodeError: the node is broken, and doubted for ever. The event is not at fault.
             ContainerLostError: that cannot be found out, for the engine is away.
+            NoProcessError: that cannot be found out, for there is no process to be had.
         """
         self._doubts.value += 1
         await tidy_up()
@@ -56,12 +57,12 @@ class NodeHealth:
             if probes == self._probes:
                 await self._probe_once(error)
             fault = self._fault
-        is_lost = isinstance(fault, ContainerLostError)
-        if fault and not is_lost and not await tasks_are_at_fault():
+        may_pass = isinstance(fault, ContainerLostError | NoProcessError)
+        if fault and not may_pass and not await tasks_are_at_fault():
             raise NodeError(f"this node breaks tasks: {fault}; so the event may not be at fault: {error}") from fault
         self._doubts.value -= 1
-        if fault and is_lost:
-            raise ContainerLostError(f"{fault}; so it is not known what is at fault: {error}") from fault
+        if fault and may_pass:
+            raise type(fault)(f"{fault}; so it is not known what is at fault: {error}") from fault
 
     async def _probe_once(self, error: PilotError) -> None:
         self._probes += 1

@@ -22,10 +22,10 @@ import trio
 from trio_pilot.allocation.walltime import TimeLeft
 from trio_pilot.brokers import Consumer, Settlement, Sink, Source
 from trio_pilot.cleanup.client import Guardian
-from trio_pilot.errors import ContainerLostError, NodeError, TasksFailedError, names
+from trio_pilot.errors import ContainerLostError, NodeError, NoProcessError, TasksFailedError, names
 from trio_pilot.files.data_directory import open_data_directory, root_in
 from trio_pilot.log import LOGGER
-from trio_pilot.pilot.container_runs import Tools, open_hub, probe, run_init, task_files
+from trio_pilot.pilot.container_runs import RunSpec, Tools, check_paths, open_hub, probe, run_init, task_files
 from trio_pilot.pilot.deduplication import Deduplicator
 from trio_pilot.pilot.drain import Drain
 from trio_pilot.pilot.intake import Intake
@@ -127,6 +127,7 @@ class Pilot:
 
     async def _try_the_node(self) -> None:
         """Prepare the image of the tasks, and probe the node: one that is broken does not touch an event."""
+        check_paths(self._tools, RunSpec.task(self._settings))
         await self._tools.runtime.prepare(self._settings.task_image, has_args=bool(self._settings.task_args))
         await probe(self._tools, self._settings)
 
@@ -188,7 +189,7 @@ class Pilot:
                 self._status.succeeded.value += 1
             case NodeFailed(error):
                 self._status.returned.value += 1
-                if not isinstance(error, ContainerLostError):  # the engine is back, or will be
+                if not isinstance(error, ContainerLostError | NoProcessError):  # the engine will be back, or the process
                     self._node_error = error
                     self._drain.stop_listening()
             case EventFailed(error):

@@ -16,6 +16,7 @@ from trio_pilot.errors import (
     ContainerTimeoutError,
     EventError,
     NodeError,
+    NoProcessError,
     OutfileError,
 )
 from trio_pilot.files import task_directory
@@ -33,9 +34,12 @@ from trio_pilot.pilot.node_health import NodeHealth
 from trio_pilot.pilot.slots import Slot
 from trio_pilot.pilot.task import EventFailed, NodeFailed, Outcome, Success, Task
 from trio_pilot.pilot.task_lines import TaskLines
+from trio_pilot.processes.children import Children
 from trio_pilot.settings import Settings
 from trio_pilot.status import RunTimes
 from trio_pilot.wire import WIRES, Message
+
+NO_PROCESS_DELAY = 1.0  # seconds for which an event is held that no process can be started for, lest it be taken at once
 
 
 @asynccontextmanager
@@ -95,6 +99,8 @@ class TaskRunner:
         except EventError as error:
             return EventFailed(error)
         except NodeError as error:
+            if isinstance(error, NoProcessError):
+                await trio.sleep(NO_PROCESS_DELAY)
             return NodeFailed(error)
         return Success()
 
@@ -110,10 +116,18 @@ class TaskRunner:
                 await self._blocking.finish(math.inf, task_directory.remove, task.files)
 
     async def discard(self, task: Task) -> None:
-        """Remove the files of a task, or keep its directory for another task; keep its files where the user wants that."""
+        """Remove the files of a task, or keep its directory for another task; keep its files where the user wants that.
+
+        Without containers, a process of any task that has ended may still have the directory, and its logs, open.
+        """
         files, keep = task.files, self._settings.keep_all_task_files
-        if keep or not await self._blocking.finish(task_directory.outfile_size(files), self.directory_pool.take_back, files):
+        is_in_use = not self._tools.runtime.has_mounts and bool(Children.strays())
+        if keep or is_in_use or not await self._taken_back(files):
             await remove(self._tools, self._blocking, files, self._spec.image, keep=keep)
+
+    async def _taken_back(self, files: TaskFiles) -> bool:
+        size = task_directory.outfile_size(files)
+        return await self._blocking.finish(size, self.directory_pool.take_back, files) or False
 
     async def _stage(self, task: Task) -> Mapping[str, Any]:
         if task.headers is None:

@@ -13,6 +13,7 @@ from trio_pilot.files import task_directory
 from trio_pilot.files.blocking_calls import BlockingCalls
 from trio_pilot.files.error_summary import error_summary, without_words
 from trio_pilot.pilot.container_runs import PROBE_TIMEOUT, RunSpec, Tools, container_for, remove, task_files
+from trio_pilot.processes import threads
 from trio_pilot.runtimes import NOT_FOUND_REASONS, Container
 from trio_pilot.settings import Settings
 
@@ -48,7 +49,7 @@ async def try_files(tools: Tools, settings: Settings, spec: RunSpec) -> str:
     try:
         faults = await _lines(tools, settings, spec, [FILES, "trial", mark, *external])
     finally:
-        await trio.to_thread.run_sync(_remove_mark, tools.data_directory.data_hub / mark)
+        await threads.run_sync(_remove_mark, tools.data_directory.data_hub / mark)
     if faults:
         raise NodeError(f"a container like that of a task {'; '.join(faults)}")
     return NO_SHELL if faults is None else "its files can be read and written"

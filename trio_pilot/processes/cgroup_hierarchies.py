@@ -44,11 +44,18 @@ class Hierarchy:
         return v2 if self.unified else v1
 
     def pilot_groups(self) -> Iterator[Path]:
-        """Yield the top groups of all pilots in this hierarchy that this user may write to."""
+        """Yield the top groups of all pilots of this user in this hierarchy; others may have made some of such a name."""
         for directory, names, _ in os.walk(self.mount):
             found = (Path(directory, name) for name in names if name.startswith(PREFIX))
-            yield from (top for top in found if os.access(top, os.W_OK))
+            yield from (top for top in found if _is_own(top))
             names[:] = [name for name in names if not name.startswith(PREFIX)]
+
+
+def _is_own(group: Path) -> bool:
+    try:
+        return group.stat().st_uid == os.geteuid() and os.access(group, os.W_OK)
+    except OSError:  # it has been removed meanwhile
+        return False
 
 
 def hierarchies(proc: Path = Path("/proc/self")) -> list[Hierarchy]:

@@ -8,10 +8,12 @@ import signal
 import time
 from collections.abc import Collection, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from trio_pilot.processes.cgroup_hierarchies import PAYLOAD, PILOT
-from trio_pilot.processes.identity import DEAD_STATES, PARENT, STATE, stat_of
+from trio_pilot.processes.identity import DEAD_STATES, PARENT, STARTED, STATE, stat_of
+from trio_pilot.processes.signals import signal_listed
 
 REMOVE_TIMEOUT = 5.0  # seconds for the kernel to let go of a group whose last process has ended; as a rule it takes none
 REMOVE_INTERVAL = 0.002  # seconds between two attempts
@@ -20,19 +22,23 @@ REMOVE_INTERVAL = 0.002  # seconds between two attempts
 def remove(group: Path) -> bool:
     """Kill and reap the processes in a group and those below it, and remove the groups; return whether they are gone."""
     deadline = time.monotonic() + REMOVE_TIMEOUT
-    killed: set[int] = set()
+    killed: dict[int, str] = {}  # when each of them started
     while True:
         _rmdir(group)
-        killed = {pid for pid in killed if not _is_reaped(pid, killed)}
+        killed = {pid: started for pid, started in killed.items() if not _is_reaped(pid, started, killed)}
         if not killed and not group.exists():
             return True
         if time.monotonic() > deadline:
             return False
-        for pid in {pid for one in _with_subgroups(group) for pid in processes_in(one)}:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-                killed.add(pid)
+        for one in _with_subgroups(group):
+            killed |= _kill_in(one)
         time.sleep(REMOVE_INTERVAL)
+
+
+def _kill_in(group: Path) -> dict[int, str]:
+    """Kill the processes in a group; return when each of them started."""
+    sent = signal_listed(signal.SIGKILL, partial(processes_in, group))
+    return {pid: facts[STARTED] for pid in sent if (facts := stat_of(pid))}
 
 
 def _rmdir(group: Path) -> None:
@@ -53,15 +59,17 @@ def remove_empty(top: Path) -> None:
             one.rmdir()
 
 
-def _is_reaped(pid: int, killed: Collection[int]) -> bool:
+def _is_reaped(pid: int, started: str, killed: Collection[int]) -> bool:
     """Return whether this process need not reap a killed process any more: it is gone, or dead and another's child.
 
     The child of another killed process becomes a child of this process a moment after both were killed.
     """
+    fields = stat_of(pid)
+    if fields is None or fields[STARTED] != started:  # its number may be that of a new child, which is reaped elsewhere
+        return True
     with suppress(ChildProcessError):
         return os.waitpid(pid, os.WNOHANG)[0] == pid
-    fields = stat_of(pid)
-    return fields is None or (fields[STATE] in DEAD_STATES and int(fields[PARENT]) not in {*killed, os.getpid()})
+    return fields[STATE] in DEAD_STATES and int(fields[PARENT]) not in {*killed, os.getpid()}
 
 
 def _with_subgroups(group: Path) -> Iterator[Path]:

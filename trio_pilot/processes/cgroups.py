@@ -215,6 +215,7 @@ def sweep(theirs: Callable[[Identity], bool]) -> int:
         The number of containers that were removed.
     """
     tops = [top for hierarchy in hierarchies() for top in hierarchy.pilot_groups()]
+    # The names are any user's to choose, but no other user's group can be written to.
     return sum(_sweep(top) for top in tops if (pilot := Identity.parse(top.name.removeprefix(PREFIX))) and theirs(pilot))
 
 

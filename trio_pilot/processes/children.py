@@ -8,6 +8,10 @@ the pilot's own. So the tree below a child is ended by listing the pilot's own c
 that belong to the tree: they carry the child's marker in their environment, or are in its session. A dying process has no
 environment any more, and its children become the pilot's only when it is dead; in the middle of execve(2) a process has no
 environment yet. So both are waited for.
+
+A process that has changed both is known by the number that its task has passed on (`descent`). One that has changed that too
+is a stray: strays are ended when no child runs, and until then what tasks have used is not used again. What descends from
+processes that were there before the pilot, as in `helper & exec trio-pilot`, is left alone: the pilot has not started it.
 """
 
 import ctypes
@@ -16,7 +20,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -25,9 +29,14 @@ from typing import IO, ClassVar
 
 import trio
 
+from trio_pilot.errors import NoProcessError
 from trio_pilot.log import LOGGER
+from trio_pilot.processes import descent
+from trio_pilot.processes.identity import DEAD_STATES, PARENT, STATE, stat_of
 from trio_pilot.processes.orphans import MARKER, mark
 from trio_pilot.processes.proc import environment_of, is_dying
+from trio_pilot.processes.secrecy import passing_on_core_limit
+from trio_pilot.processes.signals import signal_if
 
 # Seconds that killing and reaping a process tree may take. SIGKILL acts at once, except on a process that waits in the
 # kernel, for a hanging file system, say: nothing but waiting helps then.
@@ -60,6 +69,8 @@ class Children:
 
     # Shared by all instances: the child of one is no orphan to another.
     _living: ClassVar[set[int]] = set()
+    _running: ClassVar[dict[int, "Child"]] = {}
+    _unkillable: ClassVar[set[int]] = set()  # orphans, such as processes that have become another user's
 
     def __init__(self, death_interval: float = DEATH_INTERVAL) -> None:
         if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
@@ -68,23 +79,80 @@ class Children:
         if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self.death_interval = death_interval
+        descent.own_mark()
 
     def spawn(self, command: Command) -> "Child":
-        """Start a child in a session of its own, with an empty stdin. Raises OSError if it cannot be started."""
-        with _restricted_to(command.cpus):
-            process = _popen(command)
+        """Start a child in a session of its own, with an empty stdin.
+
+        Raises:
+            NoProcessError: There is no process left to start, for the moment.
+            OSError: It cannot be started for another reason.
+        """
+        number = descent.new_number()
+        with _restricted_to(command.cpus), descent.passing_on(number), passing_on_core_limit():
+            try:
+                process = _popen(command)
+            except BlockingIOError as error:
+                raise NoProcessError(f"no process can be started for the moment: {error.strerror}") from error
         try:
-            child = Child(process, command.marker, self)
+            child = Child(process, command.marker, self, number)
         except OSError:  # no file descriptor is left
             process.kill()
             process.wait()
             raise
         self._living.add(process.pid)
+        self._running[process.pid] = child
         return child
 
-    def orphans(self) -> list[int]:
-        """Return the children that this process did not start itself."""
-        return [pid for pid in _own_children() if pid not in self._living and pid not in _EXCLUDED]
+    @classmethod
+    def orphans(cls) -> list[int]:
+        """Return the children that this process did not start itself, but one that it has started did."""
+        return [pid for pid in _own_children() if pid not in cls._living and _has_been_started_here(pid)]
+
+    @classmethod
+    def strays(cls) -> list[int]:
+        """Return the orphans of which no running child is known to have started them."""
+        return [pid for pid in cls.orphans() if not any(child.may_have_started(pid) for child in cls._running.values())]
+
+    @classmethod
+    async def end_strays(cls, child: "Child") -> None:
+        """Kill and reap the orphans that a child has left, and if no other runs, all. Shielded, at most for REAP_TIMEOUT."""
+        pids: list[int] = []
+        with trio.move_on_after(REAP_TIMEOUT, shield=True) as ending:
+            while pids := [pid for pid in cls._killable() if not cls._running or child.has_numbered(pid)]:
+                dying = [pid for pid in pids if not _kill_and_reap(pid)]
+                if dying:
+                    await _wait_for_death(dying[0], DEATH_INTERVAL)
+        if ending.cancelled_caught:
+            LOGGER.error("process %d, which a task has left, cannot be killed: it is left behind", pids[0])
+            cls._unkillable.update(pids)
+
+    @classmethod
+    def _killable(cls) -> list[int]:
+        pids = cls.orphans()
+        cls._unkillable.intersection_update(pids)
+        return [pid for pid in pids if pid not in cls._unkillable]
+
+    @classmethod
+    @contextmanager
+    def reaping(cls) -> Iterator[None]:
+        """Reap each orphan as soon as it has ended, while the body runs: until then it counts as a process."""
+        token = trio.lowlevel.current_trio_token()
+        before = signal.signal(signal.SIGCHLD, lambda *_: token.run_sync_soon(cls.reap, idempotent=True))
+        signal.siginterrupt(signal.SIGCHLD, False)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGCHLD, before)
+
+    @classmethod
+    def reap(cls) -> None:
+        """Reap the children that have ended and that no other code reaps."""
+        for pid in _own_children():
+            if pid not in cls._living and pid not in _OUTLIVING and (stat_of(pid) or DEAD_STATES)[STATE] in DEAD_STATES:
+                with suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
+                    _FROM_BEFORE.discard(pid)
 
     @classmethod
     def register(cls, pid: int) -> None:
@@ -95,13 +163,17 @@ class Children:
     def unregister(cls, pid: int) -> None:
         """Unregister a child that was reaped."""
         cls._living.discard(pid)
+        cls._running.pop(pid, None)
 
 
 class Child:
     """A child process and the tree below it."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", marker: str, children: Children) -> None:
+    def __init__(
+        self, process: "subprocess.Popen[bytes]", marker: str, children: Children, number: int | None = None
+    ) -> None:
         self.pid = process.pid
+        self._number = number
         self._process = process
         self._marker = f"{MARKER}={mark(marker)}".encode()
         self._children = children
@@ -152,7 +224,7 @@ class Child:
         with suppress(OSError):
             started = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
             for one in started:
-                os.kill(int(one), signal.SIGTERM)
+                signal_if(int(one), signal.SIGTERM, partial(_is_child_of, pid, int(one)))
         if not started:
             self.signal_group(signal.SIGTERM)
 
@@ -178,6 +250,14 @@ class Child:
         except OSError:  # gone in the meantime, or another user's
             return False
         return None if environment is None else self._marker in environment.split(b"\0")
+
+    def may_have_started(self, pid: int) -> bool:
+        """Return whether an orphan belongs to this child's tree, as far as is known."""
+        return self.has_numbered(pid) or self._is_below(pid) is not False
+
+    def has_numbered(self, pid: int) -> bool:
+        """Return whether a process has inherited the number that this child has passed on."""
+        return self._number is not None and descent.number_of(pid) == self._number
 
     def _close(self) -> None:
         os.close(self._pidfd)
@@ -231,15 +311,19 @@ def exit_code(returncode: int) -> int:
 
 
 def end_all_children() -> None:
-    """Kill and reap all children of this program, which is about to exit, and what becomes its child by that.
+    """Kill and reap all that this program has started: it is about to exit.
 
-    Nothing else finds a process with a new session *and* a cleaned environment.
+    Left alone is what is to outlive this process, and what descends from processes that were there before it.
     """
     deadline = time.monotonic() + REAP_TIMEOUT
-    while (pids := set(_own_children()) - _EXCLUDED) and time.monotonic() < deadline:
+    while (pids := _all_started_here()) and time.monotonic() < deadline:
         for pid in pids:
             _kill_and_reap(pid)
         time.sleep(REAP_INTERVAL)
+
+
+def _all_started_here() -> Collection[int]:
+    return {pid for pid in _own_children() if pid not in _OUTLIVING and _has_been_started_here(pid)}
 
 
 def _own_children() -> list[int]:
@@ -248,13 +332,28 @@ def _own_children() -> list[int]:
         return [int(pid) for pid in file.read().split()]
 
 
-# Children that are never ended: from before an exec, as in `helper & exec trio-pilot`, or to outlive this process.
-_EXCLUDED = set(_own_children())
+# Children from before an exec, as in `helper & exec trio-pilot`. What they start may become a child of this process later.
+_FROM_BEFORE = set(_own_children())
+# The first process of a PID namespace also gets the orphans of those who enter it, by `docker exec`, say.
+_HAS_STRANGERS = bool(_FROM_BEFORE) or os.getpid() == 1
+_OUTLIVING: set[int] = set()
+
+
+def _has_been_started_here(pid: int) -> bool:
+    """Return whether a child of this process was started by it, or by what it has started. By default, all were."""
+    if pid in _FROM_BEFORE or pid in _OUTLIVING:
+        return False
+    return not _HAS_STRANGERS or descent.own_mark() is None or descent.is_descendant(pid)
 
 
 def let_outlive(pid: int) -> None:
     """Let a child outlive this process: never end it."""
-    _EXCLUDED.add(pid)
+    _OUTLIVING.add(pid)
+
+
+def _is_child_of(parent: int | None, pid: int) -> bool:
+    facts = stat_of(pid)
+    return facts is not None and int(facts[PARENT]) == parent
 
 
 def _kill_and_reap(pid: int) -> bool:

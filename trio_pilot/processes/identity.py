@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 # Indices of the fields of /proc/PID/stat after the name: number 0 here is the third in proc(5).
 STATE, PARENT, SESSION, FLAGS, THREADS, STARTED, ENV_START, ENV_END = 0, 1, 3, 6, 17, 19, 47, 48
 DEAD_STATES = ("Z", "X", "x")
+
+# What `str` writes, and nothing that no kernel would: any user may write such a text, in any size, where pilots read it.
+WRITTEN = re.compile(r"([0-9a-z]{1,32})\.([1-9][0-9]{0,9})\.([1-9][0-9]{0,6})\.(0|[1-9][0-9]{0,18})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +33,9 @@ class Identity:
 
     @classmethod
     def parse(cls, text: str) -> "Identity | None":
-        """Parse what `str` returns; None if it is something else."""
-        parts = text.split(".")
-        if len(parts) != 4 or not all(part.isascii() and part.isdigit() for part in parts[1:]):
-            return None
-        return cls(parts[0], *map(int, parts[1:]))
+        """Parse what `str` returns; None if it is something else. Any text is possible: other users write some of them."""
+        found = WRITTEN.fullmatch(text)
+        return cls(found[1], int(found[2]), int(found[3]), int(found[4])) if found else None
 
     @property
     def is_dead(self) -> bool:
@@ -53,6 +55,8 @@ def _is_hidden(pid: int) -> bool:
         os.kill(pid, 0)
     except OSError as error:
         return error.errno == errno.EPERM
+    except OverflowError:  # no process can have such a number
+        return False
     return True
 
 
@@ -69,5 +73,5 @@ def stat_of(pid: int) -> list[str] | None:
     """Return the fields of /proc/PID/stat that follow the name; None if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
+    except (OSError, ValueError):  # a number of more digits than Python converts is ValueError
         return None

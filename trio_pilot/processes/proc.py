@@ -34,6 +34,15 @@ def environment_of(pid: int) -> bytes | None:
     return environment if environment or is_empty else None
 
 
+def real_user_of(pid: int) -> int | None:
+    """Return the user that started a process, whatever user it has become by a set-uid program; None if it is gone."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:  # noqa: PTH123 -- of thousands of processes
+            return next(int(line.split()[1]) for line in file if line.startswith(b"Uid:"))
+    except (OSError, StopIteration):
+        return None
+
+
 def _stat(pid: int) -> list[str]:
     if (fields := stat_of(pid)) is None:
         raise FileNotFoundError(pid)

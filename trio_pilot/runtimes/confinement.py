@@ -18,7 +18,7 @@ import trio
 
 from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.log import LOGGER
-from trio_pilot.processes import cgroups
+from trio_pilot.processes import cgroups, threads
 from trio_pilot.processes.cgroup_removal import REMOVE_TIMEOUT
 from trio_pilot.processes.identity import THREADS, stat_of
 from trio_pilot.runtimes import NOT_EXECUTABLE, NOT_FOUND, Container, Limits
@@ -96,7 +96,7 @@ class Limiter:
         """Return the means of this machine. The first call looks for them, and logs which of the limits are not enforced."""
         async with self._lock:
             if self._means is None:
-                self._means = await trio.to_thread.run_sync(lambda: Means(self._open_groups()))
+                self._means = await threads.run_sync(lambda: Means(self._open_groups()))
                 for kind, by in self._means.enforcement(limits).items():
                     if by.startswith(NOT_ENFORCED):
                         LOGGER.warning("--task-%s is %s", kind, by)
@@ -106,12 +106,12 @@ class Limiter:
         """Remove what was made for all containers."""
         if self._means:
             with trio.move_on_after(CALL_TIMEOUT, shield=True):
-                await trio.to_thread.run_sync(self._means.close)
+                await threads.run_sync(self._means.close)
 
 
 async def enforcement(limits: Limits) -> Mapping[str, str]:
     """Return what enforces each of the limits that are set, or NOT_ENFORCED and the reason."""
-    return await trio.to_thread.run_sync(_enforcement, limits)
+    return await threads.run_sync(_enforcement, limits)
 
 
 def _enforcement(limits: Limits) -> Mapping[str, str]:
@@ -176,13 +176,13 @@ class _Limited(Confinement):
     async def __aenter__(self) -> Confinement:
         means = await self._limiter.means(self._container.limits)
         with map_exceptions({OSError: NodeError}, "cannot limit what a container uses"):
-            await trio.to_thread.run_sync(self._prepare, means)
+            await threads.run_sync(self._prepare, means)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         if self._group:
             with trio.move_on_after(CALL_TIMEOUT, shield=True):
-                if not await trio.to_thread.run_sync(self._group.remove):
+                if not await threads.run_sync(self._group.remove):
                     LOGGER.error("the control group of %s cannot be removed", self._container.name)
 
     def _prepare(self, means: Means) -> None:

@@ -27,7 +27,9 @@ async def open_runtime(options: Options, open_groups: OpenGroups = cgroups.Group
     """Open the runtime, and warn that it does not isolate."""
     LOGGER.warning("runtime 'process': tasks are NOT contained; they can read and write whatever this user can")
     async with open_limiter(open_groups=open_groups) as limiter:
-        yield ProcessRuntime(options.kill_grace, limiter)
+        runtime = ProcessRuntime(options.kill_grace, limiter)
+        with Children.reaping():  # zombies of a task count among its processes
+            yield runtime
 
 
 class ProcessRuntime:
@@ -60,7 +62,10 @@ class ProcessRuntime:
             started = self._start(container, confinement)
             if isinstance(started, Exit):
                 return started
-            code = await started.wait_and_end(self._kill_grace)
+            try:
+                code = await started.wait_and_end(self._kill_grace)
+            finally:
+                await self._children.end_strays(started)
             if refusal := confinement.refusal(code, container.stderr):
                 return _cannot_run(container, code, refusal)
             return Exit(code, code != 0 and confinement.out_of_memory)

@@ -8,6 +8,7 @@ import pytest
 from trio_pilot.allocation import cgroup_limits, classad
 from trio_pilot.allocation.cpu_sets import CpuSets
 from trio_pilot.allocation.resources import PILOTS_OWN, THREADS, Allocation, find_allocation, fitted
+from trio_pilot.parsing import AUTO
 from trio_pilot.processes.cgroup_hierarchies import Hierarchy
 from trio_pilot.settings import Settings, load
 
@@ -163,3 +164,23 @@ def test_few_cpus_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_cpu_sets_there_is_no_restriction() -> None:
     with CpuSets(0, 1).lend() as cpus:
         assert cpus == ()
+
+
+@pytest.mark.parametrize(("limit", "slots", "pids"), [(1064, 1, 1000), (1064, 4, 250), (40, 1, 30), (2, 2, 1), (3, 100, 1)])
+def test_each_task_has_its_share_of_the_processes_of_the_group(
+    monkeypatch: pytest.MonkeyPatch, limit: int, slots: int, pids: int
+) -> None:
+    monkeypatch.setattr(cgroup_limits, "most_pids", lambda: limit)
+    settings = fitted(Settings(task_pids=AUTO, max_concurrent_tasks=slots), find_allocation({}))
+    assert settings.task_pids == pids
+
+
+def test_without_a_limit_half_of_the_machines_processes_are_for_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroup_limits, "most_pids", lambda: None)
+    most = fitted(Settings(task_pids=AUTO), find_allocation({})).task_pids
+    assert most is not None
+    assert 0 < most < int(Path("/proc/sys/kernel/pid_max").read_text()) / 2
+
+
+def test_without_auto_there_is_no_limit_of_processes() -> None:
+    assert fitted(Settings(), find_allocation({})).task_pids is None

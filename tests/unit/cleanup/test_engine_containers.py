@@ -63,6 +63,14 @@ def test_a_container_is_left_alone_if_the_file_system_has_no_locks(
     assert remove_containers(engine.socket, is_dead) == 0
 
 
+@pytest.mark.parametrize("data", ["/a\0b", "/\ud800", "/" + "a" * 5000, "/proc/self/mem/x", "/" + "a/" * 3000])
+def test_a_label_that_is_no_path_does_not_keep_other_containers(engine: FakeEngine, data: str) -> None:
+    odd = {engine.add(ELSEWHERE, data=data), engine.add(str(DEAD).replace(f".{DEAD.pid}.", f".{'9' * 5000}."))}
+    engine.add(DEAD)
+    assert remove_containers(engine.socket, is_dead) == 1
+    assert engine.containers.keys() == odd
+
+
 def test_an_engine_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
         remove_containers(tmp_path / "none", is_dead)

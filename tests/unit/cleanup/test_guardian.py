@@ -125,6 +125,21 @@ def test_an_error_of_one_kind_does_not_keep_the_others(
     assert not directory.exists()
 
 
+@pytest.mark.parametrize("module", ["orphans.end_processes", "cgroups.sweep"])
+def test_an_error_of_any_kind_in_a_look_is_logged_by_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, module: str
+) -> None:
+    def fail(_theirs: object) -> int:
+        raise OverflowError("not as expected")
+
+    monkeypatch.setattr(f"trio_pilot.processes.{module}", fail)
+    monkeypatch.setattr("trio_pilot.files.data_directory.owner_files_of_dead", fail)
+    directory = leave_task_directory(tmp_path, "01234567", f"{DEAD}@{NODE}")
+    sweep([("data", tmp_path / "ewms-pilot-data")])
+    assert not directory.exists()
+    assert "not as expected" in caplog.text
+
+
 def test_directories_do_not_wait_for_an_engine_that_is_away(engine: FakeEngine, tmp_path: Path) -> None:
     engine.add(DEAD)
     engine.trouble = (500, b"stopping")

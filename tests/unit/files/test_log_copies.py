@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from trio_pilot.files import log_copies
+from trio_pilot.files.filesystem import opened
 from trio_pilot.files.log_copies import copy_logs, copy_marked_logs
 from trio_pilot.files.task_directory import TaskFiles
 
@@ -92,3 +94,15 @@ def test_only_a_reader_is_waited_for(tmp_path: Path, stdout: str, expected: int)
     assert done.returncode == expected
     if stdout == "file":
         assert without_stdout(program).returncode == 0
+
+
+def test_a_terminal_shows_escapes_of_what_it_would_obey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main, terminal = os.openpty()
+    monkeypatch.setattr(log_copies, "STDOUT", terminal)
+    monkeypatch.setattr(log_copies, "_write", os.write)
+    (tmp_path / "log").write_bytes(b"a\x1b[2Jb\xffc\xc2\x9bd\n")
+    with opened(tmp_path / "log", os.O_RDONLY) as log:
+        log_copies._copy(log, terminal)
+    assert os.read(main, 100) == rb"a\x1b[2Jb\xffc\x9bd" + b"\r\n"
+    os.close(main)
+    os.close(terminal)

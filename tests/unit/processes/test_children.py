@@ -13,6 +13,7 @@ import trio
 
 from tests.support.processes import open_files, own_children, processes_with
 from tests.support.waiting import PATIENCE, until, until_sync
+from trio_pilot.processes import descent
 from trio_pilot.processes.children import Child, Children, Command, exit_code
 from trio_pilot.processes.orphans import MARKER
 from trio_pilot.processes.proc import environment_of, is_dying
@@ -173,6 +174,63 @@ async def test_a_chain_of_forking_processes_is_ended(children: Children, tmp_pat
     assert processes_with(str(tmp_path)) == []
 
 
+# A daemon of which neither session nor environment tell where it comes from; `prlimit` changes the number it has inherited.
+UNKNOWN = 'env -i "$(command -v setsid)" {prefix} "$(command -v sleep)" 1000 & echo $! > pid; until test -s pid; do :; done'
+
+
+async def leave_daemon(children: Children, directory: Path, prefix: str = "") -> tuple[Child, int]:
+    child = spawn(children, directory, UNKNOWN.format(prefix=prefix))
+    await child.wait()
+    daemon = int((directory / "pid").read_text())
+    await until(lambda: Path(f"/proc/{daemon}/cmdline").read_bytes().startswith(b"/") and os.getsid(daemon) == daemon)
+    await until(lambda: b"sleep" in Path(f"/proc/{daemon}/comm").read_bytes())
+    await end(child)
+    return child, daemon
+
+
+async def test_a_daemon_without_marks_is_ended_with_its_task(children: Children, tmp_path: Path) -> None:
+    async with running(children, tmp_path, "sleep 1000"):
+        child, daemon = await leave_daemon(children, tmp_path)
+        assert children.strays() == [daemon]
+        await children.end_strays(child)
+        assert daemon not in own_children()
+
+
+async def test_a_stray_lives_until_no_child_runs(children: Children, tmp_path: Path) -> None:
+    async with running(children, tmp_path, "sleep 1000"):
+        child, daemon = await leave_daemon(children, tmp_path, "$(command -v prlimit) --locks=7:7")
+        await children.end_strays(child)
+        assert children.strays() == [daemon]
+    await children.end_strays(child)
+    assert daemon not in own_children()
+
+
+async def test_daemons_of_a_running_child_are_no_strays(children: Children, tmp_path: Path) -> None:
+    script = UNKNOWN.format(prefix="") + "; sleep 1000"
+    async with running(children, tmp_path, f"({script}) & sleep 0.1; kill $!; sleep 1000") as child:
+        await until(lambda: len(children.orphans()) == 1)
+        assert children.strays() == []
+    await children.end_strays(child)
+
+
+async def test_orphans_are_reaped_as_soon_as_they_have_ended(children: Children, tmp_path: Path) -> None:
+    script = 'for number in 1 2 3 4 5; do (env -i "$(command -v setsid)" "$(command -v true)" &); done; sleep 1000'
+    with children.reaping():
+        async with running(children, tmp_path, script) as child:
+            await until(lambda: own_children() == {child.pid})
+        signal.raise_signal(signal.SIGCHLD)
+    assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+
+
+async def test_what_a_child_inherits_is_not_left_with_this_process(children: Children, tmp_path: Path) -> None:
+    before = resource.getrlimit(descent.RLIMIT_LOCKS)
+    async with running(children, tmp_path, "sleep 1000") as child:
+        assert descent.number_of(child.pid) not in (None, before[0])
+        assert descent.is_descendant(child.pid)
+    assert resource.getrlimit(descent.RLIMIT_LOCKS) == before
+    assert not descent.is_descendant(1)
+
+
 def test_the_environment_of_a_process_that_has_just_died_is_unknown() -> None:
     with subprocess.Popen(["true"]) as process:
         until_sync(lambda: is_dying(process.pid))
@@ -232,6 +290,7 @@ def few_file_descriptors(left: int) -> Iterator[None]:
 STRAY = """
 import os, subprocess, sys, trio
 from pathlib import Path
+from trio_pilot.processes import descent
 from trio_pilot.processes.children import Children, Command, end_all_children
 
 async def main():
@@ -264,6 +323,7 @@ def test_a_stray_without_session_and_environment_is_ended_at_the_exit(tmp_path: 
 FROM_BEFORE = """
 import os, subprocess, trio
 from pathlib import Path
+from trio_pilot.processes import descent
 from trio_pilot.processes.children import Children, Command
 
 async def main():
@@ -298,9 +358,54 @@ def test_what_was_started_before_this_program_is_not_ended_with_it(tmp_path: Pat
     kill_and_reap(helper)
 
 
+HELPERS = {
+    "a child": "sleep 1000 & echo $! > pid",
+    "an orphan": "(sh -c 'sleep 1000 & echo $! > pid' &); until test -s pid; do :; done",
+    "what a helper starts later": "(sleep 0.7; sleep 1000 & echo $! > pid) &",
+    "what it starts in a new session": "(sleep 0.7; setsid sleep 1000 & echo $! > pid) &",
+    "what it starts without a trace": "(sleep 0.7; env -i $(command -v setsid) $(command -v sleep) 1000 & echo $! > pid) &",
+}
+
+A_TASK_AND_AN_END = """
+import os, subprocess, sys, time, trio
+from pathlib import Path
+from trio_pilot.processes.children import Children, Command, end_all_children
+
+async def main():
+    children = Children()
+    with open("out", "wb") as out:
+        script = "env -i setsid sleep 1000 & echo $! > stray"
+        child = children.spawn(Command(["sh", "-c", script], dict(os.environ), Path("."), out, out, "marker"))
+        await child.wait()
+        while not Path("pid").exists() or not Path("pid").read_text():
+            await trio.sleep(0.01)
+        await trio.sleep(0.1)
+        await child.end(0)
+        await children.end_strays(child)
+
+try:
+    trio.run(main)
+finally:
+    end_all_children()
+"""
+
+
+@pytest.mark.parametrize("helper", HELPERS.values(), ids=HELPERS.keys())
+def test_what_was_there_before_and_all_that_it_starts_is_left_alone(tmp_path: Path, helper: str) -> None:
+    command = ["sh", "-c", f'{helper}\nexec "$0" -c "$1"', sys.executable, A_TASK_AND_AN_END]
+    done = subprocess.run(command, cwd=tmp_path, check=True, timeout=PATIENCE, stdout=DEVNULL, stderr=subprocess.DEVNULL)
+    assert done.returncode == 0
+    pid, stray = (int((tmp_path / name).read_text()) for name in ("pid", "stray"))
+    assert not Path(f"/proc/{stray}").exists()
+    assert not is_zombie(pid)
+    kill_and_reap(pid)
+    Children.reap()
+
+
 SIGCHLD_IGNORED = """
 import os, sys, trio
 from pathlib import Path
+from trio_pilot.processes import descent
 from trio_pilot.processes.children import Children, Command
 
 async def main():
@@ -330,6 +435,7 @@ def test_exit_codes_are_right_though_sigchld_was_ignored_at_the_start(tmp_path: 
 SIGKILLED = """
 import os, sys, trio
 from pathlib import Path
+from trio_pilot.processes import descent
 from trio_pilot.processes.children import Children, Command
 
 async def main():

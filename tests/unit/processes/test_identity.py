@@ -27,9 +27,23 @@ def test_an_identity_can_be_written_and_read() -> None:
     assert own().pid == os.getpid()
 
 
-@pytest.mark.parametrize("text", ["", "a", "a.1.2", "a.1.2.x", "a.1.2.3.4", "a.1.-2.3", "a.1.².3"])
+NINES = "9" * 20
+ODD = [
+    *("", "a", "a.1.2", "a.1.2.x", "a.1.2.3.4", "a.1.-2.3", "a.1.².3", "a.1.2.3\n", "\na.1.2.3", "a.1.2.3\0", "..."),
+    *(f"a.1.{NINES}.1", f"a.{NINES}.1.1", f"a.1.1.{NINES}", f"a.1.{'9' * 5000}.1", f"{'a' * 33}.1.2.3"),
+    *("a.1.0.1", "a.1.01.1", "a.1.99999999.1", "a/b.1.2.3", "../a.1.2.3", "a.1.2.3/x", "\udcff.1.2.3", "a.1.٣.3"),
+    *(f"a.1.1.{'1' * 10**6}", "." * 10**6),
+]
+
+
+@pytest.mark.parametrize("text", ODD, ids=lambda text: repr(text)[:20])
 def test_other_text_is_no_identity(text: str) -> None:
     assert Identity.parse(text) is None
+
+
+@pytest.mark.parametrize("digits", [8, 20, 5000])
+def test_a_process_that_cannot_be_there_is_dead(digits: int) -> None:
+    assert replace(own(), pid=10**digits).is_dead
 
 
 def test_a_living_process_is_not_dead(other: "subprocess.Popen[bytes]") -> None:
