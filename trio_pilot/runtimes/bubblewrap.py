@@ -38,6 +38,7 @@ from trio_pilot.runtimes.bubblewrap_root import HOME, HOST, Root, is_own, root_o
 from trio_pilot.runtimes.confinement import NOT_ENTERED, Confinement, Limiter, OpenGroups, open_limiter
 from trio_pilot.runtimes.hidden_paths import NOTHING, HiddenPath, HiddenPaths
 from trio_pilot.runtimes.image_shell import Launch, launch
+from trio_pilot.runtimes.kernel_files import kernel_files
 from trio_pilot.runtimes.seccomp import seccomp_filter
 from trio_pilot.runtimes.session_keyring import join_new_session_keyring
 
@@ -45,9 +46,6 @@ OWN_VARIABLES = {"HOME": HOME, "TMPDIR": HOME}
 
 # Root would keep its capabilities, and could undo the rest with them.
 UNPRIVILEGED = ("--cap-drop", "ALL", "--die-with-parent")
-# Below /proc; where they exist. Root owns them, and needs no capability to write to them.
-KERNEL_FILES = ("sys", "sysrq-trigger", "irq", "bus", "mtrr", "fs", "acpi", "scsi", "pressure", "driver", "asound")
-
 BWRAP_FAILED = 1  # bubblewrap's own exit code
 # Exit codes that are not the payload's, unless bubblewrap has reported that of the payload.
 NOT_THE_PAYLOADS = (BWRAP_FAILED, NOT_ENTERED, NOT_EXECUTABLE, NOT_FOUND)
@@ -117,9 +115,7 @@ async def _isolation(bwrap: str, options: Options) -> _Isolation:
         if b"--disable-userns" in help_text.stdout:
             words += ["--unshare-user", "--disable-userns"]
         else:
-            LOGGER.warning(
-                "bubblewrap: tasks can make user namespaces, as there is no filter of system calls for this machine"
-            )
+            LOGGER.warning("bubblewrap: tasks can make user namespaces: there is no filter of system calls for this machine")
     return _Isolation(words, list(_kernel_options(allow_namespaces=allow_namespaces)), calls)
 
 
@@ -131,10 +127,8 @@ def _kernel_options(*, allow_namespaces: bool) -> Iterator[str]:
     """
     if os.geteuid() == 0 and not allow_namespaces:
         yield from ("--remount-ro", "/proc")
-    elif os.geteuid() == 0:
-        for path in (f"/proc/{name}" for name in KERNEL_FILES):
-            if os.path.exists(path):  # noqa: PTH110
-                yield from ("--ro-bind", path, path)
+    else:
+        yield from (word for path in kernel_files() for word in ("--ro-bind", str(path), str(path)))
 
 
 class BubblewrapRuntime:

@@ -1,16 +1,17 @@
-"""The filter of system calls for containers of bubblewrap, which has none of its own: a deny list like docker's default.
+"""The filter of system calls for bubblewrap and apptainer, which have none of their own: a deny list like docker's default.
 
-It is a program of classic BPF (linux/filter.h, seccomp(2)), made once. What it refuses fails with EPERM; clone3(2), whose
-flags no filter can read, with ENOSYS, so that the C library falls back to clone(2). Programs of another architecture, which
-have other numbers, and those of the x32 ABI are refused every call.
+Bubblewrap takes a program of classic BPF (linux/filter.h, seccomp(2)), apptainer a list of rules as docker does. What is
+refused fails with EPERM; clone3(2), whose flags no filter can read, with ENOSYS, so that clone(2) is used instead.
+Programs of another architecture, which have other numbers, and those of the x32 ABI are refused every call.
 """
 
 import errno
 import os
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 # Of linux/filter.h and linux/seccomp.h.
 LOAD, JUMP_EQUAL, JUMP_AT_LEAST, JUMP_ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -22,6 +23,8 @@ X32 = 0x40000000  # the bit in numbers of the x32 ABI
 NEW_NAMESPACES = 0x7E020000
 TIOCSTI, TIOCLINUX = 0x5412, 0x541C  # of ioctl(2): they feed input to a terminal
 AF_VSOCK = 40  # of socket(2): it reaches the hypervisor
+BITS = [1 << bit for bit in range(32)]
+ALL_BITS, TOP_BIT = 0xFFFFFFFF, BITS[-1]
 PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)  # those that docker allows
 
 # Calls that have the same number on all machines, those before 424 apart.
@@ -104,6 +107,39 @@ def seccomp_filter(*, allow_namespaces: bool = False) -> bytes | None:
     if machine not in MACHINES or sys.maxsize < 2**32:  # the kernel may be of another architecture than its programs
         return None
     return b"".join(map(bytes, _program(*MACHINES[machine], allow_namespaces=allow_namespaces)))
+
+
+def seccomp_rules(*, allow_namespaces: bool = False) -> Mapping[str, Any]:
+    """Return the same filter as rules, as apptainer reads them from a file (--security seccomp:FILE); {}: there is none.
+
+    Programs of other architectures are killed at their first call.
+    """
+    _, numbers = MACHINES.get(os.uname().machine, (0, {}))
+    refused = [name for name in numbers if not (allow_namespaces and name in OF_NAMESPACES)]
+    rules = [rule for name in refused for rule in _rules(name)]
+    return {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules} if rules else {}
+
+
+def _rules(name: str) -> Iterator[Mapping[str, Any]]:
+    """Yield the rules for a call. Each compares one argument, masked: no rule may compare the same argument twice."""
+    rule = {"names": [name], "action": "SCMP_ACT_ERRNO", "errnoRet": errno.ENOSYS if name == "clone3" else errno.EPERM}
+    match name:
+        case "clone":
+            tests = [(0, bit, bit) for bit in BITS if bit & NEW_NAMESPACES]
+        case "ioctl":
+            tests = [(1, ALL_BITS, value) for value in (TIOCSTI, TIOCLINUX)]
+        case "socket":
+            tests = [(0, ALL_BITS, AF_VSOCK)]
+        case "personality":
+            tests = [(0, TOP_BIT | bit, bit) for bit in BITS[:-1] if bit not in PERSONALITIES]
+            tests += [(0, TOP_BIT | bit, TOP_BIT) for bit in BITS[:-1]]  # not all bits, which asks what it is
+        case _:
+            tests = []
+    if not tests:
+        yield rule
+    for index, mask, value in tests:
+        test = {"index": index, "op": "SCMP_CMP_MASKED_EQ", "value": mask, "valueTwo": value}
+        yield {**rule, "args": [test]}
 
 
 def number_of(call: str) -> int | None:
