@@ -43,7 +43,7 @@ from trio_pilot.runtimes.apptainer_images import PROBE, Image, Images, probe
 from trio_pilot.runtimes.confinement import Confinement, Limiter, OpenGroups, open_limiter
 from trio_pilot.runtimes.engine_registry_login import login_files
 from trio_pilot.runtimes.hidden_paths import NOTHING, HiddenPath, HiddenPaths
-from trio_pilot.runtimes.kernel_files import kernel_files
+from trio_pilot.runtimes.kernel_files import kernel_files, masked_files
 from trio_pilot.runtimes.mount_table import PrivateMounts, to_the_bottom
 from trio_pilot.runtimes.seccomp import seccomp_rules
 from trio_pilot.runtimes.session_keyring import join_new_session_keyring
@@ -52,6 +52,7 @@ HOME = "/tmp"  # noqa: S108 -- the container's own: its scratch directory is mou
 
 VAR_TMP = "/var/tmp"  # noqa: S108 -- the same directory: apptainer's own would be small, or missing with that of the image
 SYS = Path("/sys")
+FIRMWARE = SYS / "firmware"
 
 WITHOUT_NETWORK = ("--net", "--network", "none")
 
@@ -200,8 +201,8 @@ class ApptainerRuntime:
             action = "exec"
         scratch = [Mount(container.scratch, place, writable=True) for place in (HOME, VAR_TMP)]
         mended = [Mount(run.image.environment, f"/{DOCKER_ENVIRONMENT}")] if run.image.environment else []
-        hidden = [self._cover(path) for path in self._hidden.seen_through(container.mounts)]
-        mounts = [*scratch, *to_the_bottom(container.mounts, os.geteuid()), *hidden, *mended, *_protection()]
+        hidden = [self._cover(path) for path in (*self._hidden.seen_through(container.mounts), *_firmware())]
+        mounts = [*scratch, *to_the_bottom(container.mounts, os.geteuid()), *mended, *_protection(), *hidden]
         self._private_mounts.log(mount.source for mount in mounts if not mount.propagates)
         return [
             *(self._apptainer.path, "--debug" if self._debug else "--silent"),
@@ -287,6 +288,12 @@ def _protection() -> Iterator[Mount]:
     # A mount of /sys is read-only at its top alone, so all that is mounted below it is mounted once more.
     yield from (Mount(path, str(path)) for path in _below_sys() if os.access(path, os.R_OK | os.X_OK))
     yield from (Mount(path, str(path)) for path in kernel_files())
+    yield from (Mount(NOTHING, str(path)) for path in masked_files())
+
+
+def _firmware() -> Iterator[HiddenPath]:
+    if is_directory(FIRMWARE):
+        yield HiddenPath(FIRMWARE, str(FIRMWARE), is_directory=True)
 
 
 @cache

@@ -38,7 +38,7 @@ from trio_pilot.runtimes.bubblewrap_root import HOME, HOST, Root, is_own, root_o
 from trio_pilot.runtimes.confinement import NOT_ENTERED, Confinement, Limiter, OpenGroups, open_limiter
 from trio_pilot.runtimes.hidden_paths import NOTHING, HiddenPath, HiddenPaths
 from trio_pilot.runtimes.image_shell import Launch, launch
-from trio_pilot.runtimes.kernel_files import kernel_files
+from trio_pilot.runtimes.kernel_files import kernel_files, masked_files
 from trio_pilot.runtimes.seccomp import seccomp_filter
 from trio_pilot.runtimes.session_keyring import join_new_session_keyring
 
@@ -125,10 +125,13 @@ def _kernel_options(*, allow_namespaces: bool) -> Iterator[str]:
     One mount that is read-only as a whole costs nearly nothing, and what a kernel may add is protected too. But a process
     that makes a user namespace has to write to files of its own there.
     """
-    if os.geteuid() == 0 and not allow_namespaces:
-        yield from ("--remount-ro", "/proc")
-    else:
+    if os.geteuid():
+        return
+    if allow_namespaces:
         yield from (word for path in kernel_files() for word in ("--ro-bind", str(path), str(path)))
+    else:
+        yield from ("--remount-ro", "/proc")
+    yield from (word for path in masked_files() for word in ("--ro-bind", str(NOTHING), str(path)))
 
 
 class BubblewrapRuntime:

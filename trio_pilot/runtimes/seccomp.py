@@ -25,6 +25,7 @@ TIOCSTI, TIOCLINUX = 0x5412, 0x541C  # of ioctl(2): they feed input to a termina
 AF_VSOCK = 40  # of socket(2): it reaches the hypervisor
 BITS = [1 << bit for bit in range(32)]
 ALL_BITS, TOP_BIT = 0xFFFFFFFF, BITS[-1]
+TRACER_REQUESTS, TRACE_SECCOMP = (0x4200, 0x4206), 0x80  # of ptrace(2): those that take options, and the option
 PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)  # those that docker allows
 
 # Calls that have the same number on all machines, those before 424 apart.
@@ -117,12 +118,15 @@ def seccomp_rules(*, allow_namespaces: bool = False) -> Mapping[str, Any]:
     _, numbers = MACHINES.get(os.uname().machine, (0, {}))
     refused = [name for name in numbers if not (allow_namespaces and name in OF_NAMESPACES)]
     rules = [rule for name in refused for rule in _rules(name)]
+    if not allow_namespaces:
+        rules += map(_no_decision_by_tracers, TRACER_REQUESTS)
     return {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules} if rules else {}
 
 
 def _rules(name: str) -> Iterator[Mapping[str, Any]]:
     """Yield the rules for a call. Each compares one argument, masked: no rule may compare the same argument twice."""
-    rule = {"names": [name], "action": "SCMP_ACT_ERRNO", "errnoRet": errno.ENOSYS if name == "clone3" else errno.EPERM}
+    # Apptainer knows but one error, EPERM. What is left to a tracer fails with ENOSYS where there is none.
+    rule = {"names": [name], "action": "SCMP_ACT_TRACE" if name == "clone3" else "SCMP_ACT_ERRNO"}
     match name:
         case "clone":
             tests = [(0, bit, bit) for bit in BITS if bit & NEW_NAMESPACES]
@@ -138,8 +142,17 @@ def _rules(name: str) -> Iterator[Mapping[str, Any]]:
     if not tests:
         yield rule
     for index, mask, value in tests:
-        test = {"index": index, "op": "SCMP_CMP_MASKED_EQ", "value": mask, "valueTwo": value}
-        yield {**rule, "args": [test]}
+        yield {**rule, "args": [_test(index, mask, value)]}
+
+
+def _test(index: int, mask: int, value: int) -> Mapping[str, Any]:
+    return {"index": index, "op": "SCMP_CMP_MASKED_EQ", "value": mask, "valueTwo": value}
+
+
+def _no_decision_by_tracers(request: int) -> Mapping[str, Any]:
+    """Return the rule that no process may become a tracer that decides about calls, and so let clone3(2) through."""
+    tests = [_test(0, ALL_BITS, request), _test(3, TRACE_SECCOMP, TRACE_SECCOMP)]
+    return {"names": ["ptrace"], "action": "SCMP_ACT_ERRNO", "args": tests}
 
 
 def number_of(call: str) -> int | None:
