@@ -412,7 +412,7 @@ def define_kernel_files():
         add(f"/proc: read {name}", can_read, f"/proc/{name}")
     add("/proc: acpi", can_list, "/proc/acpi")
     add("/proc: asound", can_list, "/proc/asound")
-    add("/proc: kpageflags", can_write, "/proc/kpageflags")
+    add("/proc: read kpageflags", can_read, "/proc/kpageflags")
     add("/proc: protect from the kill for memory", protect_from_the_kill)
     for name in SYS_FILES:
         add(f"/sys: {name}", write_back, f"/sys/{name}")
