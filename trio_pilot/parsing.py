@@ -214,7 +214,7 @@ def several_of(*choices: str) -> Parse:
         found = {word.lower(): word for word in choices}
         names = [one.strip().lower().removeprefix("cap_") for one in given if one.strip()]
         if unknown := [name for name in names if name not in found]:
-            raise ValueError(f"must be some of {', '.join(choices)} ({unknown[0]} is none of them)")
+            raise ValueError(f"must be some of {', '.join(choices)}, without {unknown[0]!r}")
         return frozenset(found[name] for name in names)
 
     return parse

@@ -28,7 +28,7 @@ EXCEPTIONS: Mapping[str, Mapping[str, str]] = {
         "/proc: read kpageflags": PAGE_FLAGS,
         "cgroups: make a group in /sys/fs/cgroup": OWN_GROUPS,
         "kernel: io_uring_setup": "podman's filter lets it through; the kernel's own checks apply",
-        "keyring: *": "podman's filter lets them through; that of the session is the container's own, that of the user is not",
+        "keyring: *": "podman's filter lets them through; that of the session is the container's, that of the user is not",
         "namespaces: *user*": "podman's filter lets user namespaces through, so that containers can be nested",
         "namespaces: clone3 by a tracer": "podman's filter lets user namespaces through, so that containers can be nested",
         "mounts: * in a user namespace": "the same; the files of the kernel that podman hides stay hidden",
