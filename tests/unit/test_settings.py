@@ -491,9 +491,7 @@ def test_privileges_of_tasks_are_named(raw: object) -> None:
 
 
 def test_a_privilege_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(
-        SettingsError, match="^--task-privileges must be some of namespaces, .*, without 'root', not 'root'$"
-    ):
+    with pytest.raises(SettingsError, match="without 'root', not 'root'"):
         load({"task_privileges": "root"}, {}, NOWHERE)
 
 
