@@ -38,7 +38,7 @@ from trio_pilot.runtimes.bubblewrap_root import HOME, HOST, Root, is_own, root_o
 from trio_pilot.runtimes.confinement import NOT_ENTERED, Confinement, Limiter, OpenGroups, open_limiter
 from trio_pilot.runtimes.hidden_paths import NOTHING, HiddenPath, HiddenPaths
 from trio_pilot.runtimes.image_shell import Launch, launch
-from trio_pilot.runtimes.kernel_files import kernel_files, masked_files
+from trio_pilot.runtimes.kernel_files import kernel_files
 from trio_pilot.runtimes.seccomp import seccomp_filter
 from trio_pilot.runtimes.session_keyring import join_new_session_keyring
 
@@ -131,7 +131,6 @@ def _kernel_options(*, allow_namespaces: bool) -> Iterator[str]:
         yield from (word for path in kernel_files() for word in ("--ro-bind", str(path), str(path)))
     else:
         yield from ("--remount-ro", "/proc")
-    yield from (word for path in masked_files() for word in ("--ro-bind", str(NOTHING), str(path)))
 
 
 class BubblewrapRuntime:

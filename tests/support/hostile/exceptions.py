@@ -9,7 +9,11 @@ OWN_COPY = "the container has a copy of the image of its own"
 OWN_GROUPS = "with control groups of version 1, it is an empty file system of the container's own"
 NO_HYPERVISOR = "the engine's filter is older than Docker 25; what listens there is to check who calls"
 EXCEPTIONS: Mapping[str, Mapping[str, str]] = {
-    "bubblewrap, root": {"/proc: read kpageflags": PAGE_FLAGS},
+    "bubblewrap, root": {
+        "/proc: read kpageflags": PAGE_FLAGS,
+        "/proc: read timer_list": "root may read which timers the kernel has; to hide it costs a fiftieth of a container",
+        "keyring: /proc/keys": "the names of root's keys are seen; the filter of system calls keeps their content",
+    },
     "bubblewrap, user": {
         "/proc/sys: kernel/*": "it is of a namespace of the container's own (messages, shared memory, processes)",
         "keyring: /proc/keys": "the names of the user's keys are seen; the filter of system calls keeps their content",
