@@ -206,6 +206,20 @@ def words(raw: Any) -> frozenset[str]:
     return frozenset(re.sub(r"[\[\]'\",]", " ", joined).split())
 
 
+def several_of(*choices: str) -> Parse:
+    """Return a parser of some of some words, in upper or lower case, separated by commas or white space (or a TOML list)."""
+
+    def parse(raw: Any) -> frozenset[str]:
+        given = [text(one) for one in raw] if isinstance(raw, list) else re.split(r"[,\s]+", text(raw))
+        found = {word.lower(): word for word in choices}
+        names = [one.strip().lower().removeprefix("cap_") for one in given if one.strip()]
+        if unknown := [name for name in names if name not in found]:
+            raise ValueError(f"must be some of {', '.join(choices)}, without {unknown[0]!r}")
+        return frozenset(found[name] for name in names)
+
+    return parse
+
+
 def queues(raw: Any) -> tuple[str, ...]:
     """Parse one name (or address, or token), or several joined by `;` (or a TOML array). Their order counts."""
     return tuple(str(one).strip() for one in (raw if isinstance(raw, list) else text(raw).split(";")))

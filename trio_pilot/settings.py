@@ -8,13 +8,17 @@ import dataclasses
 import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trio_pilot.brokers import DEAD_LETTERS, LONGEST_LEASE, QueueAddress
+from trio_pilot.brokers.addresses import file_of
 from trio_pilot.brokers.kinds import EXAMPLES, KINDS, kind_of
+from trio_pilot.brokers.tokens import is_file
 from trio_pilot.errors import SettingsError, map_exceptions
+from trio_pilot.files.data_directory import root_in
 from trio_pilot.files.trusted_text import read_trusted
 from trio_pilot.parsing import (
     Parse,
@@ -34,15 +38,17 @@ from trio_pilot.parsing import (
     queues,
     seconds,
     seconds_or_none_at_all,
+    several_of,
     size,
     text,
     variables,
     words,
 )
-from trio_pilot.runtimes import APPTAINER_BUILD, APPTAINER_IMAGE, ENVFILE, HOST_ROOT, Limits, Options
+from trio_pilot.runtimes import APPTAINER_BUILD, APPTAINER_IMAGE, ENVFILE, HOST_ROOT, PRIVILEGES, Limits, Options
 from trio_pilot.runtimes.selection import NAMES
 
 CONFIG_FILE = "trio-pilot.toml"
+QUEUE_FILES = ("", "-wal", "-shm", "-bell")  # how the names of the files of a queue file end
 PREFIX = "EWMS_PILOT_"
 SHUTDOWN_TIME = 5.0  # seconds for the end of a pilot, apart from killing tasks; it usually takes a few tenths
 MAX_SHOWN = 80  # characters of a wrong value in a message
@@ -217,8 +223,22 @@ class Settings:
         or_auto(integer(1)),
         "largest number of processes and threads of a task; auto: its share of those that the job may have",
     )
-    task_network: str = setting("", text, "network of the tasks with docker or podman, such as none or host")
+    task_network: str = setting(
+        "", text, "network of the tasks: none (not with process), or, with docker or podman, the name of one, such as host"
+    )
     task_user: str = setting("", text, "user of the tasks with docker or podman, as UID[:GID]; none: that of the image")
+    task_privileges: frozenset[str] = setting(
+        "",
+        several_of(*PRIVILEGES),
+        "what tasks may do beyond what is safe, separated by commas: namespaces (with bubblewrap: make some of their own,"
+        " as nested containers do), set-uid (with docker or podman: become another user, as by sudo),"
+        " or capabilities such as NET_RAW (with docker or podman)",
+    )
+    data_hub: str = setting(
+        "writable",
+        one_of("writable", "read-only"),
+        "whether tasks may write to the data hub: writable, or read-only, for the init container alone (not with process)",
+    )
     engine_patience: float = setting(
         "60",
         seconds_or_none_at_all,
@@ -319,7 +339,27 @@ class Settings:
             build_directory=self.apptainer_build_workdir,
             data_parent=self.data_dir_parent_path_on_host,
             only_directories=self.apptainer_image_directory_must_be_present,
+            privileges=self.task_privileges,
+            hidden=tuple(self._hidden()),
+            protects_hub=self.has_read_only_hub,
         )
+
+    @property
+    def has_read_only_hub(self) -> bool:
+        """Whether tasks, unlike the init container, may only read the data hub."""
+        return self.data_hub == "read-only"
+
+    def _hidden(self) -> Iterator[Path]:
+        """Yield what no container may see: secrets of the pilot, and files of other events."""
+        yield from (self.config or Path(CONFIG_FILE), Path(ENVFILE))
+        tokens = (self.broker_token, *self.queue_incoming_auth_token, *self.queue_outgoing_auth_token)
+        yield from (Path(token[1:]) for token in tokens if is_file(token))
+        for address in {*self.queue_incoming_broker_address, *self.queue_outgoing_broker_address, ""}:
+            with suppress(SettingsError):  # reported where the queues are opened
+                if kind_of(address or self.broker).is_file:
+                    file = file_of(address or self.broker)
+                    yield from (file.with_name(f"{file.name}{suffix}") for suffix in QUEUE_FILES)
+        yield from (root_in(self.data_dir_parent_path_on_host), self.dead_letters)
 
     def incoming(self) -> list[QueueAddress]:
         """Return the addresses of the incoming queues. Raises SettingsError if none is set."""

@@ -11,6 +11,7 @@ from tests.support.containment import Containment
 from tests.support.engines import IMAGE, Engine
 from tests.support.pilots import PilotCommand
 from tests.support.users import NOBODY, UNPRIVILEGED, needs_root
+from trio_pilot.errors import NodeError
 
 AWKWARD = "a,b=c;d:e\"f'g\\h i\nj{k}$l`m`é☃"
 
@@ -161,3 +162,21 @@ def test_just_what_ewms_keeps_is_kept_when_asked_for(pilots: PilotCommand, conta
         pilots.run(*("sh", "-c", "true"), **settings).wait() == 0
     )  # the next pilot is not disturbed by them, and leaves them
     assert all(task.is_dir() for task in tasks)
+
+
+def test_a_data_hub_may_be_read_only_for_tasks(pilots: PilotCommand, containment: Containment) -> None:
+    pilots.send("event")
+    write = 'cat "$0/file" > "$1"; echo more >> "$0/file" || echo refused >> "$1"'
+    pilot = pilots.run(
+        *("sh", "-c", write, "{{DATA_HUB}}", "{{OUTFILE}}"),
+        **containment.settings,
+        init_image=containment.image,
+        init_args="sh -c 'echo from-init > {{DATA_HUB}}/file'",
+        data_hub="read-only",
+    )
+    if containment.runtime == "process":
+        assert pilot.wait() == NodeError.exit_code, pilot.stderr
+        assert "it cannot protect the data hub from tasks (--data-hub read-only)" in pilot.stderr
+    else:
+        assert pilot.wait() == 0, pilot.stderr
+        assert pilots.receive() == ["from-init\nrefused\n"]

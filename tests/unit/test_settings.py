@@ -112,6 +112,7 @@ def test_each_setting_is_in_the_contract_or_known_as_an_addition() -> None:
     additions = {"config", "broker", "broker_token", "broker_patience", "wire", "max_payload", "max_attempts"}
     additions |= {"grace", "kill_grace", "settle_grace", "engine_patience", "dead_letter_directory", "retry_delay"}
     additions |= {"task_memory", "task_cpus", "task_pids", "task_network", "task_user", "max_output"}
+    additions |= {"task_privileges", "data_hub"}
     additions |= {"cpus_per_task", "pin_tasks", "until", "max_runtime"}
     assert {name for _, name, _, _ in ROWS} | additions == FIELDS.keys()
 
@@ -482,3 +483,25 @@ def test_arguments_have_no_nul(tmp_path: Path) -> None:
 )
 def test_a_lease_is_long_enough_for_events_that_wait_for_a_slot(given: dict[str, Any], seconds: float) -> None:
     assert Settings(**given).lease == seconds
+
+
+@pytest.mark.parametrize("raw", ["net_raw, set-uid", "CAP_NET_RAW SET-UID", ["NET_RAW", "set-uid"]])
+def test_privileges_of_tasks_are_named(raw: object) -> None:
+    assert load({"task_privileges": raw}, {}, NOWHERE).task_privileges == {"NET_RAW", "set-uid"}
+
+
+def test_a_privilege_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(SettingsError, match="without 'root', not 'root'"):
+        load({"task_privileges": "root"}, {}, NOWHERE)
+
+
+def test_secrets_and_files_of_other_events_are_hidden_from_tasks(tmp_path: Path) -> None:
+    flags = {"broker_token": "@/a/token", "broker": "./queues.db", "data_dir_parent_path_on_host": str(tmp_path)}
+    hidden = set(load(flags, {}, NOWHERE).runtime_options.hidden)
+    assert hidden >= {
+        Path("trio-pilot.toml"),
+        Path("ewms_htcondor_envfile.sh"),
+        Path("/a/token"),
+        Path("queues.db").absolute(),
+    }
+    assert hidden >= {tmp_path / "ewms-pilot-data", tmp_path / "ewms-pilot-dead-letters"}

@@ -50,13 +50,15 @@ class RunSpec:
     limits: Limits
     dump: bool  # copy its stdout and stderr to those of the pilot even if it succeeds
     keep: bool  # keep its files
+    reads_hub: bool = False  # it may not write to the data hub
     cpu_set: tuple[int, ...] = ()  # CPUs to run on; empty: any
 
     @classmethod
     def task(cls, settings: Settings) -> "RunSpec":
         """Return what is run for each event."""
         what = settings.task_image, settings.task_args, settings.task_env_json, settings.task_timeout
-        return cls("task", *what, settings.limits, settings.dump_task_output, settings.keep_all_task_files)
+        how = settings.dump_task_output, settings.keep_all_task_files, settings.has_read_only_hub
+        return cls("task", *what, settings.limits, *how)
 
     @classmethod
     def init(cls, settings: Settings) -> "RunSpec":
@@ -287,7 +289,7 @@ def container_for(tools: Tools, spec: RunSpec, files: TaskFiles) -> Container:
         image=spec.image,
         args=tuple(_filled_in(arg, names) for arg in spec.args),
         env={**spec.env, **names},
-        mounts=_mounts(tools, files.io if files.infile else None),
+        mounts=_mounts(tools, files.io if files.infile else None, spec),
         scratch=files.scratch,
         stdout=files.stdout,
         stderr=files.stderr,
@@ -315,10 +317,10 @@ def check_paths(tools: Tools, *specs: RunSpec) -> None:
         )
 
 
-def _mounts(tools: Tools, io: Path | None) -> tuple[Mount, ...]:
+def _mounts(tools: Tools, io: Path | None, spec: RunSpec) -> tuple[Mount, ...]:
     """List the mounts of a container that reads and writes its files in `io`; the init container has none."""
     inside_io, inside_hub = INSIDE
-    hub = Mount(tools.data_directory.data_hub, inside_hub, writable=True)
+    hub = Mount(tools.data_directory.data_hub, inside_hub, writable=not spec.reads_hub)
     own = [Mount(io, inside_io, writable=True)] if io else []
     return (hub, *own, *(Mount(path, str(path)) for path in tools.data_directory.external))
 

@@ -29,7 +29,7 @@ if [ -n "${EWMS_TASK_INFILE-}" ]; then
     attempt "cannot read its input file" read_file "$EWMS_TASK_INFILE"
     attempt "cannot write its output file" write_file "$EWMS_TASK_OUTFILE"
 fi
-attempt "cannot write to its data hub" write_file "$EWMS_TASK_DATA_HUB_DIR/$1"
+[ -z "$1" ] || attempt "cannot write to its data hub" write_file "$EWMS_TASK_DATA_HUB_DIR/$1"
 shift
 for directory; do attempt "cannot enter the external directory $directory" read_directory "$directory"; done
 """
@@ -47,7 +47,7 @@ async def try_files(tools: Tools, settings: Settings, spec: RunSpec) -> str:
     mark = f".trial-{tools.data_directory.new_name()}"
     external = map(str, tools.data_directory.external)
     try:
-        faults = await _lines(tools, settings, spec, [FILES, "trial", mark, *external])
+        faults = await _lines(tools, settings, spec, [FILES, "trial", "" if spec.reads_hub else mark, *external])
     finally:
         await threads.run_sync(_remove_mark, tools.data_directory.data_hub / mark)
     if faults:

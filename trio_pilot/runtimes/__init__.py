@@ -17,6 +17,20 @@ NOT_FOUND_REASONS = os.strerror(errno.ENOENT), os.strerror(errno.ENOTDIR)
 HOST_ROOT = ("", "/")  # names of the image that is this machine's root
 ENVFILE = "ewms_htcondor_envfile.sh"  # EWMS's file of the pilot's variables, tokens included: hidden from every container
 
+NO_NETWORK = "none"
+
+# What containers may do beyond what nearly all need. The capabilities are those of capabilities(7), without CAP_.
+NAMESPACES = "namespaces"  # bubblewrap: make namespaces of their own, as nested containers do
+SET_UID = "set-uid"  # docker, podman: execute programs with the rights of another user, as sudo does
+CAPABILITIES = (
+    *("AUDIT_CONTROL", "AUDIT_READ", "AUDIT_WRITE", "BLOCK_SUSPEND", "BPF", "CHECKPOINT_RESTORE", "CHOWN", "DAC_OVERRIDE"),
+    *("DAC_READ_SEARCH", "FOWNER", "FSETID", "IPC_LOCK", "IPC_OWNER", "KILL", "LEASE", "LINUX_IMMUTABLE", "MAC_ADMIN"),
+    *("MAC_OVERRIDE", "MKNOD", "NET_ADMIN", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_RAW", "PERFMON", "SETFCAP", "SETGID"),
+    *("SETPCAP", "SETUID", "SYSLOG", "SYS_ADMIN", "SYS_BOOT", "SYS_CHROOT", "SYS_MODULE", "SYS_NICE", "SYS_PACCT"),
+    *("SYS_PTRACE", "SYS_RAWIO", "SYS_RESOURCE", "SYS_TIME", "SYS_TTY_CONFIG", "WAKE_ALARM"),
+)
+PRIVILEGES = (NAMESPACES, SET_UID, *CAPABILITIES)
+
 # The variables of two settings of apptainer, for errors that name them.
 APPTAINER_BUILD = ("_EWMS_PILOT_APPTAINER_BUILD_WORKDIR",)
 APPTAINER_IMAGE = ("_EWMS_PILOT_APPTAINER_IMAGE_DIRECTORY_MUST_BE_PRESENT",)
@@ -72,7 +86,7 @@ class Options:
     """The user's options for runtimes; each runtime uses those that it supports."""
 
     kill_grace: float = 2.0  # seconds between SIGTERM and SIGKILL
-    network: str = ""  # the engine's name of a network; empty: its default
+    network: str = ""  # NO_NETWORK, or an engine's name of a network; empty: the runtime's default
     user: str = ""  # in the container, UID[:GID]; empty: the image's
     shm_size: int | None = None  # bytes of /dev/shm
     engine_patience: float = 60.0  # seconds that an engine may be away
@@ -80,6 +94,14 @@ class Options:
     build_directory: Path = field(default=Path("/var/tmp"))  # noqa: S108 -- upstream's; where images are unpacked
     data_parent: Path = field(default=Path())  # of the data directory; temporary files beside it are swept with it
     only_directories: bool = True  # accept only an unpacked directory as apptainer's image
+    privileges: frozenset[str] = frozenset()  # PRIVILEGES that containers keep
+    hidden: tuple[Path, ...] = ()  # files and directories of this machine that no container may see
+    protects_hub: bool = False  # containers may only read the data hub
+
+    @property
+    def has_network(self) -> bool:
+        """Whether containers have a network at all."""
+        return self.network != NO_NETWORK
 
 
 class Runtime(Protocol):

@@ -7,6 +7,7 @@ clear its environment. So they are all in the session of a shell that has the ma
 """
 
 import errno
+import json
 import os
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -18,24 +19,42 @@ from pathlib import Path, PurePath
 import trio
 
 from trio_pilot.errors import NodeError, map_exceptions
-from trio_pilot.files.data_directory import open_temporary
+from trio_pilot.files.data_directory import open_temporary, root_in
 from trio_pilot.files.filesystem import is_directory
 from trio_pilot.files.task_logs import open_log
 from trio_pilot.parsing import VARIABLE
 from trio_pilot.processes import cgroups
 from trio_pilot.processes.children import Child, Command
 from trio_pilot.processes.orphans import MARKER, mark
-from trio_pilot.runtimes import Container, Exit, Limits, Mount, Options, apptainer_quoting, command_refused, no_command
+from trio_pilot.runtimes import (
+    NAMESPACES,
+    Container,
+    Exit,
+    Limits,
+    Mount,
+    Options,
+    apptainer_quoting,
+    command_refused,
+    no_command,
+)
 from trio_pilot.runtimes.apptainer_command import LEADER, MOST_TEXT, Apptainer, environment, fatal
 from trio_pilot.runtimes.apptainer_directory import DOCKER_ENVIRONMENT, RUNSCRIPT
 from trio_pilot.runtimes.apptainer_images import PROBE, Image, Images, probe
 from trio_pilot.runtimes.confinement import Confinement, Limiter, OpenGroups, open_limiter
+from trio_pilot.runtimes.engine_registry_login import login_files
+from trio_pilot.runtimes.hidden_paths import NOTHING, HiddenPath, HiddenPaths
+from trio_pilot.runtimes.kernel_files import kernel_files, masked_files
 from trio_pilot.runtimes.mount_table import PrivateMounts, to_the_bottom
+from trio_pilot.runtimes.seccomp import seccomp_rules
+from trio_pilot.runtimes.session_keyring import join_new_session_keyring
 
 HOME = "/tmp"  # noqa: S108 -- the container's own: its scratch directory is mounted there
 
 VAR_TMP = "/var/tmp"  # noqa: S108 -- the same directory: apptainer's own would be small, or missing with that of the image
 SYS = Path("/sys")
+FIRMWARE = SYS / "firmware"
+
+WITHOUT_NETWORK = ("--net", "--network", "none")
 
 FAILED = 255  # apptainer's own exit code, whatever the reason
 
@@ -45,9 +64,6 @@ APPTAINERS_OWN = 17 + 8 * min(os.cpu_count() or 1, 8)
 
 PROBE_TIMEOUT = 20.0  # seconds for a container of the probe
 MOUNT_POINTS = "dev", "proc", "sys", "tmp", "etc"  # the least that an image can have
-
-# Where root could write without privileges, because it owns the files.
-KERNEL_FILES = tuple(map(Path, ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus")))
 
 # Apptainer's errors for a command that it cannot execute, with the kernel's reason.
 NO_COMMAND = re.compile(r'"(?P<command>.*)": executable file not found in \$PATH', re.DOTALL)
@@ -82,7 +98,7 @@ async def _cannot_run(apptainer: Apptainer, options: Options) -> str | None:
     with open_temporary(options.data_parent) as image:
         for name in MOUNT_POINTS:
             (image / name).mkdir()
-        return await probe(apptainer, image)
+        return await probe(apptainer, image, () if options.has_network else WITHOUT_NETWORK)
 
 
 @asynccontextmanager
@@ -93,7 +109,7 @@ async def open_runtime(options: Options, open_groups: OpenGroups = cgroups.Group
     with ExitStack() as stack:
         images = Images(apptainer, options, stack)
         async with open_limiter(APPTAINERS_OWN, open_groups) as limiter:
-            yield ApptainerRuntime(apptainer, images, options, limiter)
+            yield ApptainerRuntime(apptainer, images, options, limiter, stack)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +130,7 @@ class ApptainerRuntime:
     engine: Path | None = None
     has_unremoved_containers = False
 
-    def __init__(self, apptainer: Apptainer, images: Images, options: Options, limiter: Limiter) -> None:
+    def __init__(self, apptainer: Apptainer, images: Images, options: Options, limiter: Limiter, stack: ExitStack) -> None:
         self._apptainer = apptainer
         self._images = images
         self.image_directory: Path | None = self._images.directory
@@ -122,6 +138,12 @@ class ApptainerRuntime:
         self._debug = options.debug
         self._limiter = limiter
         self._private_mounts = PrivateMounts(self.name)
+        self._hidden = HiddenPaths([*options.hidden, *login_files()], root_in(options.data_parent))
+        self._has_network = options.has_network
+        self._data_parent = options.data_parent
+        self._stack = stack
+        self._security = _security(options, stack)
+        self._nothing: Path | None = None  # an empty directory
 
     async def prepare(self, image: str, *, has_args: bool = True) -> None:
         """Check the image; unpack it if it cannot be run as it is."""
@@ -162,6 +184,7 @@ class ApptainerRuntime:
     def _start(self, run: _ApptainerRun) -> Child:
         container = run.container
         _make_mount_points(container)
+        join_new_session_keyring()  # tasks could leave something in that of the pilot for those that come after them
         env = {**environment(), **_environment(container)}
         with open_log(container.stdout) as stdout, open_log(container.stderr) as stderr:
             argv = run.confinement.argv([*LEADER, *self._argv(run)], env)
@@ -178,17 +201,26 @@ class ApptainerRuntime:
             action = "exec"
         scratch = [Mount(container.scratch, place, writable=True) for place in (HOME, VAR_TMP)]
         mended = [Mount(run.image.environment, f"/{DOCKER_ENVIRONMENT}")] if run.image.environment else []
-        mounts = [*scratch, *to_the_bottom(container.mounts, os.geteuid()), *mended, *_protection()]
+        hidden = [self._cover(path) for path in (*self._hidden.seen_through(container.mounts), *_firmware())]
+        mounts = [*scratch, *to_the_bottom(container.mounts, os.geteuid()), *mended, *_protection(), *hidden]
         self._private_mounts.log(mount.source for mount in mounts if not mount.propagates)
         return [
             *(self._apptainer.path, "--debug" if self._debug else "--silent"),
             # As no home directory of the host is mounted, --home sets no more than HOME.
             *(action, "--containall", "--no-eval", "--no-privs", "--no-home", "--home", HOME, "--pwd", HOME),
             *("--no-mount", "sys", "--scratch", "/run"),
+            *(() if self._has_network else WITHOUT_NETWORK),
+            *self._security,
             *(option for mount in mounts for option in ("--mount", _mount(mount))),
             run.image.path,
             *args,
         ]
+
+    def _cover(self, path: HiddenPath) -> Mount:
+        """Return the mount that hides a path."""
+        if path.is_directory and self._nothing is None:
+            self._nothing = self._stack.enter_context(open_temporary(self._data_parent))
+        return Mount((path.is_directory and self._nothing) or NOTHING, path.place)
 
     async def _own_fault(self, run: _ApptainerRun) -> Exit:
         """Return the exit of a payload that ended with 255, or cannot be executed.
@@ -223,6 +255,17 @@ class ApptainerRuntime:
         return False
 
 
+def _security(options: Options, stack: ExitStack) -> list[str]:
+    """Return the option for the filter of system calls. An apptainer that was built without libseccomp ignores it."""
+    rules = seccomp_rules(allow_namespaces=NAMESPACES in options.privileges)
+    if not rules:
+        return []
+    file = stack.enter_context(open_temporary(options.data_parent)) / "system-calls.json"
+    with map_exceptions({OSError: NodeError}, f"cannot write {file}"):
+        file.write_text(json.dumps(rules))
+    return ["--security", _field(f"seccomp:{file}")]
+
+
 def _environment(container: Container) -> dict[str, str]:
     """Return the variables of apptainer that set those of the container."""
     for name in container.env:
@@ -244,8 +287,13 @@ def _make_mount_points(container: Container) -> None:
 def _protection() -> Iterator[Mount]:
     # A mount of /sys is read-only at its top alone, so all that is mounted below it is mounted once more.
     yield from (Mount(path, str(path)) for path in _below_sys() if os.access(path, os.R_OK | os.X_OK))
-    if os.geteuid() == 0:
-        yield from (Mount(path, str(path)) for path in KERNEL_FILES if path.exists())
+    yield from (Mount(path, str(path)) for path in kernel_files())
+    yield from (Mount(NOTHING, str(path)) for path in masked_files())
+
+
+def _firmware() -> Iterator[HiddenPath]:
+    if is_directory(FIRMWARE):
+        yield HiddenPath(FIRMWARE, str(FIRMWARE), is_directory=True)
 
 
 @cache
@@ -260,4 +308,8 @@ def _mount(mount: Mount) -> str:
     fields = ["type=bind", f"source={mount.source}", f"destination={mount.target}", *([] if mount.writable else ["ro"])]
     if not all(apptainer_quoting.is_text(field) and "\r" not in field for field in fields):
         raise NodeError(f"apptainer cannot mount {str(mount.source)!r} at {mount.target!r}: name them in UTF-8, without CR")
-    return ",".join('"{}"'.format(field.replace('"', '""')) for field in fields)
+    return ",".join(map(_field, fields))
+
+
+def _field(value: str) -> str:
+    return '"{}"'.format(value.replace('"', '""'))

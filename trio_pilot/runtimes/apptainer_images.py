@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -157,10 +157,10 @@ class Images:
         LOGGER.info("image %s: unpacked in %.1f s", source, trio.current_time() - begun)
 
 
-async def probe(apptainer: Apptainer, image: Path) -> str | None:
-    """Return the reason why no container can be made of an image; None if one can."""
+async def probe(apptainer: Apptainer, image: Path, flags: Sequence[str] = ()) -> str | None:
+    """Return the reason why no container can be made of an image, with some flags; None if one can."""
     args = ["--silent", "exec", "--containall", "--no-eval", "--no-privs", "--no-home", "--pwd", "/"]
-    result = await apptainer.run([*args, str(image), PROBE], environment())
+    result = await apptainer.run([*args, *flags, str(image), PROBE], environment())
     return None if PROBE in result.reason else result.reason
 
 

@@ -7,26 +7,45 @@ import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
 import trio
 
 from trio_pilot.errors import NodeError, map_exceptions
+from trio_pilot.files.data_directory import root_in
 from trio_pilot.files.error_summary import error_summary
 from trio_pilot.files.task_logs import open_log
+from trio_pilot.log import LOGGER
 from trio_pilot.processes import cgroups
 from trio_pilot.processes.children import Child, Children, Command
 from trio_pilot.processes.orphans import MARKER, mark
-from trio_pilot.runtimes import HOST_ROOT, NOT_EXECUTABLE, NOT_FOUND, Container, Exit, Options, command_refused, no_command
+from trio_pilot.runtimes import (
+    HOST_ROOT,
+    NAMESPACES,
+    NOT_EXECUTABLE,
+    NOT_FOUND,
+    Container,
+    Exit,
+    Mount,
+    Options,
+    command_refused,
+    no_command,
+)
 from trio_pilot.runtimes.apptainer_directory import USUAL_PATH, ImageDirectory
-from trio_pilot.runtimes.bubblewrap_root import HOME, Root, root_of
+from trio_pilot.runtimes.bubblewrap_root import HOME, HOST, Root, is_own, root_of
 from trio_pilot.runtimes.confinement import NOT_ENTERED, Confinement, Limiter, OpenGroups, open_limiter
+from trio_pilot.runtimes.hidden_paths import NOTHING, HiddenPath, HiddenPaths
 from trio_pilot.runtimes.image_shell import Launch, launch
+from trio_pilot.runtimes.kernel_files import kernel_files
+from trio_pilot.runtimes.seccomp import seccomp_filter
+from trio_pilot.runtimes.session_keyring import join_new_session_keyring
 
 OWN_VARIABLES = {"HOME": HOME, "TMPDIR": HOME}
 
+# Root would keep its capabilities, and could undo the rest with them.
+UNPRIVILEGED = ("--cap-drop", "ALL", "--die-with-parent")
 BWRAP_FAILED = 1  # bubblewrap's own exit code
 # Exit codes that are not the payload's, unless bubblewrap has reported that of the payload.
 NOT_THE_PAYLOADS = (BWRAP_FAILED, NOT_ENTERED, NOT_EXECUTABLE, NOT_FOUND)
@@ -73,8 +92,45 @@ async def open_runtime(options: Options, open_groups: OpenGroups = cgroups.Group
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise NodeError("there is no bwrap on PATH (Debian's package is bubblewrap)")
+    join_new_session_keyring()
     async with open_limiter(BWRAPS_OWN, open_groups) as limiter:
-        yield BubblewrapRuntime(bwrap, options.kill_grace, limiter)
+        yield BubblewrapRuntime(bwrap, options, await _isolation(bwrap, options), limiter)
+
+
+@dataclass(frozen=True, slots=True)
+class _Isolation:
+    """What cuts a container off, whatever its image."""
+
+    options: Sequence[str]
+    kernel: Sequence[str]  # the options that protect the files of the kernel in /proc
+    filter: bytes | None  # of system calls
+
+
+async def _isolation(bwrap: str, options: Options) -> _Isolation:
+    words = ["--unshare-all", *(("--share-net",) if options.has_network else ()), *UNPRIVILEGED]
+    allow_namespaces = NAMESPACES in options.privileges
+    calls = seccomp_filter(allow_namespaces=allow_namespaces)
+    if calls is None and not allow_namespaces:
+        help_text = await trio.run_process([bwrap, "--help"], capture_stdout=True, check=False)
+        if b"--disable-userns" in help_text.stdout:
+            words += ["--unshare-user", "--disable-userns"]
+        else:
+            LOGGER.warning("bubblewrap: tasks can make user namespaces: there is no filter of system calls for this machine")
+    return _Isolation(words, list(_kernel_options(allow_namespaces=allow_namespaces)), calls)
+
+
+def _kernel_options(*, allow_namespaces: bool) -> Iterator[str]:
+    """Yield the options that protect /proc from root; other users cannot write to anything there but their own.
+
+    One mount that is read-only as a whole costs nearly nothing, and what a kernel may add is protected too. But a process
+    that makes a user namespace has to write to files of its own there.
+    """
+    if os.geteuid():
+        return
+    if allow_namespaces:
+        yield from (word for path in kernel_files() for word in ("--ro-bind", str(path), str(path)))
+    else:
+        yield from ("--remount-ro", "/proc")
 
 
 class BubblewrapRuntime:
@@ -86,9 +142,11 @@ class BubblewrapRuntime:
     has_unremoved_containers = False
     image_directory: Path | None = None
 
-    def __init__(self, bwrap: str, kill_grace: float, limiter: Limiter) -> None:
+    def __init__(self, bwrap: str, options: Options, isolation: _Isolation, limiter: Limiter) -> None:
         self._bwrap = bwrap
-        self._kill_grace = kill_grace
+        self._kill_grace = options.kill_grace
+        self._isolation = isolation
+        self._hidden = HiddenPaths(options.hidden, root_in(options.data_parent), is_own)
         self._children = Children()
         self._limiter = limiter
         self._directories: dict[str, ImageDirectory] = {}
@@ -142,7 +200,7 @@ class BubblewrapRuntime:
         with (
             open_log(container.stdout) as stdout,
             open_log(container.stderr) as stderr,
-            _open_contents([_variables(env), *plan.root.files.values()], container.scratch) as contents,
+            _open_contents(self._contents(env, plan.root), container.scratch) as contents,
         ):
             command = Command(
                 plan.confinement.argv(self._argv(container, plan, contents), {}),
@@ -156,27 +214,48 @@ class BubblewrapRuntime:
             )
             return self._children.spawn(command)
 
+    def _contents(self, env: Mapping[str, str], root: Root) -> Iterator[bytes]:
+        """Yield what bubblewrap reads from files: the variables, the content of files, and the filter if there is one."""
+        yield _variables(env)
+        yield from root.files.values()
+        if self._isolation.filter:
+            yield self._isolation.filter
+
     def _argv(self, container: Container, plan: "_Plan", contents: Sequence[int]) -> list[str]:
-        root, (variables, *files) = plan.root, contents
+        root, variables, files = plan.root, contents[0], contents[1 : 1 + len(plan.root.files)]
         own = [word for place in root.scratch for word in ("--bind", str(container.scratch), place)]
         mounts = [
             option
             for mount, target in zip(container.mounts, root.targets, strict=True)
             for option in ("--bind" if mount.writable else "--ro-bind", str(mount.source), target)
         ]
+        shown = [replace(mount, target=target) for mount, target in zip(container.mounts, root.targets, strict=True)]
+        if container.image in HOST_ROOT:
+            shown.insert(0, Mount(HOST, str(HOST)))
+        hidden = self._hidden.seen_through(shown)
         made = [word for file, place in zip(files, root.files, strict=True) for word in ("--ro-bind-data", str(file), place)]
         return [
             self._bwrap,
-            # Root would keep its capabilities, and could undo the rest with them.
-            *("--unshare-all", "--share-net", "--cap-drop", "ALL", "--die-with-parent"),
+            *self._isolation.options,
+            *(("--seccomp", str(contents[-1])) if self._isolation.filter else ()),
             *("--json-status-fd", str(plan.status), "--args", str(variables)),
             *root.options,
-            *("--proc", "/proc", *_devices(), *own),
+            *("--proc", "/proc", *self._isolation.kernel, *_devices(), *own),
             *made,
             *mounts,
+            *root.devices,
+            *_covers(hidden),
             *("--remount-ro", "/", "--chdir", HOME, "--"),
             *plan.payload.argv,
         ]
+
+
+def _covers(hidden: Iterable[HiddenPath]) -> Iterator[str]:
+    for path in hidden:
+        if path.is_directory:
+            yield from ("--tmpfs", path.place, "--remount-ro", path.place)
+        else:
+            yield from ("--ro-bind", str(NOTHING), path.place)
 
 
 @dataclass(frozen=True, slots=True)

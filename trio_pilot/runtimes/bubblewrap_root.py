@@ -11,7 +11,6 @@ from pathlib import Path, PurePath
 from trio_pilot.errors import NodeError
 from trio_pilot.files.data_directory import DATA_DIRECTORY
 from trio_pilot.files.filesystem import exists, is_directory, is_file, is_link
-from trio_pilot.runtimes import ENVFILE
 
 # Directories of a container's own: bubblewrap makes them, the host's would undo the isolation, or they must be writable.
 OWN_DIRECTORIES = ("proc", "dev", "sys", "tmp", "run")
@@ -19,7 +18,10 @@ NOT_FROM_THE_IMAGE = {f"/{name}" for name in (*OWN_DIRECTORIES, DATA_DIRECTORY)}
 
 HOME = "/tmp"  # noqa: S108 -- the container's own: its scratch directory is mounted there
 VAR_TMP = PurePath("/var/tmp")  # noqa: S108 -- the container's own, too
-SYS = Path("/sys")  # lscpu, hwloc and numactl read it
+# What lscpu, hwloc and numactl read of /sys. The rest tells about the firmware and the kernel, and has mounts below it, each
+# of which would cost a fiftieth of a container.
+SYS = tuple(map(Path, ("/sys/bus", "/sys/class", "/sys/devices")))
+NOT_FOR_TASKS = ("boot", "lost+found")  # of this machine's root
 
 HOST = Path("/")
 NAMES_OF_HOSTS = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf")  # of this machine: the network is shared
@@ -32,6 +34,7 @@ class Root:
     """The root of the containers of an image that have the same mounts."""
 
     options: Sequence[str]
+    devices: Sequence[str]  # options to be given last: bubblewrap reads all mounts that exist with each one that it adds
     scratch: Sequence[str]  # where the scratch directory is mounted
     targets: Sequence[str]  # those of the mounts, with the links of the image followed
     files: Mapping[str, bytes]  # files to make, and their content
@@ -57,13 +60,10 @@ def root_of(image: Path, targets: Sequence[str]) -> Root:
         options = list(_mounted(image, PurePath("/"), [*followed, *bound, *files, *var_tmp]))
     except OSError as error:
         raise NodeError(f"the image {image} must be an unpacked directory, or /: {error.strerror}") from error
-    # Tasks must not see the tokens that EWMS leaves in the pilot's working directory.
-    envfile = Path(ENVFILE).absolute()
-    hide = ("--ro-bind", "/dev/null", str(envfile)) if image == HOST and envfile.exists() else ()
     names = (word for place, source in bound.items() for word in ("--ro-bind-try", str(source), str(place)))
-    devices = ("--ro-bind", str(SYS), str(SYS)) if is_directory(SYS) else ()
     return Root(
-        options=(*options, "--tmpfs", "/run", *devices, *names, *hide),
+        options=(*options, "--tmpfs", "/run", *names),
+        devices=[word for path in SYS if is_directory(path) for word in ("--ro-bind", str(path), str(path))],
         scratch=[HOME, *map(str, var_tmp)],
         targets=list(map(str, followed)),
         files={str(place): content for place, content in files.items()},
@@ -76,6 +76,8 @@ def _mounted(directory: Path, place: PurePath, targets: Sequence[PurePath]) -> I
         inside = place / entry.name
         below = [target for target in targets if target.is_relative_to(inside)]
         if str(inside) in NOT_FROM_THE_IMAGE or not _is_accessible(entry):
+            continue
+        if entry == inside and entry.name in NOT_FOR_TASKS and not below and entry.parent == HOST:
             continue
         if entry.is_symlink():
             if inside not in targets:

@@ -9,8 +9,18 @@ from trio_pilot.errors import NodeError
 from trio_pilot.runtimes import Limits, Mount, Options
 from trio_pilot.runtimes.docker_config import docker_socket
 from trio_pilot.runtimes.engine import EngineRuntime, fault_of, open_engine
-from trio_pilot.runtimes.engine_dialect import MOST_LOG, SCRATCH, CreateRequest, Dialect, Spec, labels
+from trio_pilot.runtimes.engine_dialect import (
+    HIDDEN_MODE,
+    HIDDEN_SIZE,
+    MOST_LOG,
+    SCRATCH,
+    CreateRequest,
+    Dialect,
+    Spec,
+    labels,
+)
 from trio_pilot.runtimes.engine_timeouts import DEFAULT_TIMEOUTS, EngineTimeouts
+from trio_pilot.runtimes.hidden_paths import NOTHING, HiddenPath
 from trio_pilot.runtimes.podman import PODMAN
 
 OLDEST, NEWEST = (1, 40), (1, 51)  # supported versions of the API
@@ -49,7 +59,7 @@ def prefix(headers: Mapping[str, str]) -> str:
 def spec(request: CreateRequest) -> Spec:
     """Return the body of a create request. What it does not set is the image's: the working directory, the entrypoint."""
     container, options = request.container, request.options
-    is_alone = options.network == "none"
+    is_alone = not options.has_network
     return {
         "NetworkDisabled": is_alone,
         "Image": request.image,
@@ -64,7 +74,13 @@ def spec(request: CreateRequest) -> Spec:
                 _mount(Mount(container.scratch, SCRATCH, writable=True)),
                 *([_mount(Mount(HOSTS, str(HOSTS), propagates=False))] if is_alone else []),
                 *map(_mount, container.mounts),
+                *map(_cover, request.hidden),
             ],
+            # The daemon's own filter of system calls applies: there is no word for it that all versions know.
+            "CapDrop": ["ALL"],
+            "CapAdd": request.capabilities,
+            "SecurityOpt": [] if request.may_gain_privileges else ["no-new-privileges"],
+            "IpcMode": "private",
             "NetworkMode": options.network or "default",
             "LogConfig": {
                 "Type": "local",
@@ -81,6 +97,13 @@ def _mount(mount: Mount) -> Spec:
     """Return a bind mount. From version 1.44 of the API on, docker itself makes it read-only to the bottom, if it can."""
     spec = {"Type": "bind", "Source": str(mount.source), "Target": mount.target, "ReadOnly": not mount.writable}
     return spec if mount.writable or not mount.propagates else {**spec, "BindOptions": {"Propagation": "rslave"}}
+
+
+def _cover(path: HiddenPath) -> Spec:
+    if not path.is_directory:
+        return _mount(Mount(NOTHING, path.place, propagates=False))
+    options = {"SizeBytes": HIDDEN_SIZE, "Mode": HIDDEN_MODE}
+    return {"Type": "tmpfs", "Target": path.place, "ReadOnly": True, "TmpfsOptions": options}
 
 
 def _limits(limits: Limits) -> Spec:

@@ -16,6 +16,7 @@ from pathlib import Path
 import trio
 
 from trio_pilot.errors import ContainerLostError, NodeError, map_exceptions
+from trio_pilot.files.data_directory import root_in
 from trio_pilot.files.task_logs import open_log
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import Container, Exit, Options, cannot_run, no_command
@@ -26,7 +27,9 @@ from trio_pilot.runtimes.engine_files import EngineFiles
 from trio_pilot.runtimes.engine_images import find_image, image_config, ready_image
 from trio_pilot.runtimes.engine_mounts import EngineMounts
 from trio_pilot.runtimes.engine_outages import EngineOutages
+from trio_pilot.runtimes.engine_registry_login import login_files
 from trio_pilot.runtimes.engine_timeouts import DEFAULT_TIMEOUTS, EngineTimeouts
+from trio_pilot.runtimes.hidden_paths import HiddenPaths
 
 MOST_REMOVALS = 8  # containers that are removed in the background, while the next tasks run; a task waits for more
 
@@ -133,6 +136,7 @@ class EngineRuntime:
         self._user, self.group = engine_user
         self.passes_closed_directories = self._user in (0, os.geteuid())
         self._mounts = EngineMounts(dialect, self._user)
+        self._hidden = HiddenPaths([*options.hidden, *login_files()], root_in(options.data_parent))
         self.engine: Path | None = outages.api.socket
         self.has_unremoved_containers = False
         self._outages = outages
@@ -238,7 +242,8 @@ class EngineRuntime:
 
     def _spec(self, at_engine: EngineContainer, container: Container) -> Spec:
         image = self._image_ids[container.image]
-        return self._dialect.spec(CreateRequest(container, at_engine.name, image, self._options))
+        hidden = self._hidden.seen_through(container.mounts)
+        return self._dialect.spec(CreateRequest(container, at_engine.name, image, self._options, hidden))
 
     async def _run_created(self, at_engine: EngineContainer, container: Container) -> Exit:
         code = await at_engine.run()

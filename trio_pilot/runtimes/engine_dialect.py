@@ -1,6 +1,6 @@
 """The differences between the engines."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,8 @@ from typing import Any
 from trio_pilot.cleanup.engine_containers import DATA_LABEL, LABEL
 from trio_pilot.files.data_directory import root_in
 from trio_pilot.processes.identity import own
-from trio_pilot.runtimes import Container, Options
+from trio_pilot.runtimes import CAPABILITIES, SET_UID, Container, Options
+from trio_pilot.runtimes.hidden_paths import HiddenPath
 
 EVENT_LABEL = "trio-pilot.event"
 
@@ -17,6 +18,12 @@ SCRATCH = "/tmp"  # noqa: S108 -- the container's own
 
 # Bytes of a container's output that an engine keeps on its disk: more than the pilot reads in the end.
 MOST_LOG = 160 * 2**20
+
+# The engines' default capabilities, without those that images rarely need and that reach beyond their own files:
+# AUDIT_WRITE, MKNOD, NET_BIND_SERVICE, NET_RAW, SETFCAP, SETPCAP, SYS_CHROOT. Entrypoints that change user need these.
+KEPT_CAPABILITIES = {"CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID"}
+
+HIDDEN_MODE, HIDDEN_SIZE = 0o555, 4096  # of what covers a directory
 
 Spec = Mapping[str, Any]
 
@@ -29,6 +36,17 @@ class CreateRequest:
     name: str
     image: str  # the image's id
     options: Options
+    hidden: Sequence[HiddenPath] = ()
+
+    @property
+    def capabilities(self) -> list[str]:
+        """The capabilities that root has in the container."""
+        return sorted(KEPT_CAPABILITIES | (self.options.privileges & set(CAPABILITIES)))
+
+    @property
+    def may_gain_privileges(self) -> bool:
+        """Whether programs may have the rights of another user or capabilities of their own."""
+        return SET_UID in self.options.privileges
 
 
 @dataclass(frozen=True, slots=True)

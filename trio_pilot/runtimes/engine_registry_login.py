@@ -34,7 +34,7 @@ def login_header(image: str) -> dict[str, str]:
     Raises:
         NodeError: a file of logins cannot be read.
     """
-    for path in _files():
+    for path in login_files():
         if is_file(path):
             with map_exceptions(dict.fromkeys(MALFORMED, NodeError), f"the logins in {path} cannot be read"):
                 if login := _login(json.loads(path.read_text()), image):
@@ -49,7 +49,8 @@ def registry_of(image: str) -> str:
     return first if slash and (set(".:") & set(first) or first == "localhost") else HUB
 
 
-def _files() -> Iterator[Path]:
+def login_files() -> Iterator[Path]:
+    """Yield the paths of the files that may have logins, whether they exist or not."""
     env = os.environ
     if file := env.get("REGISTRY_AUTH_FILE"):
         yield Path(file)

@@ -13,8 +13,18 @@ from typing import Any
 from trio_pilot.errors import NodeError
 from trio_pilot.runtimes import Container, Mount, Options
 from trio_pilot.runtimes.engine import EngineRuntime, fault_of, open_engine
-from trio_pilot.runtimes.engine_dialect import MOST_LOG, SCRATCH, CreateRequest, Dialect, Spec, labels
+from trio_pilot.runtimes.engine_dialect import (
+    HIDDEN_MODE,
+    HIDDEN_SIZE,
+    MOST_LOG,
+    SCRATCH,
+    CreateRequest,
+    Dialect,
+    Spec,
+    labels,
+)
 from trio_pilot.runtimes.engine_timeouts import DEFAULT_TIMEOUTS, EngineTimeouts
+from trio_pilot.runtimes.hidden_paths import NOTHING, HiddenPath
 
 OLDEST = 4  # supported major version
 
@@ -70,7 +80,11 @@ def spec(request: CreateRequest) -> Spec:
         "mounts": [
             _mount(Mount(container.scratch, SCRATCH, writable=True)),
             *map(_mount, container.mounts),
+            *map(_cover, request.hidden),
         ],
+        "cap_drop": ["ALL"],
+        "cap_add": request.capabilities,
+        "no_new_privileges": not request.may_gain_privileges,
         "log_configuration": {"driver": "k8s-file", "size": MOST_LOG},
         "resource_limits": _limits(container),
         **({"shm_size": options.shm_size} if options.shm_size else {}),
@@ -81,6 +95,13 @@ def spec(request: CreateRequest) -> Spec:
 def _mount(mount: Mount) -> Spec:
     options = ["rbind", "rprivate", "rw"] if mount.writable else ["rbind", "rslave", "ro"]
     return {"type": "bind", "source": str(mount.source), "destination": mount.target, "options": options}
+
+
+def _cover(path: HiddenPath) -> Spec:
+    if not path.is_directory:
+        return _mount(Mount(NOTHING, path.place))
+    options = ["ro", "nosuid", "nodev", "notmpcopyup", f"size={HIDDEN_SIZE}", f"mode={HIDDEN_MODE:o}"]
+    return {"type": "tmpfs", "source": "tmpfs", "destination": path.place, "options": options}
 
 
 def _limits(container: Container) -> Spec:

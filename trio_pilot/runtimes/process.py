@@ -17,8 +17,12 @@ from trio_pilot.runtimes import NOT_FOUND, Container, Exit, Options, cannot_run
 from trio_pilot.runtimes.confinement import NOT_ENTERED, Confinement, Limiter, OpenGroups, open_limiter
 
 
-async def fault(options: Options) -> str | None:  # noqa: ARG001 -- as for any other runtime
-    """Return None: it works everywhere."""
+async def fault(options: Options) -> str | None:
+    """Return which of the options this runtime cannot keep to; None: it works everywhere."""
+    if not options.has_network:
+        return "it cannot cut tasks off the network (--task-network none): choose a runtime of containers"
+    if options.protects_hub:
+        return "it cannot protect the data hub from tasks (--data-hub read-only): choose a runtime of containers"
     return None
 
 

@@ -9,7 +9,7 @@ from typing import Protocol, cast
 from trio_pilot.errors import NodeError
 from trio_pilot.files.filesystem import exists, is_directory
 from trio_pilot.log import LOGGER
-from trio_pilot.runtimes import HOST_ROOT, Options, Runtime
+from trio_pilot.runtimes import HOST_ROOT, NAMESPACES, Options, Runtime
 
 ENGINES = ("docker", "podman")
 NAMES = (*ENGINES, "apptainer", "bubblewrap", "process")
@@ -89,5 +89,10 @@ async def open_runtime(
 
 def ignored_options(name: str, options: Options) -> str:
     """Return the flags that are set, but are for container engines only, if the runtime is not one."""
-    given = {"--task-network": options.network, "--task-user": options.user, "--docker-shm-size": options.shm_size}
+    given = {
+        "--task-network": options.has_network and options.network,
+        "--task-user": options.user,
+        "--docker-shm-size": options.shm_size,
+        "--task-privileges": options.privileges - {NAMESPACES},
+    }
     return "" if name in ENGINES else ", ".join(flag for flag, value in given.items() if value)

@@ -29,7 +29,7 @@ from trio_pilot.processes.cgroup_hierarchies import MAIN_FILES, hierarchies
 from trio_pilot.processes.cgroup_hierarchies import PILOT as PILOT_GROUP
 from trio_pilot.processes.identity import own
 from trio_pilot.processes.orphans import MARKER
-from trio_pilot.runtimes import Container, Exit, Limits, Options, Runtime, bubblewrap, confinement, process
+from trio_pilot.runtimes import NAMESPACES, Container, Exit, Limits, Options, Runtime, bubblewrap, confinement, process
 from trio_pilot.runtimes.confinement import NOT_ENFORCED, OpenGroups
 
 OPTIONS = Options(kill_grace=0.3)
@@ -62,6 +62,14 @@ def open_groups(request: pytest.FixtureRequest) -> OpenGroups:
 async def runtime(subject: Subject, open_groups: OpenGroups) -> AsyncIterator[Runtime]:
     async with MODULES[subject.name].open_runtime(OPTIONS, open_groups) as runtime:
         await runtime.prepare(subject.image)
+        yield runtime
+
+
+@pytest.fixture
+async def nesting_runtime(subject: Subject) -> AsyncIterator[Runtime]:
+    """A runtime whose containers may make namespaces of their own."""
+    options = replace(OPTIONS, privileges=frozenset({NAMESPACES}))
+    async with MODULES[subject.name].open_runtime(options, cgroups.Groups) as runtime:
         yield runtime
 
 
@@ -193,10 +201,18 @@ RAISE = textwrap.dedent("""
 
 @in_groups
 @pytest.mark.parametrize("subject", ["bubblewrap-own-root"], indirect=True)
-async def test_a_container_cannot_raise_its_limits(subject: Subject, runtime: Runtime) -> None:
+async def test_a_container_cannot_raise_its_limits(subject: Subject, nesting_runtime: Runtime) -> None:
     container = limited(subject, PYTHON, "-c", RAISE, memory=SMALL)
-    assert await end_of(runtime, container) == Exit(137, out_of_memory=True), container.stderr.read_text()
+    assert await end_of(nesting_runtime, container) == Exit(137, out_of_memory=True), container.stderr.read_text()
     assert "mounted" in container.stdout.read_text()
+
+
+@pytest.mark.parametrize("subject", ["bubblewrap-own-root"], indirect=True)
+async def test_namespaces_of_its_own_are_refused_a_container(subject: Subject, nesting_runtime: Runtime) -> None:
+    script = "unshare --user true && echo made; exit 0"
+    assert await output(nesting_runtime, subject.container("sh", "-c", script)) == b"made\n"
+    async with MODULES[subject.name].open_runtime(OPTIONS) as runtime:
+        assert await output(runtime, subject.container("sh", "-c", script)) == b""
 
 
 # Without control groups.

@@ -3,6 +3,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from trio_pilot.files.error_summary import error_summary
 from trio_pilot.processes.orphans import MARKER
 from trio_pilot.runtimes import Container, Mount, Options, Runtime, bubblewrap, process
 from trio_pilot.runtimes.bubblewrap_root import root_of
+from trio_pilot.settings import Settings
 from trio_pilot.testing import FakeRuntime
 
 KILL_GRACE = 0.3  # seconds
@@ -236,6 +238,70 @@ async def test_a_task_has_no_capabilities_and_cannot_undo_its_isolation(subject:
 
 
 @isolating_ones
+@pytest.mark.parametrize("name", ["vm/swappiness", "kernel/core_pattern", "kernel/panic"])
+async def test_a_task_cannot_write_what_the_kernel_is_set_to(subject: Subject, runtime: Runtime, name: str) -> None:
+    script = f"cat /proc/sys/{name}; cat /proc/sys/{name} > /proc/sys/{name} && echo written; exit 0"
+    said = await output(runtime, subject.container("sh", "-c", script))
+    assert said == await trio.Path("/proc/sys", name).read_bytes()
+
+
+@isolating_ones
+async def test_without_a_network_no_socket_of_this_machine_is_reached(subject: Subject) -> None:
+    with socket.socket(socket.AF_UNIX) as abstract, socket.socket() as server:
+        abstract.bind(f"\0{(name := uuid.uuid4().hex)}")
+        abstract.listen()
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        script = (
+            'grep -c : /proc/net/dev; nc -w 1 127.0.0.1 "$1" < /dev/null && echo reached; grep "$2" /proc/net/unix; exit 0'
+        )
+        container = subject.container("sh", "-c", script, "sh", str(server.getsockname()[1]), name)
+        async with subject.open(replace(OPTIONS, network="none")) as runtime:
+            await runtime.prepare(subject.image)
+            assert await output(runtime, container) == b"1\n"  # the loopback
+
+
+@isolating_ones
+async def test_secrets_are_hidden_where_a_mount_contains_them(subject: Subject, external: Path) -> None:
+    (external / "token").write_text("a-secret")
+    (external / "data").mkdir()
+    (external / "data/file").write_text("a-secret")
+    (external.parent / "link").symlink_to(external)
+    hidden = (external.parent / "link/token", external / "data", external / "missing")
+    container = subject.container(
+        *(
+            "sh",
+            "-c",
+            'cat "$1/plain" "$1/token" "$1/data/file" "$2/token"; ls "$1/data"; exit 0',
+            "sh",
+            str(external),
+            "/seen",
+        ),
+        mounts=[Mount(external, str(external)), Mount(external.parent / "link", "/seen")],
+    )
+    async with subject.open(replace(OPTIONS, hidden=hidden)) as runtime:
+        await runtime.prepare(subject.image)
+        assert await output(runtime, container) == b"plain"
+
+
+@pytest.fixture
+def external() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir="/opt", prefix="trio-pilot-test-") as directory:
+        Path(directory).chmod(0o755)
+        (Path(directory) / "external").mkdir()
+        (Path(directory) / "external/plain").write_text("plain")
+        yield Path(directory) / "external"
+
+
+@isolating_ones
+async def test_threads_start_in_spite_of_the_filter_of_system_calls(subject: Subject, runtime: Runtime) -> None:
+    if subject.image != "/":
+        pytest.skip("there is no program with threads in the image")
+    program = "import threading; one = threading.Thread(target=print, args=['ran']); one.start(); one.join()"
+    assert await output(runtime, subject.container("python3", "-c", program)) == b"ran\n"
+
+
+@isolating_ones
 async def test_a_task_inherits_no_file_descriptors(subject: Subject, runtime: Runtime) -> None:
     # It could write to the pipe for bubblewrap's status, for example.
     said = await output(runtime, subject.container("ls", "-l", "/proc/self/fd"))
@@ -263,7 +329,7 @@ async def test_the_envfile_with_the_pilots_tokens_is_hidden(tmp_path: Path, monk
         monkeypatch.chdir(cwd)
         envfile = Path(cwd, "ewms_htcondor_envfile.sh")
         await trio.Path(envfile).write_text("export EWMS_PILOT_QUEUE_INCOMING_AUTH_TOKEN='a-secret'\n")
-        async with bubblewrap.open_runtime(OPTIONS) as runtime:
+        async with bubblewrap.open_runtime(Settings().runtime_options) as runtime:
             container = new_container(tmp_path, ["sh", "-c", f"ls {cwd}; cat {envfile} || true"])
             assert await output(runtime, container) == b"ewms_htcondor_envfile.sh\n"
 

@@ -92,5 +92,12 @@ async def test_an_image_in_a_locked_directory_is_not_there(locked: Path) -> None
 
 @pytest.mark.parametrize(("name", "is_told"), [("docker", False), ("bubblewrap", True)])
 async def test_options_that_a_runtime_ignores_are_logged(caplog: pytest.LogCaptureFixture, name: str, is_told: bool) -> None:
-    async with open_runtime(name, "/", Options(debug=True, network="none", user="5"), families()):
+    async with open_runtime(name, "/", Options(debug=True, network="host", user="5"), families()):
         assert ("ignores --task-network, --task-user" in caplog.text) == is_told
+
+
+@pytest.mark.parametrize("options", [Options(network="none"), Options(protects_hub=True)])
+async def test_the_process_runtime_refuses_what_it_cannot_keep_to(options: Options) -> None:
+    flag = "--data-hub read-only" if options.protects_hub else "--task-network none"
+    with pytest.raises(NodeError, match=f"^process does not work here: it cannot .*{flag}"):
+        await choose("process", "/", options)
