@@ -14,7 +14,7 @@ from typing import Any
 import trio
 
 from trio_pilot.brokers import Delivery, Patience, QueueAddress, addresses, tokens
-from trio_pilot.brokers.headers import MESSAGE_ID, attempt_of, from_text, to_text
+from trio_pilot.brokers.headers import MESSAGE_ID, UNNAMED, from_text, given_id, to_text
 from trio_pilot.brokers.kinds import PULSAR
 from trio_pilot.brokers.prefetch import PrefetchConsumer
 from trio_pilot.brokers.pulsar_connection import PulsarConnection, PulsarTimeouts
@@ -121,14 +121,17 @@ class PulsarSource(PulsarQueue, RequeueingSource[PulsarConnection, PulsarMessage
     def delivery(self, message: PulsarMessage) -> Delivery:
         """Make the delivery of a message. One without an id is known by its place in the topic."""
         facts = from_text(message.headers)
+        given = given_id(facts, MESSAGE_ID)
+        message_id = given or str(message.id)
         return Delivery(
             self,
             self.name,
             message.body,
-            message_id=str(facts.get(MESSAGE_ID) or message.id),
-            attempt=attempt_of(facts),
+            message_id=message_id,
+            attempt=self.attempt_of(facts, message_id, message.body),
             tag=message,
             redelivered=message.redelivered,
+            named=given is not None and not facts.get(UNNAMED),
             headers=facts,
         )
 
@@ -148,7 +151,8 @@ class PulsarSource(PulsarQueue, RequeueingSource[PulsarConnection, PulsarMessage
 
     async def send_copy(self, delivery: Delivery, queue: str, facts: Mapping[str, Any]) -> None:
         """Send a copy of an event to a topic, confirmed."""
-        headers = {**delivery.tag.headers, **to_text({**facts, MESSAGE_ID: delivery.message_id})}
+        unnamed = {} if delivery.named else {UNNAMED: True}
+        headers = {**delivery.tag.headers, **to_text({**facts, MESSAGE_ID: delivery.message_id, **unnamed})}
         await delivery.tag.session.publish(queue, delivery.body, headers)
 
     def forget(self, message: PulsarMessage) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import trio
 
 from trio_pilot.brokers import Delivery, Patience, QueueAddress
-from trio_pilot.brokers.headers import attempt_of
 from trio_pilot.brokers.rabbitmq_channel import RabbitChannel, RabbitMessage
 from trio_pilot.brokers.rabbitmq_connection import RabbitConnection, RabbitTimeouts
 from trio_pilot.brokers.rabbitmq_consumer import RabbitConsumer
@@ -76,12 +75,13 @@ class RabbitSource(RabbitQueue, RequeueingSource[RabbitChannel, RabbitMessage]):
 
     def delivery(self, message: RabbitMessage) -> Delivery:
         """Make the delivery of a message. One without an id is known by its body."""
+        message_id = message.message_id or hashlib.sha256(message.body).hexdigest()[:32]
         return Delivery(
             self,
             self.name,
             message.body,
-            message.message_id or hashlib.sha256(message.body).hexdigest()[:32],
-            attempt_of(message.headers),
+            message_id,
+            self.attempt_of(message.headers, message_id, message.body),
             message,
             redelivered=message.redelivered,
             named=message.message_id is not None,

@@ -21,6 +21,7 @@ import pika.exceptions
 import trio
 
 from trio_pilot.brokers.rabbitmq_errors import ACCESS_REFUSED, NOT_ALLOWED, ClosedError, causes, text_of
+from trio_pilot.brokers.rabbitmq_properties import TolerantConnection
 from trio_pilot.brokers.reconnecting import ConnectError, Timeouts
 from trio_pilot.brokers.thread_bridge import Mailbox, Reply
 from trio_pilot.errors import BrokerError
@@ -90,6 +91,11 @@ class RabbitConnection:
         is_rabbitmq = properties.get("product") == "RabbitMQ"
         found = re.match(r"(\d+)\.(\d+)", str(properties.get("version"))) if is_rabbitmq else None
         return tuple(map(int, found.groups())) if found else ()
+
+    @property
+    def frame_max(self) -> int:
+        """The largest frame that the server takes, in bytes; 0 if there is no limit."""
+        return self._pika.params.frame_max if self._pika else 0
 
     async def update_secret(self, secret: str) -> None:
         """Replace the password or token of the connection (an extension of RabbitMQ's, from 3.8 on).
@@ -162,7 +168,7 @@ class RabbitConnection:
 
     def _drive(self) -> None:
         try:
-            self._pika = pika.SelectConnection(
+            self._pika = TolerantConnection(
                 self._parameters,
                 on_open_callback=lambda _: self.run_in_trio(self.opened.set),
                 on_open_error_callback=lambda _, error: self._end(error),

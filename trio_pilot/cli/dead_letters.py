@@ -34,7 +34,7 @@ MAX_LISTED = 1000  # dead letters that are received at once
 IDLE_TIMEOUT = 0.5  # seconds without another dead letter, after which there are no more
 RELEASE_TIMEOUT = 30.0  # seconds to release what was received; a broker that cannot be reached takes it back by itself
 MAX_SHOWN = 60  # characters of a reason in a table
-BROKER_FACTS = ("message_id", "message-id", "failures")  # for brokers only: neither listed nor shown
+BROKER_FACTS = ("message_id", "message-id", "unnamed", "failures")  # for brokers only: neither listed nor shown
 COLUMNS = ("time", "attempts", "error", "host", "reason")  # of the table, after the id
 
 
