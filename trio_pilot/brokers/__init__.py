@@ -4,7 +4,7 @@ A `Source` hands out deliveries and settles them; a `Sink` sends, and returns on
 the background from the moment they are opened, and outlive every task, so that a task being killed can still settle.
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -40,6 +40,9 @@ class Delivery:
     redelivered: bool = False  # delivered before, to this consumer or another, and not acked
     named: bool = True  # its sender set the id; else the id is a hash of the body, and equal events share it
     headers: Mapping[str, Any] = field(default_factory=dict, repr=False)  # of the message, not those in the body
+    # The broker's own mark of the message, or at least of the life of its queue: deliveries of one event have it in common.
+    origin: Hashable = None
+    is_unique: bool = False  # no other message has this origin
 
 
 class Consumer(Protocol):

@@ -17,7 +17,7 @@ UNNAMED = f"{dead_letters.PREFIX}unnamed"  # that id is none that a sender has g
 FAILURES = f"{dead_letters.PREFIX}failures"  # how often the event had failed when this copy of it was sent
 
 MOST_FAILURES = 10**9  # a sender may have written any number; this one fits wherever an integer does
-MOST_ID = 512  # characters of a message id; a longer one is cut, and has a hash of the whole at its end
+MOST_ID = 1024  # characters of a message id; a longer one is cut, and has a hash of the whole at its end
 MOST_SHOWN = 200  # characters of the names of headers in a log line
 
 SizeOf = Callable[[Any, Any], int | None]  # of a header, in bytes, given its name and value; None if it cannot be written

@@ -132,6 +132,8 @@ class NatsSource(NatsQueue, RequeueingSource[NatsConnection, NatsMessage]):
             redelivered=message.redelivered,
             named=given is not None and not facts.get(UNNAMED),
             headers=facts,
+            origin=(message.sequence, message.stored),
+            is_unique=True,
         )
 
     async def ack(self, message: NatsMessage) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 import trio
 
 from trio_pilot.brokers import Delivery, Patience, QueueAddress
-from trio_pilot.brokers.rabbitmq_channel import RabbitChannel, RabbitMessage
+from trio_pilot.brokers.rabbitmq_channel import RabbitChannel, RabbitMessage, open_channel
 from trio_pilot.brokers.rabbitmq_connection import RabbitConnection, RabbitTimeouts
 from trio_pilot.brokers.rabbitmq_consumer import RabbitConsumer
-from trio_pilot.brokers.rabbitmq_errors import NO_ROUTE, PRECONDITION_FAILED, ClosedError
-from trio_pilot.brokers.rabbitmq_queue import RabbitQueue, find_for_sending
+from trio_pilot.brokers.rabbitmq_errors import ACCESS_REFUSED, NO_ROUTE, NOT_FOUND, PRECONDITION_FAILED, ClosedError
+from trio_pilot.brokers.rabbitmq_queue import RabbitQueue, find, find_for_sending
 from trio_pilot.brokers.reconnecting import opened
 from trio_pilot.brokers.requeue import RequeueingSource
 from trio_pilot.errors import BrokerError, PublishRefusedError
@@ -57,6 +57,19 @@ class RabbitSource(RabbitQueue, RequeueingSource[RabbitChannel, RabbitMessage]):
     def __init__(self, address: QueueAddress, patience: Patience, timeouts: RabbitTimeouts) -> None:
         super().__init__(address, patience, timeouts)
         self._copies = Copies()
+        self._life = 0  # of the queue: how often it was found not to exist
+
+    async def _open(self, connection: RabbitConnection) -> RabbitChannel:
+        """Find the queue. Where it does not exist it begins a new life: what was done before cannot come again."""
+        channel = await open_channel(connection)
+        try:
+            await channel.ask("queue_declare", self.name, passive=True)
+        except ClosedError as error:
+            if error.code not in (ACCESS_REFUSED, NOT_FOUND):
+                raise
+            self._life += error.code == NOT_FOUND
+            channel = await find(connection, self.name)
+        return channel
 
     def new_consumer(self, prefetch: int, lease: float) -> RabbitConsumer:
         """Make a consumer. Where the server does not grant the lease, it takes back what is unsettled by its end."""
@@ -86,6 +99,7 @@ class RabbitSource(RabbitQueue, RequeueingSource[RabbitChannel, RabbitMessage]):
             redelivered=message.redelivered,
             named=message.message_id is not None,
             headers=message.headers,
+            origin=self._life,
         )
 
     def begin_settling(self, delivery: Delivery) -> None:
