@@ -101,8 +101,11 @@ class Sink(Protocol):
     async def ready(self) -> None:
         """Wait until the queue was found, or raise BrokerError."""
 
-    async def send(self, body: bytes, message_id: str) -> None:
+    async def send(self, body: bytes, message_id: str, original: Delivery | None = None) -> None:
         """Send a message, and return once the broker has stored it.
+
+        With the metadata of its original, a delivery at the same broker, but not what trio-pilot has added to that: headers,
+        priority, correlation id, address for replies, where the broker has them.
 
         A lost connection is waited out. If this is cancelled, the message may have been sent or not.
 

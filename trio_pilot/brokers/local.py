@@ -403,8 +403,8 @@ class LocalSink:
         """Return at once: the file was checked when it was opened."""
         await trio.lowlevel.checkpoint()
 
-    async def send(self, body: bytes, message_id: str = "") -> None:
-        """Add a message to the queue, synced to disk."""
+    async def send(self, body: bytes, message_id: str = "", original: Delivery | None = None) -> None:  # noqa: ARG002
+        """Add a message to the queue, synced to disk. It has no other metadata."""
         storable = message_id.encode(errors="backslashreplace").decode()
         values = {"queue": self._queue, "body": body, "message_id": storable or uuid.uuid4().hex}
         await self._file.run(partial(_change, _SEND, values), durable=True)

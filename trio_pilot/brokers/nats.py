@@ -25,7 +25,7 @@ from trio_pilot.brokers.headers import MESSAGE_ID, UNNAMED, from_text, given_id,
 from trio_pilot.brokers.kinds import NATS
 from trio_pilot.brokers.nats_connection import NatsAddress, NatsConnection, NatsTimeouts
 from trio_pilot.brokers.nats_errors import GoneError, RefusedError
-from trio_pilot.brokers.nats_headers import copied, size_of
+from trio_pilot.brokers.nats_headers import MOST_HEADERS, copied, size_of
 from trio_pilot.brokers.nats_listener import NatsListener
 from trio_pilot.brokers.nats_messages import ACK, NAK, TERM, HeldMessages, NatsMessage, StreamPosition
 from trio_pilot.brokers.prefetch import PrefetchConsumer
@@ -268,9 +268,12 @@ class NatsConsumer(PrefetchConsumer):
 class NatsSink(NatsQueue):
     """An outgoing queue. Any number of messages may wait for their confirms at once."""
 
-    async def send(self, body: bytes, message_id: str) -> None:
+    async def send(self, body: bytes, message_id: str, original: Delivery | None = None) -> None:
         """Send a message, on each new connection again until it is confirmed; stored once only."""
         headers = {**to_text({MESSAGE_ID: message_id}), ONCE: uuid.uuid4().hex}
+        if original:
+            unnamed = {} if original.named else {UNNAMED: True}
+            headers |= copied(original.tag.headers, {MESSAGE_ID: message_id, **unnamed}, MOST_HEADERS, message_id)
         try:
             await self.until_done(partial(_publish, self.place, body, headers))
         except TooLargeError as error:

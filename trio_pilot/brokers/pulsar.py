@@ -13,7 +13,7 @@ from typing import Any
 
 import trio
 
-from trio_pilot.brokers import Delivery, Patience, QueueAddress, addresses, tokens
+from trio_pilot.brokers import Delivery, Patience, QueueAddress, addresses, dead_letters, tokens
 from trio_pilot.brokers.headers import MESSAGE_ID, UNNAMED, from_text, given_id, to_text
 from trio_pilot.brokers.kinds import PULSAR
 from trio_pilot.brokers.prefetch import PrefetchConsumer
@@ -238,9 +238,12 @@ class PulsarSink(PulsarQueue):
     async def _open(self, session: PulsarConnection) -> None:
         await session.producer(self.name)
 
-    async def send(self, body: bytes, message_id: str) -> None:
+    async def send(self, body: bytes, message_id: str, original: Delivery | None = None) -> None:
         """Send a message, on each new connection again until it is confirmed."""
-        headers = to_text({MESSAGE_ID: message_id})
+        theirs = original.tag.headers if original else {}
+        kept = {name: value for name, value in theirs.items() if not name.startswith(dead_letters.PREFIX)}
+        unnamed = {UNNAMED: True} if original and not original.named else {}
+        headers = {**kept, **to_text({MESSAGE_ID: message_id, **unnamed})}
         try:
             await self.until_done(lambda session: session.publish(self.name, body, headers))
         except TooLargeError as error:

@@ -178,13 +178,16 @@ class Copies:
 class RabbitSink(RabbitQueue):
     """An outgoing queue. Any number of messages may wait for their confirms at once."""
 
-    async def send(self, body: bytes, message_id: str) -> None:
+    async def send(self, body: bytes, message_id: str, original: Delivery | None = None) -> None:
         """Send a message, on each new connection again until it is confirmed."""
-        await self.until_done(partial(self._publish, body, message_id))
+        await self.until_done(partial(self._publish, body, message_id, original))
 
-    async def _publish(self, body: bytes, message_id: str, channel: RabbitChannel) -> None:
+    async def _publish(self, body: bytes, message_id: str, original: Delivery | None, channel: RabbitChannel) -> None:
         try:
-            await channel.publish(self.name, body, message_id)
+            if original:
+                await channel.publish_copy(self.name, original.tag, {})
+            else:
+                await channel.publish(self.name, body, message_id)
         except ClosedError as error:
             # The other messages that were waiting on the channel are sent again.
             if error.code == PRECONDITION_FAILED and _refused_size(error) == len(body):

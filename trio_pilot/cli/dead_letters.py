@@ -6,6 +6,7 @@ written to the directory for dead letters are read from there.
 
 import json
 import os
+import reprlib
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from trio_pilot.cli.signals import print_summary, run_until_signalled
 from trio_pilot.errors import DecodeError, DeliveryLostError, NodeError, UsageError, map_exceptions
 from trio_pilot.files.blocking_calls import BlockingCalls
 from trio_pilot.files.task_logs import TaskLogs
+from trio_pilot.log import printable
 from trio_pilot.pilot import container_runs
 from trio_pilot.pilot.tools import open_tools
 from trio_pilot.processes.children import end_all_children
@@ -100,7 +102,7 @@ async def _replay(settings: Settings, queue: str, message_ids: frozenset[str], r
         open_sink(settings.at_broker(queue), lambda seconds: seconds < patience) as sink,
     ):
         for letter in _select(letters, queue, message_ids) if message_ids else list(letters):
-            await sink.send(letter.body, letter.message_id)
+            await sink.send(letter.body, letter.message_id, letter.place if isinstance(letter.place, Delivery) else None)
             with trio.CancelScope(shield=True):  # it is in the queue now, and must not be a dead letter as well
                 await _remove(letter)
             letters.remove(letter)
@@ -162,8 +164,14 @@ def _unlink(path: Path) -> None:
 
 def _from_delivery(delivery: Delivery) -> DeadLetter:
     prefix = dead_letters.PREFIX
-    facts = {name.removeprefix(prefix): value for name, value in delivery.headers.items() if name.startswith(prefix)}
+    theirs = {str(name): value for name, value in delivery.headers.items()}
+    facts = {name.removeprefix(prefix): _fact(value) for name, value in theirs.items() if name.startswith(prefix)}
     return DeadLetter(delivery.message_id, facts, delivery.body, delivery)
+
+
+def _fact(value: Any) -> str | int | float:
+    """Return the value of a header, which anyone may have written, as one that can be shown."""
+    return value if isinstance(value, str | int | float) else reprlib.repr(value)
 
 
 def _from_directory(directory: Path, queue: str) -> list[DeadLetter]:
@@ -181,7 +189,7 @@ def _select(letters: Iterable[DeadLetter], queue: str, message_ids: frozenset[st
 
 
 def _facts(letter: DeadLetter) -> dict[str, Any]:
-    facts = {name: value for name, value in letter.facts.items() if name not in BROKER_FACTS}
+    facts = {name: value for name, value in letter.facts.items() if name not in (*BROKER_FACTS, "id", "file")}
     return {"id": letter.message_id, **facts, **({"file": str(letter.place)} if isinstance(letter.place, Path) else {})}
 
 
@@ -195,7 +203,7 @@ def _event(settings: Settings, letter: DeadLetter) -> dict[str, Any]:
 
 def _table(letters: Iterable[DeadLetter]) -> Iterable[str]:
     """Yield the lines of a table: a head, and a line for each dead letter."""
-    rows = [[letter.message_id, *(_short(letter.facts.get(name, "")) for name in COLUMNS)] for letter in letters]
+    rows = [[printable(letter.message_id), *(_short(letter.facts.get(name, "")) for name in COLUMNS)] for letter in letters]
     if not rows:
         return
     rows.insert(0, ["ID", *map(str.upper, COLUMNS)])
@@ -205,5 +213,5 @@ def _table(letters: Iterable[DeadLetter]) -> Iterable[str]:
 
 
 def _short(value: object) -> str:
-    text = " ".join(str(value).split())
+    text = printable(" ".join(str(value).split()))
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
