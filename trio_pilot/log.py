@@ -60,12 +60,24 @@ class NonBlockingHandler(logging.Handler):
         self.writer.write(self.format(record))
 
 
+def printable(text: str) -> str:
+    """Escape what would do more than show: line breaks, and what a terminal obeys. Messages have texts of others in them."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
 class UtcFormatter(logging.Formatter):
-    """Writes times as 2027-01-31T18:30:05.123Z."""
+    """Writes times as 2027-01-31T18:30:05.123Z, and each message in one line."""
 
     converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 -- of logging.Formatter
+        """Format a record, but not its traceback."""
+        record.message = printable(record.message)
+        return super().formatMessage(record)
 
 
 def _has_room(stream: TextIO, seconds: float) -> bool:

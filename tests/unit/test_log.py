@@ -100,3 +100,9 @@ def test_the_programs_log_has_times_in_utc() -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO a line\n", done.stderr)
     told = datetime.fromisoformat(done.stderr.split()[0])
     assert abs((datetime.now(UTC) - told).total_seconds()) < 60
+
+
+def test_what_a_terminal_obeys_is_escaped_in_every_line() -> None:
+    record = logging.LogRecord("trio_pilot", logging.WARNING, "", 0, "event %s: é", ("a\nb\x1b[2J\ud800\0",), None)
+    line = UtcFormatter(log.FORMAT).format(record)
+    assert line.endswith(r"WARNING event a\nb\x1b[2J\ud800\x00: é")
