@@ -163,10 +163,7 @@ class Grammar:
     def nested_table(self, depth: int) -> bytes:
         if self.dice.random() < 0.5:
             return b"".join(short(self.octets()[:255]) + self.value(depth - 1) for _ in range(self.dice.randrange(3)))
-        table = b""
-        for _ in range(self.dice.choice((30, 70, 300, 480, 3000))):
-            table = short(b"a") + b"F" + with_length(table)
-        return table
+        return nested_table(self.dice.choice((30, 70, 300, 480, 3000)))
 
     # NATS
 
@@ -228,6 +225,13 @@ def packed(document: Any) -> bytes:
 def flipped(body: bytes, dice: random.Random) -> bytes:
     place = dice.randrange(len(body))
     return body[:place] + bytes([body[place] ^ 1 << dice.randrange(8)]) + body[place + 1 :]
+
+
+def nested_table(depth: int) -> bytes:
+    table = b""
+    for _ in range(depth):
+        table = short(b"a") + b"F" + with_length(table)
+    return table
 
 
 def short(octets: bytes) -> bytes:
