@@ -20,7 +20,7 @@ from trio_pilot.brokers.nats import place_of
 from trio_pilot.wire import EwmsWire
 
 SEED = int(os.environ.get("TRIO_PILOT_TEST_SEED", "20261"))  # of the first batch
-BATCH = 30  # hostile messages for one pilot
+BATCH = 26  # hostile messages for one pilot
 MAX_PAYLOAD = 2**24
 MOST_MEMORY = 60 + 10 * MAX_PAYLOAD / 2**20  # MiB: that of an idle pilot, and a small multiple of --max-payload
 PATIENCE = 200.0  # seconds for one pilot and its batch
@@ -245,5 +245,5 @@ def test_good_events_are_done_and_others_done_or_dead_letters(place: Place, tmp_
 @pytest.mark.soak
 @pytest.mark.parametrize("task", TASK)
 def test_a_thousand_more_hostile_messages_end_no_pilot(place: Place, tmp_path: Path, task: str) -> None:
-    for seed in range(SEED + 100, SEED + 100 + 6):
+    for seed in range(SEED + 100, SEED + 100 + 7):
         run_batch(place, tmp_path, seed * 2 + (task == "fails"), task)

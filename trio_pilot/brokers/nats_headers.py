@@ -49,7 +49,7 @@ def _size(name: str, value: str) -> int:
 
 
 def copied(theirs: Mapping[str, str], ours: Mapping[str, Any], room: int, message_id: str) -> dict[str, str]:
-    """Return the headers of a copy, of `room` bytes at most: all of ours, and the sender's as far as they can be written.
+    """Return the headers of a copy, of `room` bytes at most: those of trio-pilot, and the sender's if they can be written.
 
     Instructions to the server are not repeated.
     """

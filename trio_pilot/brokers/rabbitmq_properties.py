@@ -104,7 +104,7 @@ def _behind(table: bytes, offset: int) -> int:
 def copied(
     properties: pika.BasicProperties, ours: Mapping[str, Any], frame_max: int, message_id: str
 ) -> pika.BasicProperties:
-    """Return the properties of a copy: headers of ours, and the sender's, as far as they can be written into one frame.
+    """Return the properties of a copy: its own headers, and of the sender's what can be written into one frame.
 
     The user id must be that of the connection. An event that was taken expires no more: it is done, or a dead letter.
     """
