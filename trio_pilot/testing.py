@@ -221,7 +221,7 @@ class FakeSink:
         """Return at once, or raise a fault."""
         await self.broker.call("sink.ready")
 
-    async def send(self, body: bytes, message_id: str) -> None:
+    async def send(self, body: bytes, message_id: str, original: Delivery | None = None) -> None:  # noqa: ARG002
         """Put a message into the queue, and confirm it one checkpoint later."""
         await self.broker.call("sink.send")
         self.broker.put(self.queue, body, message_id)

@@ -2,14 +2,19 @@
 
 An EWMS body is `zstd(JSON {"headers": {...}, "data": any JSON value})` in UTF-8, as oms-mqclient writes it. JSON has
 no bytes: they are sent as base64 text, marked by `"encoding": "base64"` in the headers.
+
+A body may come from anyone. Its size is bounded before it is decompressed, and the number of its values and their depth
+before they are made: a Python value takes some 60 bytes of memory, and `[],` three bytes of text.
 """
 
 import base64
 import json
 import math
+import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol
 
 import zstandard
@@ -20,6 +25,12 @@ ZSTD_LEVEL = 3  # that of oms-mqclient: equal messages give equal bytes
 
 # RFC 8878, 3.1.1.1.2, recommends that decoders support a window of 8 MB; with more, a sender could exhaust the memory.
 ZSTD_MAX_WINDOW = 8 * 2**20
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"  # RFC 8878, 3.1.1: how each frame begins that is not one to skip
+
+BYTES_OF_VALUE = 16  # of --max-payload for each JSON value; all of them together take some four times --max-payload
+LEAST_VALUES = 100_000  # that an event may have whatever --max-payload is
+MOST_DEPTH = 400  # of arrays and objects within each other; json itself fails between 900 and 1000, reading or writing
+USUAL_DEPTH = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +61,9 @@ class EwmsWire:
     """The body format of EWMS."""
 
     def size(self, body: bytes) -> float:
-        """Return the content size in the zstd frame."""
+        """Return the content size in the zstd frame; infinity if there may be more frames than one."""
+        if body.find(ZSTD_MAGIC, 1) > 0:
+            return math.inf
         try:
             size = zstandard.frame_content_size(body)
         except zstandard.ZstdError:
@@ -68,7 +81,7 @@ class EwmsWire:
 
     def decode(self, body: bytes, max_size: int) -> Message:
         """Decode a body; keys other than `data` and `headers` are ignored, headers may be missing."""
-        document = _parse(_decompress(body, max_size))
+        document = _parse(_decompress(body, max_size), max(LEAST_VALUES, max_size // BYTES_OF_VALUE))
         if not isinstance(document, dict) or "data" not in document:
             raise DecodeError("the message body is JSON, but not an object with a 'data' key")
         headers = document.get("headers") or {}
@@ -124,15 +137,29 @@ _ZSTD = _Zstd()
 
 def _decompress(body: bytes, max_size: int) -> bytes:
     try:
-        size = zstandard.frame_content_size(body)
-        decompressor = _ZSTD.decompressor
-        if size < 0:  # the frame has no size: count first
-            size = _count(decompressor, body, max_size)
-        if size > max_size:
-            raise DecodeError(f"the message body unpacks to more than the {max_size} bytes of --max-payload")
-        return decompressor.decompress(body, max_output_size=max(size, 1))
+        has_frames = body.find(ZSTD_MAGIC, 1) > 0
+        text = (_decompress_frames if has_frames else _decompress_frame)(body, max_size)
     except zstandard.ZstdError as error:
         raise DecodeError(f"the message body is not zstd: {error}") from error
+    if text is None:
+        raise DecodeError(f"the message body unpacks to more than the {max_size} bytes of --max-payload")
+    return text
+
+
+def _decompress_frame(body: bytes, max_size: int) -> bytes | None:
+    """Decompress a body of one frame; return None if there is more than `max_size`."""
+    size = zstandard.frame_content_size(body)
+    decompressor = _ZSTD.decompressor
+    if size < 0:  # the frame has no size: count first
+        size = _count(decompressor, body, max_size)
+    return decompressor.decompress(body, max_output_size=max(size, 1)) if size <= max_size else None
+
+
+def _decompress_frames(body: bytes, max_size: int) -> bytes | None:
+    """Decompress a body of several frames, or of one by which it looks so; return None if there is more than `max_size`."""
+    with _ZSTD.decompressor.stream_reader(body, read_across_frames=True) as reader:
+        text: bytes = reader.read(max_size + 1)
+    return text if len(text) <= max_size else None
 
 
 def _count(decompressor: zstandard.ZstdDecompressor, body: bytes, limit: int) -> int:
@@ -144,11 +171,60 @@ def _count(decompressor: zstandard.ZstdDecompressor, body: bytes, limit: int) ->
     return total
 
 
-def _parse(text: bytes) -> Any:
+def _parse(text: bytes, most_values: int) -> Any:
     try:
+        encoding = json.detect_encoding(text)
+        if not encoding.startswith("utf-8"):  # json reads UTF-16 and UTF-32 as well
+            text = text.decode(encoding, "surrogatepass").encode(errors="surrogatepass")
+        _check_values(text, most_values)
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DecodeError(f"the message body is not JSON: {error}") from error
+
+
+_STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_BRACES_AS_BRACKETS = bytes.maketrans(b"{}", b"[]")
+_ALL_BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def _check_values(text: bytes, most: int) -> None:
+    """Raise DecodeError if a JSON text has too many values, or too deep ones. What is in strings counts only if in doubt."""
+    if (excess := _excess(text, most)) and _count_strings(text) <= most:
+        excess = _excess(_without_strings(text), most)
+    if excess:
+        raise DecodeError(f"the message body is JSON with {excess}")
+
+
+def _count_strings(text: bytes) -> int:
+    """Return how many strings a JSON text has at the least: each backslash before a quote may be one that is escaped."""
+    return (text.count(b'"') - text.count(b'\\"')) // 2
+
+
+def _without_strings(text: bytes) -> bytes:
+    """Remove all strings; `sub` would make a list of what is between them."""
+    rest, end = bytearray(), 0
+    for found in _STRINGS.finditer(text):
+        rest += text[end : found.start()]
+        end = found.end()
+    return bytes(rest + text[end:])
+
+
+def _excess(text: bytes, most: int) -> str:
+    """Return what is too much in a text without strings: more than `most` values, or too deep ones; at best nothing."""
+    if len(text) > most and sum(map(text.count, (b"[", b"{", b",", b":"))) > most:
+        return f"more than {most} values, one for each {BYTES_OF_VALUE} bytes of --max-payload"
+    if len(text) > MOST_DEPTH and text.count(b"[") + text.count(b"{") > MOST_DEPTH and _is_deep(text):
+        return f"arrays or objects within each other more than {MOST_DEPTH} deep"
+    return ""
+
+
+def _is_deep(text: bytes) -> bool:
+    """Return whether brackets are nested too deep. Most texts are flat: removing their innermost pairs is quickest."""
+    brackets = text.translate(_BRACES_AS_BRACKETS, _ALL_BUT_BRACKETS)
+    for _ in range(USUAL_DEPTH):
+        brackets = brackets.replace(b"[]", b"")
+    steps = map((ord("[") + 1).__sub__, brackets)  # 1 for [, -1 for ]
+    return USUAL_DEPTH + max(accumulate(steps), default=0) > MOST_DEPTH
 
 
 def _from_base64(data: Any) -> bytes:

@@ -6,13 +6,19 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
+import pika
 import pytest
 
-from tests.support.brokers import new_name
+from tests.support.brokers import Nats, Rabbit, new_name
+from tests.support.hostile_messages import nats_publisher, publish_amqp
 from tests.support.pilot_process import COMMAND, run_pilot
+from tests.support.servers import NatsServer, RabbitServer
 from tests.support.waiting import PILOT_RUN
+from trio_pilot.brokers import dead_letter_queue
+from trio_pilot.brokers.nats import place_of
 
 ENV = {"PATH": "/usr/bin:/bin"}
 
@@ -149,3 +155,53 @@ def write_letter() -> Callable[[Path, str], Path]:
         return trio.run(write)
 
     return write
+
+
+def test_facts_that_others_wrote_are_shown_and_not_obeyed(rabbitmq: RabbitServer, tmp_path: Path) -> None:
+    desk = Desk(tmp_path, f"amqp://{rabbitmq.address}", new_name())
+    letters = dead_letter_queue(desk.queue)
+    Rabbit(rabbitmq).declare(letters)
+    odd: dict[object, object] = {
+        "x-trio-pilot-reason": "a\x1b[2Jb\nc",
+        "x-trio-pilot-id": "other",
+        "x-trio-pilot-host": b"\xff",
+        "x-trio-pilot-a": [[]],
+    }
+    headers: dict[object, object] = {**odd, "x-trio-pilot-time": datetime(2027, 1, 1, tzinfo=UTC), b"\xff": 1}
+    properties = pika.BasicProperties(message_id=b"\xff\x1b[2J", headers=headers)
+    assert publish_amqp(rabbitmq.port, letters, b"no event", properties)
+    table = desk.call("dead-letters", desk.queue)
+    assert "\x1b" not in table
+    assert len(table.splitlines()) == 2
+    (facts,) = desk.letters()
+    assert facts["id"] == "\\xff\x1b[2J"
+    assert json.loads(desk.call("dead-letters", "show", desk.queue, str(facts["id"])))["cannot be decoded"]
+
+
+def test_replay_keeps_what_the_sender_gave_to_the_event(rabbitmq: RabbitServer, tmp_path: Path) -> None:
+    broker, queue = Rabbit(rabbitmq), new_name()
+    broker.declare(queue)
+    broker.declare(dead_letter_queue(queue))
+    given = {"priority": 7, "correlation_id": "c", "reply_to": "r", "type": "t", "message_id": "a"}
+    headers = {"mine": 1, "x-trio-pilot-reason": "bad", "x-trio-pilot-failures": 2}
+    properties = pika.BasicProperties(headers=headers, expiration="3600000", **given)
+    publish_amqp(rabbitmq.port, dead_letter_queue(queue), b"body", properties)
+    Desk(tmp_path, f"amqp://{rabbitmq.address}", queue).call("dead-letters", "replay", queue, "--all")
+    ((replayed, body),) = broker.get_all(queue)
+    assert body == b"body"
+    assert {name: getattr(replayed, name) for name in given} == given
+    replayed.headers.pop("x-delivery-count", None)  # it came once and went back
+    assert (replayed.expiration, replayed.headers) == (None, {"mine": 1})
+
+
+def test_replay_keeps_headers_of_nats(nats: NatsServer, tmp_path: Path) -> None:
+    broker, queue = Nats(nats), new_name()
+    desk = Desk(tmp_path, f"nats://{nats.address}", queue)
+    desk.letters()  # which makes the stream
+    block = b"NATS/1.0\r\nmine: 1\r\nNats-Msg-Id: a\r\nx-trio-pilot-failures: 2\r\n\r\n"
+    with nats_publisher(nats.port) as publish:
+        assert publish(place_of(dead_letter_queue(queue)).subject, block, b"body")
+    desk.call("dead-letters", "replay", queue, "--all")
+    ((headers, body),) = broker.messages(queue)
+    assert (body, headers["mine"], json.loads(headers["x-trio-pilot-message-id"])) == (b"body", "1", "a")
+    assert "x-trio-pilot-failures" not in headers

@@ -12,11 +12,12 @@ from mqclient.broker_client_interface import Message as TheirMessage
 
 from tests.support.paths import WIRE_SAMPLES
 from trio_pilot.errors import DecodeError, EncodeError
-from trio_pilot.wire import WIRES, EwmsWire, Message, RawWire
+from trio_pilot.wire import MOST_DEPTH, WIRES, EwmsWire, Message, RawWire
 
 GOOD = sorted(path.stem for path in WIRE_SAMPLES.glob("*.json"))
 BAD = sorted(path.name for path in WIRE_SAMPLES.glob("bad-*.bin"))
 LIMIT = 2**27
+LESS = 2**25
 WIRE = EwmsWire()
 
 
@@ -224,6 +225,66 @@ def test_a_decompression_bomb_is_refused_and_costs_little_memory(tmp_path: Path,
     verdict, megabytes = measured(path, LIMIT)
     assert verdict == "refused"
     assert megabytes < 100
+
+
+# What each pattern of a few bytes would take: 3.3 GB of empty arrays, by 12 kB of zstd.
+MANY = {
+    "empty arrays": b"[],",
+    "objects": b'{"a":1},',
+    "numbers": b"1,",
+    "UTF-16": '[],"∢尢",'.encode("utf-16-le"),
+}
+
+
+@pytest.mark.parametrize("kind", MANY)
+def test_a_body_of_too_many_values_costs_little_memory(tmp_path: Path, kind: str) -> None:
+    head, tail = (
+        ('{"data": ["",'.encode("utf-16"), "1]}".encode("utf-16-le")) if kind == "UTF-16" else (b'{"data": [', b"1]}")
+    )
+    path = tmp_path / "many"
+    path.write_bytes(packed(head + MANY[kind] * ((LESS - 100) // len(MANY[kind])) + tail))
+    assert path.stat().st_size < 10_000
+    verdict, megabytes = measured(path, LESS)
+    assert verdict == "refused"
+    assert megabytes < 4 * LESS / 1e6
+
+
+def test_the_most_values_take_a_small_multiple_of_the_limit(tmp_path: Path) -> None:
+    path = tmp_path / "many"
+    path.write_bytes(packed(b'{"data": [' + b'{"a":1},' * (LESS // 16 // 3 - 10) + b"1]}"))
+    verdict, megabytes = measured(path, LESS)
+    assert verdict == "decoded"
+    assert megabytes < 6 * LESS / 1e6
+
+
+def test_brackets_and_commas_within_strings_are_not_values() -> None:
+    text = '[,{:\\\\"' * 100_000
+    assert WIRE.decode(packed({"data": text}), 10**7).data == text
+    assert WIRE.decode(packed({"data": "[" * 10_000}), 10**7).data == "[" * 10_000
+
+
+def test_nested_values_are_read_and_written_or_refused_at_every_depth() -> None:
+    for depth in [*range(380, 420), 900, 980, 990, 1000, 10**5]:
+        for opening, closing in (("[", "]"), ('{"a":', "}"), ('[{"a":', "}]")):
+            body = packed(f'{{"data":{opening * depth}1{closing * depth}}}'.encode())
+            levels = depth * len(closing)
+            if levels < MOST_DEPTH:
+                WIRE.encode(WIRE.decode(body, LIMIT))
+            else:
+                with pytest.raises(DecodeError, match="deep"):
+                    WIRE.decode(body, LIMIT)
+
+
+def test_a_body_of_several_frames_is_read_within_its_limit() -> None:
+    body = packed(b'{"data": "') + packed(b"x" * 1000, with_size=False) + packed(b"") + packed(b'"}')
+    assert WIRE.decode(body, 2000).data == "x" * 1000
+    assert WIRE.decode(b"\x50\x2a\x4d\x18\x03\0\0\0abc" + body, 2000).data == "x" * 1000
+    assert WIRE.size(body) == math.inf
+    assert WIRE.size(packed(b'{"data": 1}')) == 11
+    with pytest.raises(DecodeError, match="max-payload"):
+        WIRE.decode(body, 1000)
+    with pytest.raises(DecodeError):
+        WIRE.decode(body[:-5], 2000)
 
 
 def test_the_measurement_shows_the_memory_of_a_decompressed_body(tmp_path: Path) -> None:

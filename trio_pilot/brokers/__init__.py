@@ -4,7 +4,7 @@ A `Source` hands out deliveries and settles them; a `Sink` sends, and returns on
 the background from the moment they are opened, and outlive every task, so that a task being killed can still settle.
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -40,6 +40,9 @@ class Delivery:
     redelivered: bool = False  # delivered before, to this consumer or another, and not acked
     named: bool = True  # its sender set the id; else the id is a hash of the body, and equal events share it
     headers: Mapping[str, Any] = field(default_factory=dict, repr=False)  # of the message, not those in the body
+    # The broker's own mark of the message, or at least of the life of its queue: deliveries of one event have it in common.
+    origin: Hashable = None
+    is_unique: bool = False  # no other message has this origin
 
 
 class Consumer(Protocol):
@@ -98,8 +101,11 @@ class Sink(Protocol):
     async def ready(self) -> None:
         """Wait until the queue was found, or raise BrokerError."""
 
-    async def send(self, body: bytes, message_id: str) -> None:
+    async def send(self, body: bytes, message_id: str, original: Delivery | None = None) -> None:
         """Send a message, and return once the broker has stored it.
+
+        With the metadata of its original, a delivery at the same broker, but not what trio-pilot has added to that: headers,
+        priority, correlation id, address for replies, where the broker has them.
 
         A lost connection is waited out. If this is cancelled, the message may have been sent or not.
 

@@ -24,15 +24,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import trio
-
 from trio_pilot.brokers import Delivery
 from trio_pilot.errors import NodeError, NotSetAsideError, map_exceptions
 from trio_pilot.files.filesystem import make_durably, write_durably
 from trio_pilot.files.lasting import is_lasting
 from trio_pilot.files.ownership import flaw, open_plain
 from trio_pilot.log import LOGGER
-from trio_pilot.processes import identity
+from trio_pilot.processes import identity, threads
 
 Facts = Mapping[str, str | int]
 
@@ -95,7 +93,7 @@ async def write(directory: Path, delivery: Delivery, facts: Facts) -> Path:
     Raises:
         NodeError: it cannot be written, or the directory would be removed with this job.
     """
-    return await trio.to_thread.run_sync(_write, directory, delivery, facts)
+    return await threads.run_sync(_write, directory, delivery, facts)
 
 
 def _write(directory: Path, delivery: Delivery, facts: Facts) -> Path:

@@ -9,6 +9,7 @@
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import random
@@ -16,7 +17,7 @@ import sqlite3
 import struct
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,8 +37,10 @@ from trio_pilot.brokers import (
     queue_files,
 )
 from trio_pilot.brokers.addresses import file_of
+from trio_pilot.brokers.headers import MOST_FAILURES, bounded_id
 from trio_pilot.errors import BrokerError, DeliveryLostError, map_exceptions
 from trio_pilot.files.ownership import open_plain
+from trio_pilot.processes import threads
 
 LOOK_INTERVAL = 5.0  # seconds between looks for messages without a bell: claims of dead processes, above all
 LOOK_INTERVAL_WITHOUT_INOTIFY = 0.2  # fs.inotify.max_user_instances is 128 on most machines
@@ -82,6 +85,7 @@ class _QueueFile:
 
     def __init__(self, connection: sqlite3.Connection, bell: "_Bell") -> None:
         self.bell = bell
+        self._places = {path: _place(path) for path in (bell.path, _bell_path(bell.path))}
         self._connection = connection
         self._waiting: list[_Request] = []
         self._turn = trio.Lock()
@@ -99,7 +103,7 @@ class _QueueFile:
             async with self._turn:
                 if not request.done:
                     batch, self._waiting = self._waiting, []
-                    await trio.to_thread.run_sync(self._commit, batch, limiter=self._thread)
+                    await threads.run_sync(self._commit, batch, limiter=self._thread)
         if request.error:
             raise BrokerError(f"the queue file {self.bell.path}: {request.error}") from request.error
         return request.result
@@ -112,11 +116,27 @@ class _QueueFile:
             with _transaction(self._connection):
                 for request in batch:
                     request.result = request.work(self._connection)
+            self._check_places()
         except Exception as error:  # any error: each request must have an answer
             for request in batch:
                 request.error = error
         for request in batch:
             request.done = True
+
+    def _check_places(self) -> None:
+        """Raise FileNotFoundError if others find another file by the name: what was written is in none that they have."""
+        for path, place in self._places.items():
+            if _place(path) != place:
+                raise FileNotFoundError(f"{path.name} was removed, moved or replaced while in use: start again")
+
+
+def _place(path: Path) -> tuple[int, int] | None:
+    """Return device and inode of a file; None if there is none."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino
 
 
 @contextmanager
@@ -190,19 +210,24 @@ def _bell_path(path: Path) -> Path:
 
 @asynccontextmanager
 async def _open_file(address: QueueAddress) -> AsyncIterator[_QueueFile]:
-    path = file_of(address.address)
+    path = _followed(file_of(address.address))
     with map_exceptions({OSError: BrokerError}, f"cannot open the queue file {path}, or what is beside it"):
         bell = queue_files.open_both(path, _bell_path(path))
     try:
         async with _locked(path, bell):
-            connection = await trio.to_thread.run_sync(_connect, path)
+            connection = await threads.run_sync(_connect, path)
         try:
             yield _QueueFile(connection, _Bell(path, bell))
         finally:
             with trio.CancelScope(shield=True):  # BUSY_TIMEOUT at the most, as any other use of the file
-                await trio.to_thread.run_sync(connection.close)
+                await threads.run_sync(connection.close)
     finally:
         os.close(bell)
+
+
+def _followed(path: Path) -> Path:
+    """Return the path of the file itself, of whatever link: all processes are to have one bell, beside it."""
+    return Path(os.path.realpath(path))
 
 
 @asynccontextmanager
@@ -292,7 +317,8 @@ class LocalSource:
 
     async def settle(self, delivery: Delivery, settlement: Settlement, reason: str = "", error: str = "") -> None:
         """Settle a delivery. A dead letter is always stored: the file that has the event has room for it."""
-        values = {"position": delivery.tag, "consumer": self.number, "message_id": delivery.message_id}
+        position, message_id = delivery.tag
+        values = {"position": position, "consumer": self.number, "message_id": message_id}
         if settlement is Settlement.DEAD_LETTER:
             facts = dead_letters.facts(delivery, reason, error)
             headers = json.dumps(dead_letters.headers(facts))
@@ -321,11 +347,12 @@ class LocalSource:
 _CLAIM = """
 UPDATE message SET consumer = :consumer, deliveries = deliveries + 1 WHERE position = (
     SELECT position FROM message WHERE queue = :queue AND consumer IS NULL ORDER BY position LIMIT 1
-) RETURNING position, body, message_id, attempts, headers, deliveries
+) RETURNING
+    position, CAST(body AS BLOB), CAST(message_id AS BLOB), CAST(attempts AS INTEGER), CAST(headers AS BLOB), deliveries
 """
 
 # The id as well: a message that is settled leaves its position to a later one.
-_CLAIMED = "WHERE position = :position AND consumer = :consumer AND message_id = :message_id"
+_CLAIMED = "WHERE position = :position AND consumer = :consumer AND CAST(message_id AS BLOB) = :message_id"
 # To the end of the queue, so that an event that fails again and again does not stand in the way of the others.
 _LAST = "position = (SELECT max(position) + 1 FROM message)"
 _DEAD = "queue = :dead, reason = :reason, headers = :headers"
@@ -363,10 +390,7 @@ class LocalConsumer:
                 row = await source.file.run(source.claim)
         if row is None:
             return None
-        position, body, message_id, attempts, headers, deliveries = row
-        facts = json.loads(headers) if headers else {}
-        what = source, source.queue, body, message_id, attempts + 1, position
-        return Delivery(*what, redelivered=deliveries > 1, headers=facts)
+        return _delivery(source, row)
 
     async def wait(self) -> None:
         """Wait for the bell, or for the next look."""
@@ -382,6 +406,30 @@ class LocalConsumer:
         return True
 
 
+def _delivery(source: LocalSource, row: tuple[Any, ...]) -> Delivery:
+    """Make the delivery of a row, in which others may have written anything. One without an id is known by its body."""
+    position, body, message_id, attempts, headers, deliveries = row
+    given = bounded_id(message_id.decode(errors="backslashreplace"))
+    return Delivery(
+        source,
+        source.queue,
+        body,
+        given or hashlib.sha256(body).hexdigest()[:32],
+        min(max(attempts, 0), MOST_FAILURES) + 1,
+        (position, message_id),
+        redelivered=deliveries != 1,
+        named=bool(given),
+        headers=_facts(headers),
+    )
+
+
+def _facts(headers: bytes) -> dict[str, Any]:
+    with suppress(ValueError, RecursionError):
+        facts = json.loads(headers or b"{}")
+        return facts if isinstance(facts, dict) else {}
+    return {}
+
+
 class LocalSink:
     """An outgoing queue in the file."""
 
@@ -393,9 +441,10 @@ class LocalSink:
         """Return at once: the file was checked when it was opened."""
         await trio.lowlevel.checkpoint()
 
-    async def send(self, body: bytes, message_id: str = "") -> None:
-        """Add a message to the queue, synced to disk."""
-        values = {"queue": self._queue, "body": body, "message_id": message_id or uuid.uuid4().hex}
+    async def send(self, body: bytes, message_id: str = "", original: Delivery | None = None) -> None:  # noqa: ARG002
+        """Add a message to the queue, synced to disk. It has no other metadata."""
+        storable = message_id.encode(errors="backslashreplace").decode()
+        values = {"queue": self._queue, "body": body, "message_id": storable or uuid.uuid4().hex}
         await self._file.run(partial(_change, _SEND, values), durable=True)
         self._file.bell.ring()
 

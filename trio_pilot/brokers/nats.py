@@ -7,7 +7,9 @@ A delivery is a lease: the connection's thread renews it while the message is he
 out, the message is delivered again. JetStream counts every delivery, so failures are counted by copies (`requeue`).
 """
 
+import hashlib
 import re
+import secrets
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -19,10 +21,11 @@ from urllib.parse import unquote
 import trio
 
 from trio_pilot.brokers import Delivery, Patience, QueueAddress, addresses, tokens
-from trio_pilot.brokers.headers import MESSAGE_ID, attempt_of, from_text, to_text
+from trio_pilot.brokers.headers import MESSAGE_ID, UNNAMED, from_text, given_id, to_text
 from trio_pilot.brokers.kinds import NATS
 from trio_pilot.brokers.nats_connection import NatsAddress, NatsConnection, NatsTimeouts
 from trio_pilot.brokers.nats_errors import GoneError, RefusedError
+from trio_pilot.brokers.nats_headers import MOST_HEADERS, copied, size_of
 from trio_pilot.brokers.nats_listener import NatsListener
 from trio_pilot.brokers.nats_messages import ACK, NAK, TERM, HeldMessages, NatsMessage, StreamPosition
 from trio_pilot.brokers.prefetch import PrefetchConsumer
@@ -37,7 +40,6 @@ CONSUMER = "psub"  # the name that oms-mqclient gives to the consumer of every s
 # JetStream drops a message with an id that it has seen in the last two minutes. So the id is that of one `send`, which may
 # send its message twice; the outputs of two events may well have the same message id.
 ONCE = "Nats-Msg-Id"
-INSTRUCTION = "nats-"  # the beginning of headers that tell the server what to do with a message
 
 TIMEOUTS = NatsTimeouts()
 
@@ -96,6 +98,7 @@ class NatsSource(NatsQueue, RequeueingSource[NatsConnection, NatsMessage]):
         self.hold = HeldMessages()
         self.lease = 0.0  # seconds; known once connected
         self._has_left = False  # there will be no other connection
+        self._secret = secrets.token_bytes()
 
     @asynccontextmanager
     async def connect(self, threads: trio.Nursery) -> AsyncIterator[NatsConnection]:
@@ -117,15 +120,20 @@ class NatsSource(NatsQueue, RequeueingSource[NatsConnection, NatsMessage]):
     def delivery(self, message: NatsMessage) -> Delivery:
         """Make the delivery of a message. One without an id is known by its place in its stream."""
         facts = from_text(message.headers)
+        given = given_id(facts, MESSAGE_ID, ONCE)
+        message_id = given or f"{self.place.stream}.{message.sequence}"
         return Delivery(
             self,
             self.name,
             message.body,
-            message_id=str(facts.get(MESSAGE_ID) or facts.get(ONCE) or f"{self.place.stream}.{message.sequence}"),
-            attempt=attempt_of(facts),
+            message_id=message_id,
+            attempt=self.attempt_of(facts, message_id, message.body),
             tag=message,
             redelivered=message.redelivered,
+            named=given is not None and not facts.get(UNNAMED),
             headers=facts,
+            origin=(message.sequence, message.stored),
+            is_unique=True,
         )
 
     async def ack(self, message: NatsMessage) -> None:
@@ -167,16 +175,22 @@ class NatsSource(NatsQueue, RequeueingSource[NatsConnection, NatsMessage]):
     async def send_copy(self, delivery: Delivery, queue: str, facts: Mapping[str, Any]) -> None:
         """Send a copy of an event, confirmed; stored once only, however many attempts it takes."""
         message: NatsMessage = delivery.tag
-        kept = {name: value for name, value in message.headers.items() if not name.lower().startswith(INSTRUCTION)}
-        once = f"{self.place.stream}.{message.sequence}.{delivery.attempt}"
-        headers = {**kept, **to_text({**facts, MESSAGE_ID: delivery.message_id}), ONCE: once}
+        ours = {**facts, MESSAGE_ID: delivery.message_id, **({} if delivery.named else {UNNAMED: True})}
+        once = {ONCE: self._name_of_copy(message, delivery.attempt)}
         while not message.is_lost:
             connection = await self.connected()
+            room = connection.client.max_payload - len(delivery.body) - size_of(once)
+            headers = copied(message.headers, ours, room, delivery.message_id) | once
             try:
                 return await _publish(place_of(queue), delivery.body, headers, connection)
             except LostError:
                 await self.after(connection)
         raise DeliveryLostError(self._too_late(message))
+
+    def _name_of_copy(self, message: NatsMessage, attempt: int) -> str:
+        """Return a name that is the same for each copy of one attempt, and that no sender can foresee and use before."""
+        what = f"{self.place.stream}.{message.sequence}.{message.stored.timestamp()}.{attempt}"
+        return hashlib.blake2b(what.encode(), key=self._secret, digest_size=16).hexdigest()
 
     def forget(self, message: NatsMessage) -> None:
         """Hold a message no longer, unless it is still to be settled."""
@@ -254,9 +268,12 @@ class NatsConsumer(PrefetchConsumer):
 class NatsSink(NatsQueue):
     """An outgoing queue. Any number of messages may wait for their confirms at once."""
 
-    async def send(self, body: bytes, message_id: str) -> None:
+    async def send(self, body: bytes, message_id: str, original: Delivery | None = None) -> None:
         """Send a message, on each new connection again until it is confirmed; stored once only."""
         headers = {**to_text({MESSAGE_ID: message_id}), ONCE: uuid.uuid4().hex}
+        if original:
+            unnamed = {} if original.named else {UNNAMED: True}
+            headers |= copied(original.tag.headers, {MESSAGE_ID: message_id, **unnamed}, MOST_HEADERS, message_id)
         try:
             await self.until_done(partial(_publish, self.place, body, headers))
         except TooLargeError as error:

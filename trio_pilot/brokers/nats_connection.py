@@ -19,15 +19,16 @@ from typing import Any
 import nats.errors
 import nats.js.errors
 import trio
-from nats.aio.client import Client
 from nats.js.api import ConsumerConfig
 
 from trio_pilot.brokers.nats_errors import RefusedError, text_of, translated
+from trio_pilot.brokers.nats_headers import TolerantClient, size_of
 from trio_pilot.brokers.nats_messages import NAK, PROGRESS, HeldMessages, NatsMessage, StreamPosition
 from trio_pilot.brokers.reconnecting import LostError, Timeouts, TooLargeError
 from trio_pilot.brokers.thread_bridge import Mailbox, Reply
 from trio_pilot.errors import BrokerError
 from trio_pilot.log import LOGGER
+from trio_pilot.processes import threads
 
 RENEWALS = 3  # in the time that a lease lasts
 MOST_WAITING = 65536  # requests for messages that a queue may have: each idle pilot has one; the server's default is 512
@@ -65,7 +66,7 @@ class NatsConnection:
         self.opened = Reply()  # after `timeouts.connect` at the most
         self.closed = Reply()
         self.ended = trio.Event()  # `timeouts.close` after `hang_up` at the most
-        self.client = Client()
+        self.client = TolerantClient()
         self.timeouts = timeouts
         self.listeners: set[Callable[[], Awaitable[None]]] = set()  # how each listener is ended, in the thread
         self._address = address
@@ -87,7 +88,7 @@ class NatsConnection:
     async def drive(self) -> None:
         """Run asyncio in a thread, until the connection is closed."""
         try:
-            await trio.to_thread.run_sync(lambda: asyncio.run(self._run()), limiter=trio.CapacityLimiter(1))
+            await threads.run_sync(lambda: asyncio.run(self._run()), limiter=trio.CapacityLimiter(1))
         finally:
             self.ended.set()
             for reply in list(self._replies):
@@ -302,8 +303,7 @@ class NatsConnection:
         return lease
 
     async def _publish(self, subject: str, body: bytes, headers: Mapping[str, str]) -> None:
-        size = len(body) + sum(len(name) + len(value) + len(": \r\n") for name, value in headers.items())
-        if size + len("NATS/1.0\r\n\r\n") > self.client.max_payload:  # a refusal of the server's ends the connection
+        if len(body) + size_of(headers) > self.client.max_payload:  # a refusal of the server's ends the connection
             raise TooLargeError(f"its max_payload is {self.client.max_payload}")
         await self._streams.publish(subject, body, headers=dict(headers))
 

@@ -12,6 +12,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from trio_pilot.brokers.nats_connection import NatsConnection
+from trio_pilot.brokers.nats_headers import DESCRIPTION, STATUS
 from trio_pilot.brokers.nats_messages import HeldMessages, NatsMessage, StreamPosition
 from trio_pilot.brokers.reconnecting import LostError
 from trio_pilot.log import LOGGER
@@ -23,7 +24,8 @@ NANOSECONDS = 10**9
 
 # JetStream's wire API: the subject of a request for messages, the headers of its status, and the codes of its end.
 NEXT = "$JS.API.CONSUMER.MSG.NEXT"
-STATUS, DESCRIPTION, PENDING = "Status", "Description", "Nats-Pending-Messages"
+PENDING = "Nats-Pending-Messages"
+TO_SETTLE = "$JS.ACK."  # the beginning of the subject by which a message is settled; the server's own messages have none
 EXPIRED = ("404", "408")
 
 
@@ -112,10 +114,13 @@ class NatsListener:
     async def _on_message(self, message: Msg) -> None:
         self._heard.set()
         headers = message.headers or {}
+        if message.reply.startswith(TO_SETTLE):  # whatever its sender has written into its headers, a status as well
+            self._asked -= 1
+            self._on_arrival(message, headers)
+            return
         match headers.get(STATUS):
             case None:
-                self._asked -= 1
-                self._on_arrival(message, headers)
+                LOGGER.debug("a message came to the inbox of a queue, and is not of its stream")
             case status if status in EXPIRED:
                 self._asked -= int(headers.get(PENDING, self._asked))
                 self._refill()

@@ -13,8 +13,8 @@ from typing import Any
 
 import trio
 
-from trio_pilot.brokers import Delivery, Patience, QueueAddress, addresses, tokens
-from trio_pilot.brokers.headers import MESSAGE_ID, attempt_of, from_text, to_text
+from trio_pilot.brokers import Delivery, Patience, QueueAddress, addresses, dead_letters, tokens
+from trio_pilot.brokers.headers import MESSAGE_ID, UNNAMED, from_text, given_id, to_text
 from trio_pilot.brokers.kinds import PULSAR
 from trio_pilot.brokers.prefetch import PrefetchConsumer
 from trio_pilot.brokers.pulsar_connection import PulsarConnection, PulsarTimeouts
@@ -121,14 +121,17 @@ class PulsarSource(PulsarQueue, RequeueingSource[PulsarConnection, PulsarMessage
     def delivery(self, message: PulsarMessage) -> Delivery:
         """Make the delivery of a message. One without an id is known by its place in the topic."""
         facts = from_text(message.headers)
+        given = given_id(facts, MESSAGE_ID)
+        message_id = given or str(message.id)
         return Delivery(
             self,
             self.name,
             message.body,
-            message_id=str(facts.get(MESSAGE_ID) or message.id),
-            attempt=attempt_of(facts),
+            message_id=message_id,
+            attempt=self.attempt_of(facts, message_id, message.body),
             tag=message,
             redelivered=message.redelivered,
+            named=given is not None and not facts.get(UNNAMED),
             headers=facts,
         )
 
@@ -148,7 +151,8 @@ class PulsarSource(PulsarQueue, RequeueingSource[PulsarConnection, PulsarMessage
 
     async def send_copy(self, delivery: Delivery, queue: str, facts: Mapping[str, Any]) -> None:
         """Send a copy of an event to a topic, confirmed."""
-        headers = {**delivery.tag.headers, **to_text({**facts, MESSAGE_ID: delivery.message_id})}
+        unnamed = {} if delivery.named else {UNNAMED: True}
+        headers = {**delivery.tag.headers, **to_text({**facts, MESSAGE_ID: delivery.message_id, **unnamed})}
         await delivery.tag.session.publish(queue, delivery.body, headers)
 
     def forget(self, message: PulsarMessage) -> None:
@@ -234,9 +238,12 @@ class PulsarSink(PulsarQueue):
     async def _open(self, session: PulsarConnection) -> None:
         await session.producer(self.name)
 
-    async def send(self, body: bytes, message_id: str) -> None:
+    async def send(self, body: bytes, message_id: str, original: Delivery | None = None) -> None:
         """Send a message, on each new connection again until it is confirmed."""
-        headers = to_text({MESSAGE_ID: message_id})
+        theirs = original.tag.headers if original else {}
+        kept = {name: value for name, value in theirs.items() if not name.startswith(dead_letters.PREFIX)}
+        unnamed = {UNNAMED: True} if original and not original.named else {}
+        headers = {**kept, **to_text({MESSAGE_ID: message_id, **unnamed})}
         try:
             await self.until_done(lambda session: session.publish(self.name, body, headers))
         except TooLargeError as error:

@@ -19,6 +19,7 @@ import trio
 from trio_pilot.brokers.reconnecting import ConnectError, LostError, Timeouts, TooLargeError
 from trio_pilot.brokers.thread_bridge import Reply
 from trio_pilot.errors import BrokerError, SettingsError
+from trio_pilot.processes import threads
 
 try:
     import pulsar
@@ -143,7 +144,7 @@ class PulsarConnection:
     async def _block(self, call: Callable[[], Any]) -> Any:
         """Make a call that blocks; if it is cancelled, the call ends when the client is closed."""
         try:
-            return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._limiter)
+            return await threads.run_sync(call, abandon_on_cancel=True, limiter=self._limiter)
         except pulsar.PulsarException as error:
             raise self._translated(type(error).__name__) from error
 

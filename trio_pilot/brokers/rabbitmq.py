@@ -15,12 +15,11 @@ from typing import Any
 import trio
 
 from trio_pilot.brokers import Delivery, Patience, QueueAddress
-from trio_pilot.brokers.headers import attempt_of
-from trio_pilot.brokers.rabbitmq_channel import RabbitChannel, RabbitMessage
+from trio_pilot.brokers.rabbitmq_channel import RabbitChannel, RabbitMessage, open_channel
 from trio_pilot.brokers.rabbitmq_connection import RabbitConnection, RabbitTimeouts
 from trio_pilot.brokers.rabbitmq_consumer import RabbitConsumer
-from trio_pilot.brokers.rabbitmq_errors import NO_ROUTE, PRECONDITION_FAILED, ClosedError
-from trio_pilot.brokers.rabbitmq_queue import RabbitQueue, find_for_sending
+from trio_pilot.brokers.rabbitmq_errors import ACCESS_REFUSED, NO_ROUTE, NOT_FOUND, PRECONDITION_FAILED, ClosedError
+from trio_pilot.brokers.rabbitmq_queue import RabbitQueue, find, find_for_sending
 from trio_pilot.brokers.reconnecting import opened
 from trio_pilot.brokers.requeue import RequeueingSource
 from trio_pilot.errors import BrokerError, PublishRefusedError
@@ -58,6 +57,19 @@ class RabbitSource(RabbitQueue, RequeueingSource[RabbitChannel, RabbitMessage]):
     def __init__(self, address: QueueAddress, patience: Patience, timeouts: RabbitTimeouts) -> None:
         super().__init__(address, patience, timeouts)
         self._copies = Copies()
+        self._life = 0  # of the queue: how often it was found not to exist
+
+    async def _open(self, connection: RabbitConnection) -> RabbitChannel:
+        """Find the queue. Where it does not exist it begins a new life: what was done before cannot come again."""
+        channel = await open_channel(connection)
+        try:
+            await channel.ask("queue_declare", self.name, passive=True)
+        except ClosedError as error:
+            if error.code not in (ACCESS_REFUSED, NOT_FOUND):
+                raise
+            self._life += error.code == NOT_FOUND
+            channel = await find(connection, self.name)
+        return channel
 
     def new_consumer(self, prefetch: int, lease: float) -> RabbitConsumer:
         """Make a consumer. Where the server does not grant the lease, it takes back what is unsettled by its end."""
@@ -76,16 +88,18 @@ class RabbitSource(RabbitQueue, RequeueingSource[RabbitChannel, RabbitMessage]):
 
     def delivery(self, message: RabbitMessage) -> Delivery:
         """Make the delivery of a message. One without an id is known by its body."""
+        message_id = message.message_id or hashlib.sha256(message.body).hexdigest()[:32]
         return Delivery(
             self,
             self.name,
             message.body,
-            message.message_id or hashlib.sha256(message.body).hexdigest()[:32],
-            attempt_of(message.headers),
+            message_id,
+            self.attempt_of(message.headers, message_id, message.body),
             message,
             redelivered=message.redelivered,
             named=message.message_id is not None,
             headers=message.headers,
+            origin=self._life,
         )
 
     def begin_settling(self, delivery: Delivery) -> None:
@@ -164,13 +178,16 @@ class Copies:
 class RabbitSink(RabbitQueue):
     """An outgoing queue. Any number of messages may wait for their confirms at once."""
 
-    async def send(self, body: bytes, message_id: str) -> None:
+    async def send(self, body: bytes, message_id: str, original: Delivery | None = None) -> None:
         """Send a message, on each new connection again until it is confirmed."""
-        await self.until_done(partial(self._publish, body, message_id))
+        await self.until_done(partial(self._publish, body, message_id, original))
 
-    async def _publish(self, body: bytes, message_id: str, channel: RabbitChannel) -> None:
+    async def _publish(self, body: bytes, message_id: str, original: Delivery | None, channel: RabbitChannel) -> None:
         try:
-            await channel.publish(self.name, body, message_id)
+            if original:
+                await channel.publish_copy(self.name, original.tag, {})
+            else:
+                await channel.publish(self.name, body, message_id)
         except ClosedError as error:
             # The other messages that were waiting on the channel are sent again.
             if error.code == PRECONDITION_FAILED and _refused_size(error) == len(body):

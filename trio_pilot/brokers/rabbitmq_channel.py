@@ -6,7 +6,6 @@ A channel that the server closes raises nothing in pika: here its end fails ever
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,15 +15,11 @@ import pika.exceptions
 
 from trio_pilot.brokers.rabbitmq_connection import RabbitConnection
 from trio_pilot.brokers.rabbitmq_errors import NO_ROUTE, ClosedError, closed_error, text_of
+from trio_pilot.brokers.rabbitmq_properties import DELIVERY_COUNT, PERSISTENT, copied
 from trio_pilot.brokers.thread_bridge import Reply
 
 CANCELLED = "the server has cancelled the consumer: its consumer_timeout is over, or the queue was deleted or moved"
-PERSISTENT = 2
-DELIVERY_COUNT = "x-delivery-count"
 MOST_MESSAGE_ID = 255  # bytes of a short string
-
-# Headers that the server adds, and headers that would make it send a copy elsewhere, or refuse it.
-NOT_COPIED = DELIVERY_COUNT, "x-acquired-count", "CC", "BCC"
 
 
 @dataclass(slots=True)
@@ -45,9 +40,9 @@ class RabbitMessage:
 
     @property
     def message_id(self) -> str | None:
-        """The id that its sender gave it."""
-        message_id: str | None = self.properties.message_id
-        return message_id
+        """The id that its sender gave it; None for an empty one. Bytes that are not UTF-8 are escaped."""
+        given: str | bytes | None = self.properties.message_id
+        return (given.decode(errors="backslashreplace") if isinstance(given, bytes) else given) or None
 
     @property
     def headers(self) -> dict[str, Any]:
@@ -57,7 +52,8 @@ class RabbitMessage:
     @property
     def deliveries(self) -> int | None:
         """How often it was delivered before and came back, where the queue counts: quorum queues do, from the first on."""
-        return self.headers.get(DELIVERY_COUNT)
+        count = self.headers.get(DELIVERY_COUNT)  # in other queues, whatever the sender has written
+        return count if isinstance(count, int) else None
 
 
 class RabbitChannel:
@@ -126,7 +122,9 @@ class RabbitChannel:
 
     async def publish_copy(self, queue: str, message: RabbitMessage, headers: Mapping[str, Any]) -> None:
         """Publish a received message again, with some headers added, as `publish` does."""
-        await self._publish(queue, message.body, _copied(message.properties, headers))
+        message_id = message.message_id or "without an id"
+        properties = copied(message.properties, headers, self.connection.frame_max, message_id)
+        await self._publish(queue, message.body, properties)
 
     async def _publish(self, queue: str, body: bytes, properties: pika.BasicProperties) -> None:
         def start(reply: Reply) -> None:
@@ -216,11 +214,3 @@ async def open_channel(connection: RabbitConnection) -> RabbitChannel:
     connection.post(channel.open, reply)
     await connection.answer(reply)
     return channel
-
-
-def _copied(properties: pika.BasicProperties, headers: Mapping[str, Any]) -> pika.BasicProperties:
-    """Return the properties of a copy. They keep the sender's, but for the user id, which must be that of the connection."""
-    copied = copy(properties)
-    kept = {name: value for name, value in (properties.headers or {}).items() if name not in NOT_COPIED}
-    copied.headers, copied.delivery_mode, copied.user_id = {**kept, **headers}, PERSISTENT, None
-    return copied

@@ -21,10 +21,12 @@ import pika.exceptions
 import trio
 
 from trio_pilot.brokers.rabbitmq_errors import ACCESS_REFUSED, NOT_ALLOWED, ClosedError, causes, text_of
+from trio_pilot.brokers.rabbitmq_properties import TolerantConnection
 from trio_pilot.brokers.reconnecting import ConnectError, Timeouts
 from trio_pilot.brokers.thread_bridge import Mailbox, Reply
 from trio_pilot.errors import BrokerError
 from trio_pilot.log import LOGGER
+from trio_pilot.processes import threads
 
 LINGER = 0.01  # seconds for which a message may wait for more to be sent with it, where that costs no slot its event
 METHOD_ON_CHANNEL_0 = b"\x01\x00\x00"  # how the first frame of a server begins
@@ -77,7 +79,7 @@ class RabbitConnection:
     async def drive(self) -> None:
         """Run pika's I/O loop in a thread, until the connection is closed."""
         try:
-            await trio.to_thread.run_sync(self._drive, limiter=trio.CapacityLimiter(1))
+            await threads.run_sync(self._drive, limiter=trio.CapacityLimiter(1))
         finally:
             self.ended.set()
             for reply in list(self._posted):  # the loop may have stopped before it came to them
@@ -90,6 +92,11 @@ class RabbitConnection:
         is_rabbitmq = properties.get("product") == "RabbitMQ"
         found = re.match(r"(\d+)\.(\d+)", str(properties.get("version"))) if is_rabbitmq else None
         return tuple(map(int, found.groups())) if found else ()
+
+    @property
+    def frame_max(self) -> int:
+        """The largest frame that the server takes, in bytes; 0 if there is no limit."""
+        return self._pika.params.frame_max if self._pika else 0
 
     async def update_secret(self, secret: str) -> None:
         """Replace the password or token of the connection (an extension of RabbitMQ's, from 3.8 on).
@@ -162,7 +169,7 @@ class RabbitConnection:
 
     def _drive(self) -> None:
         try:
-            self._pika = pika.SelectConnection(
+            self._pika = TolerantConnection(
                 self._parameters,
                 on_open_callback=lambda _: self.run_in_trio(self.opened.set),
                 on_open_error_callback=lambda _, error: self._end(error),

@@ -1,5 +1,6 @@
 """A connection to a broker that is made again whenever it is lost, for as long as there is patience."""
 
+import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -21,6 +22,7 @@ class Timeouts:
 
     retry: float = 0.5  # before the second attempt to connect, doubled from then on ...
     most_retry: float = 10.0  # ... to this; each time a random part of it, so that pilots do not come back all at once
+    steady: float = 5.0  # after which a connection was a good one; a message that breaks each is to break few
 
     def retry_delay(self, failures: int) -> float:
         """Return a random delay before the next attempt to connect, after so many failures."""
@@ -110,13 +112,16 @@ class ReconnectingQueue(Generic[S]):
         failures = 0
         async with trio.open_nursery() as threads:
             while True:
+                connected_at = math.inf
                 try:
                     async with self.connect(threads) as session:
-                        failures = 0
+                        connected_at = trio.current_time()
                         await self._use(session)
                 except BrokerError as error:
                     raise BrokerError(f"{self.broker} {error}") from error
                 except LostError as error:
+                    if trio.current_time() - connected_at >= self._delays.steady:
+                        failures = 0
                     if not self._patience(trio.current_time() - self._away_since):
                         raise BrokerError(f"{self.broker} cannot be reached: {error}") from error
                     if failures == 0:

@@ -5,6 +5,8 @@ or a lost connection. So an event that failed goes back as a copy of itself, to 
 failures in a header. The original is acknowledged once the copy is confirmed: an event may come twice, but is never lost.
 """
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -22,11 +24,12 @@ from trio_pilot.brokers import (
     dead_letter_queue,
     dead_letters,
 )
-from trio_pilot.brokers.headers import FAILURES
-from trio_pilot.brokers.reconnecting import LostError, ReconnectingQueue, Session, Timeouts
+from trio_pilot.brokers.headers import FAILURES, attempt_of
+from trio_pilot.brokers.reconnecting import LostError, ReconnectingQueue, Session, Timeouts, TooLargeError
 from trio_pilot.errors import DeliveryLostError, DeliveryReplacedError, NotSetAsideError
 from trio_pilot.log import LOGGER
 
+MOST_UNCOUNTED = 1000  # events to remember whose failures no copy can tell
 STOP_TIMEOUT = 5.0  # seconds to release what was sent ahead; else the broker takes it back, at the latest after its lease
 
 
@@ -76,6 +79,7 @@ class RequeueingSource(ReconnectingQueue[S], Generic[S, M]):
         super().__init__(address, broker, patience, timeouts)
         self.held_back = AsyncValue(0)  # deliveries that do not count towards the prefetch
         self._directory = address.dead_letters
+        self._uncounted: OrderedDict[tuple[str, bytes], int] = OrderedDict()  # failures of events too large for a copy
         self._consumer: SessionConsumer[S] | None = None
 
     def new_consumer(self, prefetch: int, lease: float) -> SessionConsumer[S]:
@@ -85,6 +89,11 @@ class RequeueingSource(ReconnectingQueue[S], Generic[S, M]):
     def delivery(self, message: M) -> Delivery:
         """Make the delivery of a message."""
         raise NotImplementedError
+
+    def attempt_of(self, headers: Mapping[str, Any], message_id: str, body: bytes) -> int:
+        """Return the number of this attempt at an event, from 1."""
+        known = self._uncounted.get(_key(message_id, body), 0) if self._uncounted else 0
+        return max(attempt_of(headers), known + 1)
 
     async def ack(self, message: M) -> None:
         """Acknowledge a message."""
@@ -205,6 +214,10 @@ class RequeueingSource(ReconnectingQueue[S], Generic[S, M]):
             await self.send_copy(delivery, self.name, {FAILURES: failures})
         except self.refusals as error:
             LOGGER.warning("event %s goes back without its count: cannot send a copy (%s)", delivery.message_id, error)
+            if isinstance(error, TooLargeError):  # as will be each other copy: else it would be tried without end
+                self._uncounted[_key(delivery.message_id, delivery.body)] = failures
+                if len(self._uncounted) > MOST_UNCOUNTED:
+                    self._uncounted.popitem(last=False)
             await self.nack(delivery.tag)
         else:
             await self.ack_original(delivery)
@@ -217,3 +230,7 @@ class RequeueingSource(ReconnectingQueue[S], Generic[S, M]):
             self.check_refusal(delivery, error)
             await dead_letters.write_aside(self._directory, delivery, facts, error)
         await self.ack_original(delivery)
+
+
+def _key(message_id: str, body: bytes) -> tuple[str, bytes]:
+    return message_id, hashlib.sha256(body).digest()

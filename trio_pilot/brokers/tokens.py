@@ -13,6 +13,7 @@ from typing import Any
 import trio
 
 from trio_pilot.errors import BrokerError, map_exceptions
+from trio_pilot.processes import threads
 
 LOOK_INTERVAL = 2.0  # seconds
 TIMEOUT = 15.0  # seconds to read a file, on a file system that may hang
@@ -34,7 +35,7 @@ async def current(token: str) -> str:
     path = Path(token[1:])
     with map_exceptions({OSError: BrokerError, ValueError: BrokerError}, "has a token file that cannot be read"):
         with trio.move_on_after(TIMEOUT):
-            return (await trio.to_thread.run_sync(path.read_text, abandon_on_cancel=True)).strip()
+            return (await threads.run_sync(path.read_text, abandon_on_cancel=True)).strip()
         raise TimeoutError(f"{path} has not been read for {TIMEOUT:g} s")
 
 

@@ -6,6 +6,7 @@ written to the directory for dead letters are read from there.
 
 import json
 import os
+import reprlib
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -36,7 +37,7 @@ MAX_LISTED = 1000  # dead letters that are received at once
 IDLE_TIMEOUT = 0.5  # seconds without another dead letter, after which there are no more
 RELEASE_TIMEOUT = 30.0  # seconds to release what was received; a broker that cannot be reached takes it back by itself
 MAX_SHOWN = 60  # characters of a reason in a table
-BROKER_FACTS = ("message_id", "message-id", "failures")  # for brokers only: neither listed nor shown
+BROKER_FACTS = ("message_id", "message-id", "unnamed", "failures")  # for brokers only: neither listed nor shown
 COLUMNS = ("time", "attempts", "error", "host", "reason")  # of the table, after the id
 
 
@@ -102,7 +103,7 @@ async def _replay(settings: Settings, queue: str, message_ids: frozenset[str], r
         open_sink(settings.at_broker(queue), lambda seconds: seconds < patience) as sink,
     ):
         for letter in _select(letters, queue, message_ids) if message_ids else list(letters):
-            await sink.send(letter.body, letter.message_id)
+            await sink.send(letter.body, letter.message_id, letter.place if isinstance(letter.place, Delivery) else None)
             with trio.CancelScope(shield=True):  # it is in the queue now, and must not be a dead letter as well
                 await _remove(letter)
             letters.remove(letter)
@@ -164,8 +165,14 @@ def _unlink(path: Path) -> None:
 
 def _from_delivery(delivery: Delivery) -> DeadLetter:
     prefix = dead_letters.PREFIX
-    facts = {name.removeprefix(prefix): value for name, value in delivery.headers.items() if name.startswith(prefix)}
+    theirs = {str(name): value for name, value in delivery.headers.items()}
+    facts = {name.removeprefix(prefix): _fact(value) for name, value in theirs.items() if name.startswith(prefix)}
     return DeadLetter(delivery.message_id, facts, delivery.body, delivery)
+
+
+def _fact(value: Any) -> str | int | float:
+    """Return the value of a header, which anyone may have written, as one that can be shown."""
+    return value if isinstance(value, str | int | float) else reprlib.repr(value)
 
 
 def _from_directory(directory: Path, queue: str) -> list[DeadLetter]:
@@ -183,7 +190,7 @@ def _select(letters: Iterable[DeadLetter], queue: str, message_ids: frozenset[st
 
 
 def _facts(letter: DeadLetter) -> dict[str, Any]:
-    facts = {name: value for name, value in letter.facts.items() if name not in BROKER_FACTS}
+    facts = {name: value for name, value in letter.facts.items() if name not in (*BROKER_FACTS, "id", "file")}
     return {"id": letter.message_id, **facts, **({"file": str(letter.place)} if isinstance(letter.place, Path) else {})}
 
 

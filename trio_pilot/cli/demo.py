@@ -114,7 +114,7 @@ async def _scan(settings: Settings) -> list[dict[str, Any]]:
     if signalled:
         raise SignalledError(signalled)
     results: list[dict[str, Any]] = []
-    receiver = Receiver(settings, RESULTS, lambda _id, result: results.append(result))
+    receiver = Receiver(settings, RESULTS, lambda _delivery, result: results.append(result))
     with trio.move_on_after(settings.broker_patience):
         await receiver.receive(demo_sky.PIXELS, idle=1)
     if sorted(result["pixel"] for result in results) != list(range(demo_sky.PIXELS)):

@@ -39,7 +39,10 @@ RELEASE_TIMEOUT = 1.0  # seconds
 MAX_SEEN = 100_000  # ids to remember; they take about 15 MB
 SUFFIXES = ".bin", ".txt", ".json"
 
-Write = Callable[[str, Any], None]  # writes a message, given its id and its data; may block
+UNACKED = ".unacked"  # ends the name of an empty file beside one whose message may come again
+
+# Writes a message, given its data; may block. Returns what is to be called once the message is acknowledged, if anything.
+Write = Callable[[Delivery, Any], Callable[[], None] | None]
 
 
 @dataclass(frozen=True)
@@ -126,11 +129,13 @@ class Receiver:
             LOGGER.warning("message %s is set aside as a dead letter: %s", delivery.message_id, error)
             return
         # The reader of stdout may have stopped reading: when cancelled, the thread that waits for it is abandoned.
-        write = partial(self._write, delivery.message_id, message.data)
-        await threads.run_sync(write, abandon_on_cancel=True)
-        if self._seen:
+        write = partial(self._write, delivery, message.data)
+        written = await threads.run_sync(write, abandon_on_cancel=True)
+        if self._seen and delivery.named:
             self._seen.add(delivery.message_id)
         await delivery.source.settle(delivery, Settlement.ACK)
+        if written:
+            written()
         self.received += 1
 
 
@@ -162,7 +167,7 @@ async def _release(delivery: Delivery) -> None:
         await delivery.source.settle(delivery, Settlement.RELEASE)
 
 
-def _write_line(_message_id: str, data: Any) -> None:
+def _write_line(_delivery: Delivery, data: Any) -> None:
     """Write a line to stdout. Not by sys.stdout: a thread that waits in it would hold its lock at exit."""
     line = json.dumps(_base64(data) if isinstance(data, bytes) else data).encode() + b"\n"  # ASCII, and so escaped
     try:
@@ -173,15 +178,41 @@ def _write_line(_message_id: str, data: Any) -> None:
         raise NodeError(f"cannot write to stdout: {error.strerror}") from error
 
 
-def _write_file(directory: Path, message_id: str, data: Any) -> None:
+def _write_file(directory: Path, delivery: Delivery, data: Any) -> Callable[[], None]:
+    """Write a file of its own for each message, be it equal to another; no file is ever overwritten.
+
+    Only a message that comes again, written before and not acknowledged, has its file already.
+    """
     with map_exceptions({OSError: NodeError}, f"cannot write to {directory}"):
         suffix, content = _file_content(data)
-        stem = _stem(message_id) or uuid.uuid4().hex
-        path = directory / f"{stem}{suffix}"
-        if not path.exists():
+        stem = _stem(delivery.message_id) or uuid.uuid4().hex
+        path = _written_before(directory, stem, suffix, content) if delivery.redelivered else None
+        if path is None:
+            path = directory / f"{stem}{suffix}"
+            if path.exists():
+                path = directory / f"{stem}-{uuid.uuid4().hex}{suffix}"
+            _mark(path).touch()
             write_durably(path, content, FOR_THE_UMASK)
-        elif path.read_bytes() != content:  # another message with the same id; no file is ever overwritten
-            write_durably(directory / f"{stem}-{uuid.uuid4().hex}{suffix}", content, FOR_THE_UMASK)
+    return partial(_unmark, path)
+
+
+def _written_before(directory: Path, stem: str, suffix: str, content: bytes) -> Path | None:
+    """Return the file that has this content, and whose message was not acknowledged, as far as is known."""
+    for mark in directory.glob(f".{stem}*{suffix}{UNACKED}"):
+        path = mark.with_name(mark.name[1 : -len(UNACKED)])
+        with suppress(FileNotFoundError):
+            if path.read_bytes() == content:
+                return path
+    return None
+
+
+def _mark(path: Path) -> Path:
+    return path.with_name(f".{path.name}{UNACKED}")
+
+
+def _unmark(path: Path) -> None:
+    with suppress(OSError):
+        _mark(path).unlink()
 
 
 def _stem(message_id: str) -> str:

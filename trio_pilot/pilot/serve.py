@@ -176,7 +176,7 @@ class Pilot:
             if settlement is Settlement.REJECT:
                 with self._retries.hold(task.delivery):
                     try:
-                        await self._retries.delay(task.delivery.attempt, outcome)
+                        await self._retries.delay(task.delivery, outcome)
                     finally:
                         await self._settler.settle(task, settlement)
 

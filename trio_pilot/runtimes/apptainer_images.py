@@ -21,6 +21,7 @@ from trio_pilot.errors import NodeError, map_exceptions
 from trio_pilot.files.data_directory import open_temporary
 from trio_pilot.files.filesystem import exists, is_file, remove_tree
 from trio_pilot.log import LOGGER
+from trio_pilot.processes import threads
 from trio_pilot.runtimes import APPTAINER_BUILD, APPTAINER_IMAGE, HOST_ROOT, Options
 from trio_pilot.runtimes.apptainer_command import Apptainer, environment
 from trio_pilot.runtimes.apptainer_directory import (
@@ -80,7 +81,7 @@ class Images:
     async def _prepare(self, name: str) -> Image:
         if name in HOST_ROOT:
             raise NodeError(f"apptainer takes no {name or 'empty name'!r} as an image: name one, or choose another runtime")
-        fault = await trio.to_thread.run_sync(_directory_fault, name)
+        fault = await threads.run_sync(_directory_fault, name)
         if fault is None:
             return await self._directory(name)
         if self._options.only_directories:
@@ -93,11 +94,11 @@ class Images:
         return await self._file(name)
 
     async def _directory(self, name: str) -> Image:
-        image = await trio.to_thread.run_sync(_directory, name)
+        image = await threads.run_sync(_directory, name)
         reason = await self._cannot_run(Path(image.path))
         if reason:
             raise NodeError(f"apptainer can make no container of the image {name}: {reason}")
-        environment = await trio.to_thread.run_sync(mended_environment, Path(image.path))
+        environment = await threads.run_sync(mended_environment, Path(image.path))
         return replace(image, environment=self._written(environment)) if environment else image
 
     def _written(self, environment: str) -> Path:
@@ -108,7 +109,7 @@ class Images:
 
     async def _file(self, name: str) -> Image:
         path = Path(await trio.Path(name).absolute())
-        if not await trio.to_thread.run_sync(is_file, path):
+        if not await threads.run_sync(is_file, path):
             raise NodeError(f"the image {name} is neither a directory nor a file; of a registry it would be docker://{name}")
         reason = await self._cannot_run(path)
         if reason is None:
@@ -127,8 +128,8 @@ class Images:
     async def _unpacked(self, source: str) -> Image:
         parent = self.directory
         with map_exceptions({OSError: NodeError}, f"cannot unpack images below {parent} (see {APPTAINER_BUILD[0]})"):
-            await trio.to_thread.run_sync(_make_own, parent)
-            key = await trio.to_thread.run_sync(_key, source)
+            await threads.run_sync(_make_own, parent)
+            key = await threads.run_sync(_key, source)
             finished = parent / key
             async with _locked(parent, key, source) as lock:
                 if await trio.Path(finished).exists():
@@ -142,7 +143,7 @@ class Images:
         LOGGER.info("image %s: being unpacked to %s", source, finished)
         begun = trio.current_time()
         try:
-            await trio.to_thread.run_sync(remove_unfinished, finished.parent, finished.name)
+            await threads.run_sync(remove_unfinished, finished.parent, finished.name)
             (unfinished / "tmp").mkdir(parents=True)
             root = unfinished / "root"
             env = {**_environment(os.environ), "APPTAINER_TMPDIR": str(unfinished / "tmp")}
@@ -153,7 +154,7 @@ class Images:
             root.rename(finished)
         finally:
             with trio.move_on_after(TIDY_TIMEOUT, shield=True):
-                await trio.to_thread.run_sync(remove_tree, unfinished)
+                await threads.run_sync(remove_tree, unfinished)
         LOGGER.info("image %s: unpacked in %.1f s", source, trio.current_time() - begun)
 
 

@@ -18,7 +18,7 @@ from trio_pilot.files.data_directory import root_in
 from trio_pilot.files.error_summary import error_summary
 from trio_pilot.files.task_logs import open_log
 from trio_pilot.log import LOGGER
-from trio_pilot.processes import cgroups
+from trio_pilot.processes import cgroups, threads
 from trio_pilot.processes.children import Child, Children, Command
 from trio_pilot.processes.orphans import MARKER, mark
 from trio_pilot.runtimes import (
@@ -57,7 +57,7 @@ PROBE_TIMEOUT = 10.0  # seconds for a container that runs `true`
 
 async def fault(options: Options) -> str | None:  # noqa: ARG001 -- as for any other runtime
     """Return the reason why bubblewrap does not work here; None if it works."""
-    return await trio.to_thread.run_sync(_fault)
+    return await threads.run_sync(_fault)
 
 
 def _fault() -> str | None:
@@ -166,13 +166,13 @@ class BubblewrapRuntime:
         if image in HOST_ROOT:
             return ImageDirectory()
         if image not in self._directories:
-            self._directories[image] = await trio.to_thread.run_sync(ImageDirectory.of, Path(image))
+            self._directories[image] = await threads.run_sync(ImageDirectory.of, Path(image))
         return self._directories[image]
 
     async def _root(self, image: str, targets: tuple[str, ...]) -> Root:
         key = image, targets
         if key not in self._roots:
-            self._roots[key] = await trio.to_thread.run_sync(root_of, Path(image or "/"), targets)
+            self._roots[key] = await threads.run_sync(root_of, Path(image or "/"), targets)
         return self._roots[key]
 
     async def run(self, container: Container) -> Exit:

@@ -14,6 +14,7 @@ from pathlib import Path
 import trio
 
 from trio_pilot.errors import NodeError, map_exceptions
+from trio_pilot.processes import threads
 from trio_pilot.runtimes.engine_api import EngineApi
 from trio_pilot.runtimes.engine_container import EngineContainer
 from trio_pilot.runtimes.engine_dialect import SCRATCH
@@ -53,7 +54,7 @@ class EngineFiles:
                 async with streaming as pieces, await trio.open_file(archive, "xb") as written:
                     async for piece in pieces:
                         await written.write(piece)
-                await trio.to_thread.run_sync(_unpack, archive, destination)
+                await threads.run_sync(_unpack, archive, destination)
             finally:
                 with suppress(OSError):
                     archive.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ import pytest
 import trio
 
 from tests.support.brokers import LONG, Local, eventually, failure_of, nothing_comes, take
+from tests.support.hostile_messages import insert
 from tests.support.services import cannot
 from trio_pilot.brokers import QueueAddress, Settlement, local
 from trio_pilot.errors import BrokerError
@@ -273,3 +274,75 @@ async def test_nothing_stays_open_after_close(broker: Local) -> None:
         async with broker.sink("q") as sink, broker.source("q") as source, source.consume(1):
             await sink.send(b"a", "a")
     await eventually(lambda: open_files() <= before)
+
+
+async def test_a_pilot_by_way_of_a_link_leaves_the_claims_of_others_alone(broker: Local, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.mkdir()
+    (link / "queues.sqlite").symlink_to(broker.file)
+    other = Local(link / "queues.sqlite")
+    async with broker.sink("q") as sink, broker.source("q") as source, source.consume(1) as consumer:
+        await sink.send(b"a", "a")
+        delivery = await take(consumer)
+        async with other.source("q") as thief, thief.consume(1) as by_link:
+            await nothing_comes(by_link)
+        await source.settle(delivery, Settlement.ACK)
+    assert list(link.iterdir()) == [link / "queues.sqlite"]
+
+
+@pytest.mark.parametrize("what", ["removed", "replaced", "restored", "bell removed"])
+async def test_a_queue_file_that_others_took_away_is_no_success(broker: Local, tmp_path: Path, what: str) -> None:
+    bell, moved = broker.file.with_name(f"{broker.file.name}-bell"), tmp_path / "moved"
+    async with broker.sink("q") as sink:
+        await sink.send(b"a", "a")
+        match what:
+            case "removed":
+                broker.file.unlink()
+            case "replaced":
+                moved.write_bytes(broker.file.read_bytes())
+                moved.replace(broker.file)
+            case "restored":
+                broker.file.rename(moved)
+                broker.file.write_bytes(moved.read_bytes())
+            case _:
+                bell.unlink()
+        with pytest.raises(BrokerError, match="removed, moved or replaced while in use"):
+            await sink.send(b"b", "b")
+
+
+ODD_ROWS: dict[str, dict[str, Any]] = {
+    "no id": {"message_id": ""},
+    "an id with a NUL": {"message_id": "a\0b"},
+    "an id that is not UTF-8": {"message_id": b"\xff"},
+    "an id of 1 MB": {"message_id": "x" * 10**6},
+    "a number as id": {"message_id": 7},
+    "most attempts": {"attempts": 2**63 - 1},
+    "words for numbers": {"attempts": "many", "deliveries": "many"},
+    "headers that are no JSON": {"headers": "[" * 5000},
+    "headers that are no object": {"headers": "[1]"},
+    "text as body": {"body": "é"},
+    "a number as body": {"body": 12},
+}
+
+
+@pytest.mark.parametrize("kind", ODD_ROWS)
+async def test_rows_that_others_wrote_are_settled_as_any_other(broker: Local, kind: str) -> None:
+    columns = {"body": b"a", "message_id": "a"} | ODD_ROWS[kind]
+    async with broker.source("q") as source, source.consume(1) as consumer:
+        insert(broker.file, "q", columns.pop("body"), columns)
+        for settlement in (Settlement.RELEASE, Settlement.REJECT, Settlement.DEAD_LETTER):
+            delivery = await take(consumer)
+            assert isinstance(delivery.body, bytes)
+            assert delivery.named == (kind != "no id")
+            await source.settle(delivery, settlement, "bad", "Error")
+    assert broker.rows("SELECT count(*) FROM message WHERE queue = 'q'") == [(0,)]
+    assert broker.rows("SELECT count(*) FROM message WHERE reason = 'bad'") == [(1,)]
+
+
+async def test_an_id_that_no_file_can_hold_fails_no_other_request(broker: Local) -> None:
+    async with broker.sink("q") as sink, broker.source("q") as source, source.consume(1) as consumer:
+        async with trio.open_nursery() as nursery:
+            for message_id in ("a", "\ud800", "b"):
+                nursery.start_soon(sink.send, b"body", message_id)
+        ids = {(await take(consumer)).message_id for _ in range(3)}
+        assert ids == {"a", r"\ud800", "b"}

@@ -12,6 +12,7 @@ import trio
 from mqclient.queue import Queue
 
 from tests.support.brokers import LONG, Nats, eventually, failure_of, new_name, nothing_comes, send, take
+from tests.support.hostile_messages import nats_publisher
 from tests.support.network_proxy import hang_up, proxy, server, silence, speak_http, speak_ssh
 from tests.support.pilot_process import COMMAND, assert_nothing_left, cp, pilot, run_pilot
 from tests.support.servers import MAX_MESSAGE_SIZE, NATS_USERS, NatsServer, running
@@ -455,3 +456,69 @@ async def test_a_cancelled_settlement_is_made_once_the_connection_is_back(broker
         await give_up_settling(source, delivery)
         way.refusing = False
         await eventually(lambda: broker.counts(queue) == (0, 0), "it is settled")
+
+
+ODD_HEADERS = {
+    "status": b"NATS/1.0\r\nStatus: 503\r\n\r\n",
+    "status in the first line": b"NATS/1.0 408 \xff\r\n\r\n",
+    "no version": b"N\r\n\r\n",
+    "names that cannot be written": b"NATS/1.0\r\n(a): b\r\n@: c\r\n\r\n",
+    "nested count": b"NATS/1.0\r\nx-trio-pilot-failures: " + b"[" * 5000 + b"\r\n\r\n",
+    "nested id": b"NATS/1.0\r\nx-trio-pilot-message-id: " + b"[" * 900 + b"]" * 900 + b"\r\n\r\n",
+    "64 kB": b"NATS/1.0\r\nlarge: " + b"\xff" * 65_400 + b"\r\n\r\n",
+    "an id of 60 kB": b"NATS/1.0\r\nNats-Msg-Id: " + b"x" * 60_000 + b"\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("kind", ODD_HEADERS)
+async def test_odd_headers_end_no_connection_and_lose_no_event(
+    broker: Nats, queue: str, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    async with broker.source(queue) as source, source.consume(1) as consumer:
+        await nothing_comes(consumer)
+        with nats_publisher(broker.server.port) as publish:
+            assert publish(place_of(queue).subject, ODD_HEADERS[kind], b"a")
+        for settlement in (Settlement.REJECT, Settlement.REJECT, Settlement.DEAD_LETTER):
+            delivery = await take(consumer)
+            await source.settle(delivery, settlement, "bad", "Error")
+        assert delivery.attempt == 3
+    ((body, _, reason),) = broker.dead_letters(queue)
+    assert (body, reason) == (b"a", "bad")
+    assert not [record for record in caplog.records if "connecting again" in record.message]
+
+
+async def test_the_name_of_a_copy_cannot_be_foreseen(broker: Nats, queue: str) -> None:
+    async with broker.source(queue) as source, source.consume(1) as consumer:
+        await send(broker, queue, b"a")
+        first = await take(consumer)
+        await source.settle(first, Settlement.REJECT)
+        second = await take(consumer)
+        await source.settle(second, Settlement.ACK)
+    names = [headers["Nats-Msg-Id"] for headers, _ in broker.messages(queue)]
+    assert len(names[1]) == 32
+    assert place_of(queue).stream not in names[1]
+
+
+async def test_a_place_in_a_stream_is_no_senders_id_even_in_a_copy(broker: Nats, queue: str) -> None:
+    async with broker.source(queue) as source, source.consume(1) as consumer:
+        await nothing_comes(consumer)
+        with nats_publisher(broker.server.port) as publish:
+            publish(place_of(queue).subject, b"NATS/1.0\r\nx: y\r\n\r\n", b"a")
+        first = await take(consumer)
+        await source.settle(first, Settlement.REJECT)
+        second = await take(consumer)
+        await source.settle(second, Settlement.ACK)
+    assert (first.named, second.named) == (False, False)
+    assert first.message_id == second.message_id
+
+
+async def test_an_event_with_no_room_for_a_count_is_not_tried_without_end(broker: Nats, queue: str) -> None:
+    body = b"x" * (MAX_MESSAGE_SIZE - 50)
+    async with broker.source(queue) as source, source.consume(1) as consumer:
+        await nothing_comes(consumer)
+        with nats_publisher(broker.server.port) as publish:
+            assert publish(place_of(queue).subject, b"NATS/1.0\r\nx: y\r\n\r\n", body)
+        for attempt in (1, 2, 3):
+            delivery = await take(consumer)
+            assert delivery.attempt == attempt
+            await source.settle(delivery, Settlement.REJECT if attempt < 3 else Settlement.ACK)

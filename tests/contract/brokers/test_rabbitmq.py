@@ -1,5 +1,6 @@
 # RabbitMQ, beyond the contract: kinds of queues, rights, refusals.
 
+import struct
 import threading
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import trio
 
 from tests.support.brokers import LONG, Rabbit, eventually, failure_of, leaves, new_name, nothing_comes, send, take
+from tests.support.hostile_messages import Encoded, nested_table, publish_amqp, short, with_length
 from tests.support.servers import MAX_MESSAGE_SIZE, RabbitServer
 from trio_pilot.brokers import Settlement, dead_letter_queue, dead_letters
 from trio_pilot.brokers.rabbitmq_connection import RabbitTimeouts
@@ -392,3 +394,88 @@ async def test_a_connection_is_closed_politely(broker: Rabbit, queue: str, pilot
 
     await eventually(lambda: any("closing AMQP connection" in line for line in log_lines()))
     assert not [line for line in log_lines() if "closed TCP connection" in line]
+
+
+# Headers as their senders may have written them: each with the rest of a table that is fine.
+HEADERS = {
+    "timestamp in ms": b"T" + struct.pack(">Q", 1_700_000_000_000),
+    "not a number": b"d" + struct.pack(">d", float("nan")),
+    "nested": b"F" + with_length(nested_table(3000)),
+    "unknown type": b"Z" + b"\0" * 8,
+    "not UTF-8": b"S" + with_length(b"\xff\xfe"),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+async def test_a_header_that_cannot_be_read_is_left_out_alone(
+    broker: Rabbit, queue: str, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    broker.declare(queue)
+    table = short(b"before") + b"I\0\0\0\1" + short(b"odd") + HEADERS[kind]
+    if kind != "unknown type":
+        table += short(b"after") + b"S" + with_length(b"kept")
+    properties = struct.pack(">H", 1 << 13 | 1 << 7) + with_length(table) + short(b"an id")
+    if not publish_amqp(broker.server.port, queue, b"a", Encoded(properties)):
+        assert kind in ("unknown type", "not a number")  # the server takes neither: nor can it deliver them
+        return
+    async with broker.source(queue) as source, source.consume(1) as consumer:
+        for settlement in (Settlement.REJECT, Settlement.DEAD_LETTER):
+            delivery = await take(consumer)
+            assert (delivery.message_id, delivery.headers["before"], delivery.headers["after"]) == ("an id", 1, "kept")
+            await source.settle(delivery, settlement, "bad", "Error")
+    assert broker.dead_letters(queue) == [(b"a", "an id", "bad")]
+    assert not [record for record in caplog.records if "connecting again" in record.message]
+
+
+async def test_headers_that_do_not_fit_into_a_frame_are_not_copied(broker: Rabbit, queue: str) -> None:
+    broker.declare(queue)
+    large = {"a": "kept", "large": "x" * 130_500}
+    with broker.channel() as channel:
+        channel.basic_publish("", queue, b"a", pika.BasicProperties(message_id="a", headers=large, expiration="3600000"))
+    async with broker.source(queue) as source, source.consume(1) as consumer:
+        await source.settle(await take(consumer), Settlement.DEAD_LETTER, "é" * 4000, "Error")
+    ((properties, _),) = broker.get_all(dead_letter_queue(queue))
+    assert properties.headers["a"] == "kept"
+    assert "large" not in properties.headers
+    assert properties.headers["x-trio-pilot-reason"] == "é" * 4000
+    assert properties.expiration is None
+
+
+@pytest.mark.parametrize("failures", [2**63 - 1, -(2**63), "many", [1], True, None])
+async def test_a_count_of_failures_that_a_sender_made_up_is_harmless(broker: Rabbit, queue: str, failures: object) -> None:
+    broker.declare(queue)
+    with broker.channel() as channel:
+        channel.basic_publish("", queue, b"a", pika.BasicProperties(headers={"x-trio-pilot-failures": failures}))
+    async with broker.source(queue) as source, source.consume(1) as consumer:
+        for settlement in (Settlement.REJECT, Settlement.DEAD_LETTER):
+            delivery = await take(consumer)
+            assert delivery.attempt >= 1
+            await source.settle(delivery, settlement, "bad", "Error")
+    assert len(broker.get_all(dead_letter_queue(queue))) == 1
+
+
+async def test_an_empty_id_is_none_and_bytes_are_escaped(broker: Rabbit, queue: str) -> None:
+    broker.declare(queue)
+    with broker.channel() as channel:
+        for message_id in ("", b"\xff\xfe"):
+            channel.basic_publish("", queue, b"a", pika.BasicProperties(message_id=message_id))
+    async with broker.source(queue) as source, source.consume(2) as consumer:
+        empty, odd = await take(consumer), await take(consumer)
+        assert not empty.named
+        assert odd.message_id == r"\xff\xfe"
+        for delivery in (empty, odd):
+            await source.settle(delivery, Settlement.DEAD_LETTER, "bad", "Error")
+
+
+async def test_a_queue_that_was_deleted_begins_a_new_life(broker: Rabbit, queue: str) -> None:
+    async with broker.sink(queue) as sink, broker.source(queue) as source, source.consume(1) as consumer:
+        await sink.send(b"a", "a")
+        first = await take(consumer)
+        await source.settle(first, Settlement.ACK)
+        with broker.channel() as channel:
+            channel.queue_delete(queue)
+        await eventually(lambda: source.has_lost(first))
+        await sink.send(b"a", "a")
+        second = await take(consumer)
+        assert second.origin != first.origin
+        await source.settle(second, Settlement.ACK)

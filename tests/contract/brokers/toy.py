@@ -51,7 +51,7 @@ class ToyQueue:
     async def ready(self) -> None:
         await trio.lowlevel.checkpoint()
 
-    async def send(self, body: bytes, message_id: str) -> None:
+    async def send(self, body: bytes, message_id: str, original: Delivery | None = None) -> None:  # noqa: ARG002
         await trio.lowlevel.checkpoint()
         self._broker.put(self._name, Delivery(self, self._name, body, message_id, 1, None))
 

@@ -77,6 +77,37 @@ async def test_equal_events_are_not_taken_for_one(lab: Lab) -> None:
     lab.assert_nothing_is_left()
 
 
+async def test_different_events_with_one_id_are_not_taken_for_one(lab: Lab) -> None:
+    async def lose_and_reorder() -> None:
+        await trio.sleep(10)
+        lab.broker.lose_connections()
+        lab.broker.queues["in"].rotate(1)
+
+    lab.runtime.script = slow
+    for text in ("one", "two"):
+        lab.broker.put("in", WIRE.encode(Message(text)), message_id="same")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lose_and_reorder)
+        await lab.run(timeout_queue_incoming=100.0, prefetch=2)
+    assert sorted(lab.outputs()) == ["one", "two"]
+    lab.assert_nothing_is_left()
+
+
+async def test_only_the_same_body_in_one_life_of_a_queue_is_the_same_event() -> None:
+    source = FakeSource(FakeBroker(), "in")
+    first = replace(delivery(source, "a"), body=b"a", origin=1)
+    for other, is_same in (
+        (replace(first, body=b"b"), False),
+        (replace(first, origin=2), False),
+        (replace(first, message_id="b"), False),
+        (replace(first, queue="other"), False),
+        (replace(first, attempt=2), True),
+    ):
+        deduplicator = Deduplicator()
+        deduplicator.done(first)
+        assert deduplicator.was_done(other) is is_same
+
+
 def delivery(source: FakeSource, message_id: str, *, redelivered: bool = True) -> Delivery:
     return Delivery(source, "in", b"", message_id, 1, tag=-1, redelivered=redelivered)
 

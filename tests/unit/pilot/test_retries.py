@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from tests.support.lab import Lab
+from trio_pilot.brokers import Delivery
 from trio_pilot.errors import ContainerRunError, TasksFailedError
+from trio_pilot.pilot import retries
 from trio_pilot.pilot.retries import LONGEST_DELAY, DelayedRetries
 from trio_pilot.pilot.task import EventFailed
 from trio_pilot.runtimes import Container
-from trio_pilot.testing import copy
+from trio_pilot.testing import FakeBroker, FakeSource, copy
 
 pytestmark = pytest.mark.mock_clock
 
@@ -31,10 +34,35 @@ class Starts:
         return 1 if event in POISON else await copy(container)
 
 
+def delivery(attempt: int, body: bytes = b"") -> Delivery:
+    return Delivery(FakeSource(FakeBroker(), "in"), "in", body, "a", attempt, 0)
+
+
+async def test_events_that_wait_have_a_bound_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "MOST_BYTES", 100)
+    waiting, ended = DelayedRetries(1), list[int]()
+
+    async def wait(number: int) -> None:
+        event = delivery(10, b"x" * 40)
+        with waiting.hold(event):
+            await waiting.delay(event, FAILED)
+            ended.append(number)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(4):
+            nursery.start_soon(wait, number)
+            await wait_all_tasks_blocked()
+            assert ended == list(range(number - 1))  # no more than two of 40 bytes wait, and the oldest go first
+        assert not await waiting.is_idle()
+        waiting.clear()
+    assert await waiting.is_idle()
+
+
 async def test_the_delay_doubles_up_to_a_limit_and_is_never_the_same() -> None:
     async def delay(attempt: int) -> float:
-        begun = trio.current_time()
-        await DelayedRetries(1).delay(attempt, FAILED)
+        begun, waiting, event = trio.current_time(), DelayedRetries(1), delivery(attempt)
+        with waiting.hold(event):
+            await waiting.delay(event, FAILED)
         return trio.current_time() - begun
 
     for attempt in range(1, 40):
