@@ -19,8 +19,9 @@ SCRATCH = "/tmp"  # noqa: S108 -- the container's own
 # Bytes of a container's output that an engine keeps on its disk: more than the pilot reads in the end.
 MOST_LOG = 160 * 2**20
 
-# The engines' default capabilities, without those that images rarely need and that reach beyond their own files:
-# AUDIT_WRITE, MKNOD, NET_BIND_SERVICE, NET_RAW, SETFCAP, SETPCAP, SYS_CHROOT. Entrypoints that change user need these.
+# The engines' default capabilities are these: those that images rarely need and that reach beyond their own files, and those
+# that entrypoints need which change their user.
+DROPPED_CAPABILITIES = {"AUDIT_WRITE", "MKNOD", "NET_BIND_SERVICE", "NET_RAW", "SETFCAP", "SETPCAP", "SYS_CHROOT"}
 KEPT_CAPABILITIES = {"CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID"}
 
 HIDDEN_MODE, HIDDEN_SIZE = 0o555, 4096  # of what covers a directory
@@ -41,7 +42,12 @@ class CreateRequest:
     @property
     def capabilities(self) -> list[str]:
         """The capabilities that root has in the container."""
-        return sorted(KEPT_CAPABILITIES | (self.options.privileges & set(CAPABILITIES)))
+        return sorted(KEPT_CAPABILITIES | self.added_capabilities)
+
+    @property
+    def added_capabilities(self) -> frozenset[str]:
+        """Those of them that the settings add."""
+        return self.options.privileges & set(CAPABILITIES)
 
     @property
     def may_gain_privileges(self) -> bool:

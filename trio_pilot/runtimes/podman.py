@@ -14,8 +14,10 @@ from trio_pilot.errors import NodeError
 from trio_pilot.runtimes import Container, Mount, Options
 from trio_pilot.runtimes.engine import EngineRuntime, fault_of, open_engine
 from trio_pilot.runtimes.engine_dialect import (
+    DROPPED_CAPABILITIES,
     HIDDEN_MODE,
     HIDDEN_SIZE,
+    KEPT_CAPABILITIES,
     MOST_LOG,
     SCRATCH,
     CreateRequest,
@@ -82,8 +84,9 @@ def spec(request: CreateRequest) -> Spec:
             *map(_mount, container.mounts),
             *map(_cover, request.hidden),
         ],
-        "cap_drop": ["ALL"],
-        "cap_add": request.capabilities,
+        # Any that is added here is effective for every user of a container, not for root alone.
+        "cap_drop": sorted(DROPPED_CAPABILITIES - request.added_capabilities),
+        "cap_add": sorted(request.added_capabilities - DROPPED_CAPABILITIES - KEPT_CAPABILITIES),
         "no_new_privileges": not request.may_gain_privileges,
         "log_configuration": {"driver": "k8s-file", "size": MOST_LOG},
         "resource_limits": _limits(container),
