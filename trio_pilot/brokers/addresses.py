@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
-from trio_pilot.brokers.kinds import BrokerKind
+from trio_pilot.brokers.kinds import BrokerKind, kind_of
 from trio_pilot.errors import SettingsError
 
 DEFAULT_FILE = "trio-pilot-queues.sqlite"
@@ -33,6 +33,17 @@ def split(address: str, kind: BrokerKind, wrong: MakeError) -> tuple[SplitResult
     if parts.scheme not in kind.ports or not parts.hostname:
         raise wrong(f"scheme {parts.scheme!r}, host {parts.hostname!r}")
     return parts, parts.hostname, port or kind.ports[parts.scheme]
+
+
+def may_have_secret(address: str) -> bool:
+    """Return whether an address may have a secret in it: a password, a token, or options, which can be anything."""
+    try:
+        kind = kind_of(address)
+        parts = urlsplit(address if "://" in address else f"//{address}")
+    except (SettingsError, ValueError):  # not an address: it may have one
+        return True
+    is_name_alone = "://" in address and not parts.password and not kind.user_may_be_token
+    return not kind.is_file and bool(("@" in address and not is_name_alone) or parts.query or parts.fragment)
 
 
 def file_of(address: str) -> Path:

@@ -27,6 +27,7 @@ class BrokerKind:
     ports: Mapping[str, int] = field(default_factory=dict)  # the default port, by the URL scheme of an address
     # Returns what `check` adds about a connected source that may not grant a lease of so many seconds.
     lease_warning: Callable[[Any, float], str] = no_warning
+    user_may_be_token: bool = False  # whether what stands for a user in its addresses is a token if no password follows
 
     @property
     def is_file(self) -> bool:
@@ -61,7 +62,7 @@ LOCAL = BrokerKind("local")
 RABBITMQ = BrokerKind(
     "rabbitmq", {"amqp": 5672, "amqps": 5671}, lease_warning=lambda source, lease: str(source.lease_warning(lease))
 )
-NATS = BrokerKind("nats", {"nats": 4222, "tls": 4222})
+NATS = BrokerKind("nats", {"nats": 4222, "tls": 4222}, user_may_be_token=True)
 PULSAR = BrokerKind("pulsar", {"pulsar": 6650, "pulsar+ssl": 6651})
 
 KINDS = {kind.name: kind for kind in (LOCAL, RABBITMQ, NATS, PULSAR)}

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from trio_pilot.brokers.addresses import may_have_secret
 from trio_pilot.brokers.kinds import WITH_SCHEMES
 from trio_pilot.brokers.tokens import is_file
 from trio_pilot.condor import destinations, reporter
@@ -42,8 +42,8 @@ VACATE_TIME = 60  # seconds between SIGTERM and SIGKILL that are requested; the 
 CRON_FIELD = re.compile(r"[0-9*/,-]+")  # HTCondor's manual, "CronTab Scheduling": numbers only, no names
 CRON_FIELDS = "minute", "hour", "day_of_month", "month", "day_of_week"
 
-ADDRESSES = "broker", "queue_incoming_broker_address", "queue_outgoing_broker_address"  # secret if with a password or token
-SECRET_QUERY = re.compile(r"(?i)(^|&)[^=&]*(token|password|secret)[^=&]*=")  # in an address
+ADDRESSES = "broker", "queue_incoming_broker_address", "queue_outgoing_broker_address"
+WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # a URL
 EVALUATED = re.compile(r"[$`\\]")  # by a shell, in double quotes
 TOKENS = "broker_token", "queue_incoming_auth_token", "queue_outgoing_auth_token"
 
@@ -113,6 +113,8 @@ def condor_submit(settings: Settings, flags: Mapping[str, Any], request: Request
     variables = dict(_variables(settings, flags, environment(os.environ, Path.cwd())))
     if request.container_image:
         _refuse_evaluated(variables)
+        if WITH_PASSWORD.search(request.container_image):
+            raise SettingsError("--container-image has a password in it, and a job can be seen by all: name it without")
     lines = list(_submit_file(settings, variables, request))
     print("\n".join(lines))
     return 0
@@ -246,26 +248,18 @@ def _refuse_evaluated(variables: Mapping[str, str]) -> None:
 
 
 def _refuse_secret(name: str, label: str, raw: str) -> None:
-    is_secret = {**dict.fromkeys(ADDRESSES, _has_secret), **dict.fromkeys(TOKENS, _is_token)}.get(name, bool)
-    if not FIELDS[name].metadata["secret"] or not any(map(is_secret, raw.split(";"))):
-        return
-    raise SettingsError(
-        f"{label} may be secret, and the environment of a job is not:"
-        f" set it in {CONFIG_FILE}, which is transferred with the job"
-    )
+    """Refuse a value that may be secret: of a setting that is, or a URL with a password in any other."""
+    is_secret = {**dict.fromkeys(ADDRESSES, may_have_secret), **dict.fromkeys(TOKENS, _is_token)}.get(name, bool)
+    may_be_secret = FIELDS[name].metadata["secret"] and any(is_secret(word) for word in raw.split(";") if word)
+    if may_be_secret or WITH_PASSWORD.search(raw):
+        raise SettingsError(
+            f"{label} may be secret, and the environment of a job is not:"
+            f" set it in {CONFIG_FILE}, which is transferred with the job"
+        )
 
 
 def _is_token(word: str) -> bool:
     return bool(word) and not is_file(word)
-
-
-def _has_secret(address: str) -> bool:
-    try:
-        parts = urlsplit(address if "://" in address else f"//{address}")
-        is_name = parts.scheme in ("amqp", "amqps") and not parts.password  # at a NATS server it may be a token
-        return ("@" in address and not is_name) or bool(SECRET_QUERY.search(parts.query))
-    except ValueError:  # not a URL: it may have one
-        return True
 
 
 def _assigned(name: str, value: str) -> str:

@@ -88,6 +88,9 @@ def test_delayed_reports_take_no_io_proxy_and_more_silence(capsys: pytest.Captur
         "--broker=u:p@h",
         "--broker=amqp://[u:p",
         *SECRET_ADDRESSES,
+        "--broker=amqp://h/?key=x",
+        "--task-image=docker://u:p@h/image",
+        "--task-args=curl https://u:p@h",
         '--task-env-json={"A":"b"}',
     ],
 )
@@ -96,6 +99,10 @@ def test_secrets_in_flags_are_refused(capsys: pytest.CaptureFixture[str], flag: 
         f"{flag.partition('=')[0]} may be secret, and the environment of a job is not:"
         " set it in trio-pilot.toml, which is transferred with the job"
     )
+
+
+def test_a_password_for_the_image_of_the_job_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--container-image has a password in it" in error_of(capsys, "--container-image=docker://u:p@h/image")
 
 
 def test_the_file_of_settings_is_transferred_with_the_job(capsys: pytest.CaptureFixture[str], directory: Path) -> None:
