@@ -210,9 +210,10 @@ def _bell_path(path: Path) -> Path:
 
 @asynccontextmanager
 async def _open_file(address: QueueAddress) -> AsyncIterator[_QueueFile]:
-    path = _followed(file_of(address.address))
+    path = file_of(address.address)
     with map_exceptions({OSError: BrokerError}, f"cannot open the queue file {path}, or what is beside it"):
-        bell = queue_files.open_both(path, _bell_path(path))
+        path = queue_files.real_path(path)
+        bell = queue_files.open_bell(path, _bell_path(path))
     try:
         async with _locked(path, bell):
             connection = await threads.run_sync(_connect, path)
@@ -223,11 +224,6 @@ async def _open_file(address: QueueAddress) -> AsyncIterator[_QueueFile]:
                 await threads.run_sync(connection.close)
     finally:
         os.close(bell)
-
-
-def _followed(path: Path) -> Path:
-    """Return the path of the file itself, of whatever link: all processes are to have one bell, beside it."""
-    return Path(os.path.realpath(path))
 
 
 @asynccontextmanager
