@@ -84,7 +84,18 @@ class Submitter:
 
     def command(self, *arguments: str, given: str = "") -> str:
         command = [str(self.program), *arguments]
-        done = subprocess.run(command, cwd=self.home, env={}, input=given, capture_output=True, text=True, check=False)
+        # As the user: another's settings would be refused, be it by root.
+        done = subprocess.run(
+            command,
+            cwd=self.home,
+            env={},
+            input=given,
+            capture_output=True,
+            text=True,
+            check=False,
+            user=USER_ID,
+            group=USER_ID,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -286,6 +286,8 @@ async def test_secrets_are_hidden_where_a_mount_contains_them(subject: Subject, 
 
 @pytest.fixture
 def external() -> Iterator[Path]:
+    if not os.access("/opt", os.W_OK):
+        pytest.skip("this user cannot write below /opt, which no container has of its own")
     with tempfile.TemporaryDirectory(dir="/opt", prefix="trio-pilot-test-") as directory:
         Path(directory).chmod(0o755)
         (Path(directory) / "external").mkdir()

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import signal
+import stat
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
@@ -148,7 +149,7 @@ async def test_a_failure_is_reported_even_without_the_containers_state(
 @at_both
 async def test_logs_are_requested_once_if_the_disk_is_full(subject: Subject, proxy: EngineProxy, runtime: Runtime) -> None:
     container = subject.container("sh", "-c", "echo said; exit 3")
-    container.stdout.symlink_to("/dev/full")
+    os.mknod(container.stdout, stat.S_IFCHR | 0o600, os.makedev(1, 7))  # as /dev/full
     with pytest.raises(NodeError, match=r"^cannot write what a container says: .*No space left on device"):
         await end_of(runtime, container)
     assert count(proxy, "/logs") == 1
