@@ -19,7 +19,9 @@ from tests.support import engines, servers, worker_groups
 from tests.support.apptainer import open_apptainer
 from tests.support.condor.pool import Pool, open_pool
 from tests.support.images import make_image
+from tests.support.processes import own_children
 from tests.support.services import SERVICES, cannot, open_rabbitmq, open_service
+from trio_pilot.processes.children import let_outlive
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -83,6 +85,13 @@ def apptainer() -> Iterator[Path]:
     """The directory of an apptainer, to be put on PATH."""
     with open_service(open_apptainer(), lambda _: "Apptainer") as programs:
         yield programs
+
+
+@pytest.fixture(autouse=True)
+def services_are_no_strays() -> None:
+    """Let runtimes that run in this process leave alone what services of other tests have put into the background."""
+    for pid in own_children():
+        let_outlive(pid)
 
 
 @pytest.fixture(scope="session")

@@ -198,7 +198,7 @@ def test_words_that_mean_false(word: str) -> None:
         ),
         ("EWMS_PILOT_TASK_CPUS", "0", "EWMS_PILOT_TASK_CPUS must be a number of CPUs > 0, not '0'"),
         ("EWMS_PILOT_TASK_CPUS", "inf", "EWMS_PILOT_TASK_CPUS must be a number of CPUs > 0, not 'inf'"),
-        ("EWMS_PILOT_TASK_PIDS", "0", "EWMS_PILOT_TASK_PIDS must be an integer ≥ 1, not '0'"),
+        ("EWMS_PILOT_TASK_PIDS", "0", "EWMS_PILOT_TASK_PIDS must be an integer ≥ 1, or auto, not '0'"),
         (
             "EWMS_PILOT_QUEUE_INCOMING_BROKER_TYPE",
             "kafka",

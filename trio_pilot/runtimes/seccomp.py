@@ -116,11 +116,13 @@ def seccomp_rules(*, allow_namespaces: bool = False) -> Mapping[str, Any]:
     Programs of other architectures are killed at their first call.
     """
     _, numbers = MACHINES.get(os.uname().machine, (0, {}))
+    if not numbers:
+        return {}
     refused = [name for name in numbers if not (allow_namespaces and name in OF_NAMESPACES)]
     rules = [rule for name in refused for rule in _rules(name)]
     if not allow_namespaces:
         rules += map(_no_decision_by_tracers, TRACER_REQUESTS)
-    return {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules} if rules else {}
+    return {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules}
 
 
 def _rules(name: str) -> Iterator[Mapping[str, Any]]:

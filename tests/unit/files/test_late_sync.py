@@ -5,6 +5,7 @@ import trio
 
 from tests.support.lab import Lab
 from trio_pilot.files import late_sync
+from trio_pilot.processes import threads
 
 pytestmark = pytest.mark.mock_clock
 
@@ -19,7 +20,7 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, bool]]:
         assert callable(function)
         function(*arguments)
 
-    monkeypatch.setattr(trio.to_thread, "run_sync", at_once)  # a MockClock does not wait for threads
+    monkeypatch.setattr(threads, "run_sync", at_once)  # a MockClock does not wait for threads
     return seen
 
 
@@ -47,7 +48,7 @@ async def test_an_output_that_is_sent_in_the_meantime_is_not_synced(lab: Lab, mo
         kept.append(path)
         await trio.sleep(5)
 
-    monkeypatch.setattr(trio.to_thread, "run_sync", slowly)
+    monkeypatch.setattr(threads, "run_sync", slowly)
     lab.broker.delays["sink.confirm"] = 12  # sent from second 1 on, checked in second 10
     lab.put(1, 2, 3)
     await lab.run(max_concurrent_tasks=2)
