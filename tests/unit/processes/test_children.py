@@ -215,9 +215,10 @@ async def test_daemons_of_a_running_child_are_no_strays(children: Children, tmp_
 
 async def test_orphans_are_reaped_as_soon_as_they_have_ended(children: Children, tmp_path: Path) -> None:
     script = 'for number in 1 2 3 4 5; do (env -i "$(command -v setsid)" "$(command -v true)" &); done; sleep 1000'
+    before = own_children()
     with children.reaping():
         async with running(children, tmp_path, script) as child:
-            await until(lambda: own_children() == {child.pid})
+            await until(lambda: own_children() - before == {child.pid})
         signal.raise_signal(signal.SIGCHLD)
     assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
 
