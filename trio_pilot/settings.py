@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trio_pilot.brokers import DEAD_LETTERS, LONGEST_LEASE, QueueAddress
+from trio_pilot.brokers import DEAD_LETTERS, LONGEST_LEASE, QueueAddress, queue_files
 from trio_pilot.brokers.addresses import file_of
 from trio_pilot.brokers.kinds import EXAMPLES, KINDS, kind_of
 from trio_pilot.brokers.tokens import is_file
@@ -48,7 +48,7 @@ from trio_pilot.runtimes import APPTAINER_BUILD, APPTAINER_IMAGE, ENVFILE, HOST_
 from trio_pilot.runtimes.selection import NAMES
 
 CONFIG_FILE = "trio-pilot.toml"
-QUEUE_FILES = ("", "-wal", "-shm", "-bell")  # how the names of the files of a queue file end
+TOKENS = "broker_token", "queue_incoming_auth_token", "queue_outgoing_auth_token"  # the settings that have tokens
 PREFIX = "EWMS_PILOT_"
 SHUTDOWN_TIME = 5.0  # seconds for the end of a pilot, apart from killing tasks; it usually takes a few tenths
 MAX_SHOWN = 80  # characters of a wrong value in a message
@@ -349,16 +349,23 @@ class Settings:
         """Whether tasks, unlike the init container, may only read the data hub."""
         return self.data_hub == "read-only"
 
+    def tokens_of(self, name: str) -> tuple[str, ...]:
+        """Return the tokens of one of the settings TOKENS."""
+        value: str | tuple[str, ...] = getattr(self, name)
+        return (value,) if isinstance(value, str) else value
+
+    @property
+    def token_files(self) -> list[Path]:
+        """The files that have tokens."""
+        return [Path(token[1:]) for name in TOKENS for token in self.tokens_of(name) if is_file(token)]
+
     def _hidden(self) -> Iterator[Path]:
         """Yield what no container may see: secrets of the pilot, and files of other events."""
-        yield from (self.config or Path(CONFIG_FILE), Path(ENVFILE))
-        tokens = (self.broker_token, *self.queue_incoming_auth_token, *self.queue_outgoing_auth_token)
-        yield from (Path(token[1:]) for token in tokens if is_file(token))
+        yield from (self.config or Path(CONFIG_FILE), Path(ENVFILE), *self.token_files)
         for address in {*self.queue_incoming_broker_address, *self.queue_outgoing_broker_address, ""}:
             with suppress(SettingsError):  # reported where the queues are opened
                 if kind_of(address or self.broker).is_file:
-                    file = file_of(address or self.broker)
-                    yield from (file.with_name(f"{file.name}{suffix}") for suffix in QUEUE_FILES)
+                    yield from queue_files.all_of(file_of(address or self.broker))
         yield from (root_in(self.data_dir_parent_path_on_host), self.dead_letters)
 
     def incoming(self) -> list[QueueAddress]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from trio_pilot.brokers import dead_letters
+from trio_pilot.brokers import Delivery, dead_letters
 from trio_pilot.log import LOGGER
 
 MESSAGE_ID = f"{dead_letters.PREFIX}message-id"
@@ -41,6 +41,16 @@ def bounded_id(message_id: str) -> str:
         return message_id
     digest = hashlib.sha256(message_id.encode(errors="surrogatepass")).hexdigest()
     return f"{message_id[: MOST_ID - len(digest) - 1]}-{digest}"
+
+
+def id_of(body: bytes) -> str:
+    """Return the message id of an event to which its sender has given none: equal events share it."""
+    return hashlib.sha256(body).hexdigest()[:32]
+
+
+def id_headers(message_id: str, original: Delivery | None) -> dict[str, Any]:
+    """Return the headers that tell the id of a message, and of a copy whether the sender of the original has given it."""
+    return {MESSAGE_ID: message_id, **({UNNAMED: True} if original and not original.named else {})}
 
 
 def to_text(headers: Mapping[str, Any]) -> dict[str, str]:

@@ -9,7 +9,6 @@
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import random
@@ -37,8 +36,9 @@ from trio_pilot.brokers import (
     queue_files,
 )
 from trio_pilot.brokers.addresses import file_of
-from trio_pilot.brokers.headers import MOST_FAILURES, bounded_id
+from trio_pilot.brokers.headers import MOST_FAILURES, bounded_id, id_of
 from trio_pilot.errors import BrokerError, DeliveryLostError, map_exceptions
+from trio_pilot.files.filesystem import Inode, inode
 from trio_pilot.files.ownership import open_plain
 from trio_pilot.processes import threads
 
@@ -85,7 +85,7 @@ class _QueueFile:
 
     def __init__(self, connection: sqlite3.Connection, bell: "_Bell") -> None:
         self.bell = bell
-        self._places = {path: _place(path) for path in (bell.path, _bell_path(bell.path))}
+        self._places = {path: _place(path) for path in (bell.path, queue_files.bell_path(bell.path))}
         self._connection = connection
         self._waiting: list[_Request] = []
         self._turn = trio.Lock()
@@ -130,13 +130,12 @@ class _QueueFile:
                 raise FileNotFoundError(f"{path.name} was removed, moved or replaced while in use: start again")
 
 
-def _place(path: Path) -> tuple[int, int] | None:
+def _place(path: Path) -> Inode | None:
     """Return device and inode of a file; None if there is none."""
     try:
-        facts = path.stat()
+        return inode(path.stat())
     except OSError:
         return None
-    return facts.st_dev, facts.st_ino
 
 
 @contextmanager
@@ -156,7 +155,7 @@ class _Bell:
 
     def __init__(self, path: Path, bell: int) -> None:
         self.path = path
-        self._path_of_bell = _bell_path(path)
+        self._path_of_bell = queue_files.bell_path(path)
         self._bell = bell
 
     def ring(self) -> None:
@@ -204,16 +203,12 @@ def _lock_of_byte(number: int) -> bytes:
     return struct.pack("hhqqixxxx", fcntl.F_WRLCK, os.SEEK_SET, number, 1, 0)
 
 
-def _bell_path(path: Path) -> Path:
-    return path.with_name(path.name + "-bell")
-
-
 @asynccontextmanager
 async def _open_file(address: QueueAddress) -> AsyncIterator[_QueueFile]:
     path = file_of(address.address)
     with map_exceptions({OSError: BrokerError}, f"cannot open the queue file {path}, or what is beside it"):
         path = queue_files.real_path(path)
-        bell = queue_files.open_bell(path, _bell_path(path))
+        bell = queue_files.open_bell(path)
     try:
         async with _locked(path, bell):
             connection = await threads.run_sync(_connect, path)
@@ -237,10 +232,10 @@ async def _locked(path: Path, bell: int) -> AsyncIterator[None]:
             except BlockingIOError:
                 await trio.sleep(LOCK_INTERVAL)
             except OSError as error:
-                raise BrokerError(f"cannot lock {_bell_path(path)}: {error.strerror}") from error
+                raise BrokerError(f"cannot lock {queue_files.bell_path(path)}: {error.strerror}") from error
     if scope.cancelled_caught:
         raise BrokerError(
-            f"{_bell_path(path)} was locked by another process for {BUSY_TIMEOUT:g} s: let no other user open it"
+            f"{queue_files.bell_path(path)} was locked by another process for {BUSY_TIMEOUT:g} s: let no other user open it"
         )
     try:
         yield
@@ -410,7 +405,7 @@ def _delivery(source: LocalSource, row: tuple[Any, ...]) -> Delivery:
         source,
         source.queue,
         body,
-        given or hashlib.sha256(body).hexdigest()[:32],
+        given or id_of(body),
         min(max(attempts, 0), MOST_FAILURES) + 1,
         (position, message_id),
         redelivered=deliveries != 1,

@@ -21,7 +21,7 @@ from urllib.parse import unquote
 import trio
 
 from trio_pilot.brokers import Delivery, Patience, QueueAddress, addresses, tokens
-from trio_pilot.brokers.headers import MESSAGE_ID, UNNAMED, from_text, given_id, to_text
+from trio_pilot.brokers.headers import MESSAGE_ID, UNNAMED, from_text, given_id, id_headers, to_text
 from trio_pilot.brokers.kinds import NATS
 from trio_pilot.brokers.nats_connection import NatsAddress, NatsConnection, NatsTimeouts
 from trio_pilot.brokers.nats_errors import GoneError, RefusedError
@@ -175,7 +175,7 @@ class NatsSource(NatsQueue, RequeueingSource[NatsConnection, NatsMessage]):
     async def send_copy(self, delivery: Delivery, queue: str, facts: Mapping[str, Any]) -> None:
         """Send a copy of an event, confirmed; stored once only, however many attempts it takes."""
         message: NatsMessage = delivery.tag
-        ours = {**facts, MESSAGE_ID: delivery.message_id, **({} if delivery.named else {UNNAMED: True})}
+        ours = {**facts, **id_headers(delivery.message_id, delivery)}
         once = {ONCE: self._name_of_copy(message, delivery.attempt)}
         while not message.is_lost:
             connection = await self.connected()
@@ -272,8 +272,8 @@ class NatsSink(NatsQueue):
         """Send a message, on each new connection again until it is confirmed; stored once only."""
         headers = {**to_text({MESSAGE_ID: message_id}), ONCE: uuid.uuid4().hex}
         if original:
-            unnamed = {} if original.named else {UNNAMED: True}
-            headers |= copied(original.tag.headers, {MESSAGE_ID: message_id, **unnamed}, MOST_HEADERS, message_id)
+            ours = id_headers(message_id, original)
+            headers |= copied(original.tag.headers, ours, MOST_HEADERS, message_id)
         try:
             await self.until_done(partial(_publish, self.place, body, headers))
         except TooLargeError as error:

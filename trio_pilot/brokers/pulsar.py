@@ -14,7 +14,7 @@ from typing import Any
 import trio
 
 from trio_pilot.brokers import Delivery, Patience, QueueAddress, addresses, dead_letters, tokens
-from trio_pilot.brokers.headers import MESSAGE_ID, UNNAMED, from_text, given_id, to_text
+from trio_pilot.brokers.headers import MESSAGE_ID, UNNAMED, from_text, given_id, id_headers, to_text
 from trio_pilot.brokers.kinds import PULSAR
 from trio_pilot.brokers.prefetch import PrefetchConsumer
 from trio_pilot.brokers.pulsar_connection import PulsarConnection, PulsarTimeouts
@@ -151,8 +151,7 @@ class PulsarSource(PulsarQueue, RequeueingSource[PulsarConnection, PulsarMessage
 
     async def send_copy(self, delivery: Delivery, queue: str, facts: Mapping[str, Any]) -> None:
         """Send a copy of an event to a topic, confirmed."""
-        unnamed = {} if delivery.named else {UNNAMED: True}
-        headers = {**delivery.tag.headers, **to_text({**facts, MESSAGE_ID: delivery.message_id, **unnamed})}
+        headers = {**delivery.tag.headers, **to_text({**facts, **id_headers(delivery.message_id, delivery)})}
         await delivery.tag.session.publish(queue, delivery.body, headers)
 
     def forget(self, message: PulsarMessage) -> None:
@@ -242,8 +241,7 @@ class PulsarSink(PulsarQueue):
         """Send a message, on each new connection again until it is confirmed."""
         theirs = original.tag.headers if original else {}
         kept = {name: value for name, value in theirs.items() if not name.startswith(dead_letters.PREFIX)}
-        unnamed = {UNNAMED: True} if original and not original.named else {}
-        headers = {**kept, **to_text({MESSAGE_ID: message_id, **unnamed})}
+        headers = {**kept, **to_text(id_headers(message_id, original))}
         try:
             await self.until_done(lambda session: session.publish(self.name, body, headers))
         except TooLargeError as error:

@@ -32,7 +32,25 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def open_bell(path: Path, bell: Path) -> int:
+def bell_path(path: Path) -> Path:
+    """Return the path of the bell of a queue file."""
+    return _beside(path, "-bell")
+
+
+def all_of(path: Path) -> list[Path]:
+    """Return the paths of a queue file and of all that is beside it, whether it exists or not."""
+    return [*_of_sqlite(path), bell_path(path)]
+
+
+def _of_sqlite(path: Path) -> list[Path]:
+    return [path, *(_beside(path, ending) for ending in BESIDE)]
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(path.name + ending)
+
+
+def open_bell(path: Path) -> int:
     """Make the queue file and the bell beside it if they are missing; return the bell, open.
 
     Raises:
@@ -40,9 +58,10 @@ def open_bell(path: Path, bell: Path) -> int:
     """
     with suppress(FileExistsError):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE))
-    for name in (path, *(path.with_name(path.name + ending) for ending in BESIDE)):
+    for name in _of_sqlite(path):
         with suppress(FileNotFoundError):
             _close_to_readers(name)
+    bell = bell_path(path)
     descriptor = open_plain(bell, os.O_RDWR | os.O_CREAT, PRIVATE)
     try:
         _check(bell, os.fstat(descriptor))

@@ -5,7 +5,6 @@ Quorum queues count the deliveries of an event that came back, for whatever reas
 cancelled. So failures are counted by copies (`requeue`).
 """
 
-import hashlib
 import re
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
@@ -15,11 +14,12 @@ from typing import Any
 import trio
 
 from trio_pilot.brokers import Delivery, Patience, QueueAddress
-from trio_pilot.brokers.rabbitmq_channel import RabbitChannel, RabbitMessage, open_channel
+from trio_pilot.brokers.headers import id_of
+from trio_pilot.brokers.rabbitmq_channel import RabbitChannel, RabbitMessage
 from trio_pilot.brokers.rabbitmq_connection import RabbitConnection, RabbitTimeouts
 from trio_pilot.brokers.rabbitmq_consumer import RabbitConsumer
 from trio_pilot.brokers.rabbitmq_errors import ACCESS_REFUSED, NO_ROUTE, NOT_FOUND, PRECONDITION_FAILED, ClosedError
-from trio_pilot.brokers.rabbitmq_queue import RabbitQueue, find, find_for_sending
+from trio_pilot.brokers.rabbitmq_queue import RabbitQueue, find, find_existing, find_for_sending
 from trio_pilot.brokers.reconnecting import opened
 from trio_pilot.brokers.requeue import RequeueingSource
 from trio_pilot.errors import BrokerError, PublishRefusedError
@@ -61,15 +61,13 @@ class RabbitSource(RabbitQueue, RequeueingSource[RabbitChannel, RabbitMessage]):
 
     async def _open(self, connection: RabbitConnection) -> RabbitChannel:
         """Find the queue. Where it does not exist it begins a new life: what was done before cannot come again."""
-        channel = await open_channel(connection)
         try:
-            await channel.ask("queue_declare", self.name, passive=True)
+            return await find_existing(connection, self.name)
         except ClosedError as error:
             if error.code not in (ACCESS_REFUSED, NOT_FOUND):
                 raise
             self._life += error.code == NOT_FOUND
-            channel = await find(connection, self.name)
-        return channel
+            return await find(connection, self.name)
 
     def new_consumer(self, prefetch: int, lease: float) -> RabbitConsumer:
         """Make a consumer. Where the server does not grant the lease, it takes back what is unsettled by its end."""
@@ -88,7 +86,7 @@ class RabbitSource(RabbitQueue, RequeueingSource[RabbitChannel, RabbitMessage]):
 
     def delivery(self, message: RabbitMessage) -> Delivery:
         """Make the delivery of a message. One without an id is known by its body."""
-        message_id = message.message_id or hashlib.sha256(message.body).hexdigest()[:32]
+        message_id = message.message_id or id_of(message.body)
         return Delivery(
             self,
             self.name,

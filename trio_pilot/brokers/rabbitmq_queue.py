@@ -82,15 +82,20 @@ async def find(connection: RabbitConnection, queue: str) -> RabbitChannel:
     return channel
 
 
-async def _find_passively(connection: RabbitConnection, queue: str) -> RabbitChannel:
+async def find_existing(connection: RabbitConnection, queue: str) -> RabbitChannel:
+    """Find a queue that exists, and declare none; return the channel. Raises ClosedError."""
     channel = await open_channel(connection)
+    await channel.ask("queue_declare", queue, passive=True)
+    return channel
+
+
+async def _find_passively(connection: RabbitConnection, queue: str) -> RabbitChannel:
     try:
-        await channel.ask("queue_declare", queue, passive=True)
+        return await find_existing(connection, queue)
     except ClosedError as error:
         if error.code in (ACCESS_REFUSED, NOT_FOUND):
             raise BrokerError(f"does not let the pilot use the queue {queue}: {error}") from error
         raise
-    return channel
 
 
 async def find_for_sending(connection: RabbitConnection, queue: str) -> RabbitChannel:

@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -72,7 +71,7 @@ def clean_up(
     """
     begun = time.monotonic()
     for seconds in timeouts:
-        dead = {directory: _owner_files(directory, pilot) for directory in data}
+        dead = {directory: data_directory.owner_files_of_dead(directory, pilot) for directory in data}
         is_clean = _cleaned(pilot, engines, begun + seconds)
         for directory, owner_files in dead.items():
             _found(partial(data_directory.sweep, removable=owner_files if is_clean or not engines else ()), directory)
@@ -108,12 +107,6 @@ def _found(look: Callable[..., int], *arguments: Path) -> int:
         return look(*arguments)
     except Exception:  # one kind that cannot be looked for must not keep the others
         return 1
-
-
-def _owner_files(directory: Path, pilot: Identity) -> Collection[Path]:
-    with suppress(Exception):  # they are left to the next pilot's sweep then
-        return data_directory.owner_files_of_dead(directory, pilot)
-    return ()
 
 
 def _has_died(pilot: Identity) -> bool:

@@ -1,7 +1,6 @@
 """The sweep at the start of a pilot: remove what dead pilots left behind. It blocks."""
 
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +20,7 @@ def sweep(watched: Collection[tuple[str, Path]]) -> None:
     # files are listed before: that of a pilot that dies meanwhile is kept for the next sweep.
     _look("process(es)", "/proc", lambda: orphans.end_processes(_is_dead))
     _look("control group(s)", "the control groups", lambda: cgroups.sweep(_is_dead))
-    dead = {path: _owner_files(path) for what, path in watched if what == "data"}
+    dead = {path: data_directory.owner_files_of_dead(path) for what, path in watched if what == "data"}
     for what, path in sorted(watched, key=lambda one: one[0] != "engine"):
         if what == "engine":
             if not _look("container(s)", path, partial(_remove_containers, path)):
@@ -42,12 +41,6 @@ def _look(what: str, place: object, remove: Callable[[], int]) -> bool:
     if number:
         LOGGER.warning("removed %d %s of pilots that are no more", number, what)
     return True
-
-
-def _owner_files(root: Path) -> Collection[Path]:
-    with suppress(Exception):  # they are kept then
-        return data_directory.owner_files_of_dead(root)
-    return ()
 
 
 def _remove_containers(engine: Path) -> int:

@@ -18,7 +18,7 @@ from trio_pilot.condor import destinations, reporter
 from trio_pilot.errors import SettingsError
 from trio_pilot.files import filesystem
 from trio_pilot.parsing import AUTO, size
-from trio_pilot.settings import CONFIG_FILE, FIELDS, PREFIX, Settings, environment, flag_of, variables_of
+from trio_pilot.settings import CONFIG_FILE, FIELDS, PREFIX, TOKENS, Settings, environment, flag_of, variables_of
 
 # The subcode of a hold is the pilot's exit code, or this if the pilot has stopped reporting.
 SILENT = 100
@@ -45,7 +45,6 @@ CRON_FIELDS = "minute", "hour", "day_of_month", "month", "day_of_week"
 ADDRESSES = "broker", "queue_incoming_broker_address", "queue_outgoing_broker_address"
 WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # a URL
 EVALUATED = re.compile(r"[$`\\]")  # by a shell, in double quotes
-TOKENS = "broker_token", "queue_incoming_auth_token", "queue_outgoing_auth_token"
 
 HEADER = """\
 # Pilots for HTCondor, made by `trio-pilot condor-submit`, for condor_submit.
@@ -124,7 +123,7 @@ def _submit_file(settings: Settings, variables: Mapping[str, str], request: Requ
     yield HEADER
     yield from _program(request)
     yield f'environment = "{" ".join(_assigned(name, value) for name, value in variables.items())}"'
-    if files := _files([*_config(settings), *_token_files(settings), *request.transfer]):
+    if files := _files([*_config(settings), *settings.token_files, *request.transfer]):
         yield f"transfer_input_files = {', '.join(files)}"
     yield f"request_cpus = {request.cpus}"
     yield f"request_memory = {_bytes('--memory', request.memory, 2**20)}"
@@ -203,16 +202,11 @@ def _config(settings: Settings) -> list[Path]:
 def _tokens_in_files(settings: Settings) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield each setting whose tokens are in files, with the tokens."""
     for name in TOKENS:
-        value = getattr(settings, name)
-        tokens = (value,) if isinstance(value, str) else value
+        tokens = settings.tokens_of(name)
         if any(map(is_file, tokens)):
             if any(map(_is_token, tokens)):
                 raise SettingsError(f"{flag_of(name)} must have all tokens in files (@/FILE), or none")
             yield name, tokens
-
-
-def _token_files(settings: Settings) -> list[Path]:
-    return [Path(token[1:]) for _, tokens in _tokens_in_files(settings) for token in tokens if is_file(token)]
 
 
 def _files(files: Iterable[Path]) -> Collection[str]:

@@ -6,14 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from trio_pilot import log
-from trio_pilot.brokers.tokens import is_file as is_token_file
 from trio_pilot.files.filesystem import is_file
 from trio_pilot.files.trusted_text import is_public
 from trio_pilot.log import LOGGER
 from trio_pilot.runtimes import ENVFILE
-from trio_pilot.settings import CONFIG_FILE, Settings, environment, load, unknown_variables
-
-TOKENS = "broker_token", "queue_incoming_auth_token", "queue_outgoing_auth_token"
+from trio_pilot.settings import CONFIG_FILE, TOKENS, Settings, environment, load, unknown_variables
 
 
 def load_settings(flags: Mapping[str, Any]) -> Settings:
@@ -34,12 +31,8 @@ def _log_files(settings: Settings, directory: Path) -> None:
     read = [file for file in (directory / ENVFILE, config) if is_file(file)]
     for file in read:
         LOGGER.info("settings are read from %s", file)
-    tokens = [token for name in TOKENS for token in _words(getattr(settings, name)) if token]
-    in_files = [Path(token[1:]) for token in tokens if is_token_file(token)]
+    tokens = [token for name in TOKENS for token in settings.tokens_of(name) if token]
+    in_files = settings.token_files
     for file in [*in_files, *(read if len(tokens) > len(in_files) else ())]:
         if is_public(file):
             LOGGER.warning("all users may read %s, which may have a token: close it with chmod go-r", file)
-
-
-def _words(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else value

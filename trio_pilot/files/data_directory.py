@@ -393,17 +393,16 @@ def _opened_own(path: Path) -> Iterator[int]:
 
 
 def owner_files_of_dead(root: Path, dead: Identity | None = None) -> set[Path]:
-    """Return the owner files in a data directory whose pilots are dead.
+    """Return the owner files in a data directory whose pilots are dead. Never raises an Exception.
 
     Args:
         root: The data directory.
         dead: A pilot that is known to be dead, although one of its threads may still hold its lock for a moment.
     """
-    found: set[Path] = set()
-    with suppress(OSError):
+    with suppress(Exception):  # whatever other users have put there; a later sweep may find them
         files = _owner_files(root)
-        found.update(owner for owner, _, name in files if _is_of(dead, name) or _is_owner_file_of_dead(owner, name))
-    return found
+        return {owner for owner, _, name in files if _is_of(dead, name) or _is_owner_file_of_dead(owner, name)}
+    return set()
 
 
 def has_orphaned(root: Path, pilot: Identity) -> bool:

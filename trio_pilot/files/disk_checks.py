@@ -4,6 +4,8 @@ import errno
 import os
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,21 +18,26 @@ TRIAL = 2**14  # bytes to write as a test
 
 def check_writable(directory: Path) -> None:
     """Write a file and sync it to disk. Raises NodeError if that fails."""
-    with map_exceptions({OSError: NodeError}, f"cannot write in {directory}"), tempfile.TemporaryFile(dir=directory) as file:
-        file.write(b"?" * TRIAL)
-        file.flush()
-        os.fsync(file.fileno())
+    with map_exceptions({OSError: NodeError}, f"cannot write in {directory}"), _trial(directory) as file:
+        os.fsync(file)
 
 
 def is_full(directory: Path) -> bool:
     """Return whether this user cannot write in a directory because the disk, or the quota, is used up."""
     try:
-        with tempfile.TemporaryFile(dir=directory) as file:
-            file.write(b"?" * TRIAL)
-            file.flush()
+        with _trial(directory):
+            return False
     except OSError as error:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return False
+
+
+@contextmanager
+def _trial(directory: Path) -> Iterator[int]:
+    """Write a file that has no name."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+        file.write(b"?" * TRIAL)
+        file.flush()
+        yield file.fileno()
 
 
 def disk_fault(directory: Path) -> str:

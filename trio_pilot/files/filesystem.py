@@ -14,18 +14,25 @@ from trio_pilot.log import LOGGER
 # Before Python 3.14, those of pathlib raise if a directory may not be read, or a name is too long. These return False.
 exists, is_directory, is_file, is_link = os.path.exists, os.path.isdir, os.path.isfile, os.path.islink
 
+Inode = tuple[int, int]  # of a device, and of a file there
+
 O_DIRECTORY_PATH = os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC  # a directory, even one that is closed
 RM_TIMEOUT = 60.0  # seconds that rm may take
 
 
 @contextmanager
-def opened(path: Path, flags: int) -> Iterator[int]:
-    """Open a file (open(2)) for the body."""
-    descriptor = os.open(path, flags | os.O_CLOEXEC)
+def opened(path: Path | str, flags: int, mode: int = 0o600, directory: int | None = None) -> Iterator[int]:
+    """Open a file for the body, as open(2) does; its path may be relative to a directory that is open."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC, mode, dir_fd=directory)
     try:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def inode(facts: os.stat_result) -> Inode:
+    """Return what makes a file the same under any name."""
+    return facts.st_dev, facts.st_ino
 
 
 def remove_tree(root: Path) -> None:
@@ -64,7 +71,7 @@ def _directories(root: Path) -> Iterator[tuple[Path, int]]:
         names = waiting.pop()
         with suppress(OSError), _opened_below(root, names) as descriptor:
             yield root.joinpath(*names), descriptor
-            with _opened_at(descriptor, ".", os.O_RDONLY) as listed, os.scandir(listed) as entries:
+            with opened(".", os.O_RDONLY, directory=descriptor) as listed, os.scandir(listed) as entries:
                 # The target of a symbolic link is not part of the tree.
                 waiting += [(*names, entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)]
 
@@ -77,15 +84,6 @@ def _opened_below(root: Path, names: Sequence[str]) -> Iterator[int]:
         for name in names:
             outer, descriptor = descriptor, os.open(name, O_DIRECTORY_PATH, dir_fd=descriptor)
             os.close(outer)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _opened_at(directory: int, name: str, flags: int, mode: int = 0o600) -> Iterator[int]:
-    descriptor = os.open(name, flags | os.O_CLOEXEC, mode, dir_fd=directory)
-    try:
         yield descriptor
     finally:
         os.close(descriptor)
@@ -132,7 +130,7 @@ def write_durably(path: Path, content: bytes, mode: int = 0o600) -> None:
     temporary = f".{uuid.uuid4().hex}.part"
     with opened(path.parent, os.O_RDONLY | os.O_DIRECTORY) as directory:
         try:
-            with _opened_at(directory, temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode) as file:
+            with opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode, directory) as file:
                 write_all(file, content)
                 os.fsync(file)
             os.rename(temporary, path.name, src_dir_fd=directory, dst_dir_fd=directory)

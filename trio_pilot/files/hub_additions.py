@@ -6,8 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from trio_pilot.files.disk_checks import is_full
-
-Inode = tuple[int, int]
+from trio_pilot.files.filesystem import Inode, inode
 
 
 class HubAdditions:
@@ -25,23 +24,23 @@ class HubAdditions:
     def remember(self) -> None:
         """Remember what is in the data hub, at the first call only."""
         if self._known is None:
-            self._known = {_inode(facts) for _, _, facts in self._files()}
+            self._known = {inode(facts) for _, _, facts in self._files()}
 
     def have_filled_the_disk(self) -> bool:
         """Return whether the disk is full, and tasks have added files to the data hub."""
-        return self._known is not None and is_full(self._hub) and any(self._additions())
+        return self._known is not None and is_full(self._hub) and any(True for _ in self._additions())
 
     def remove(self) -> None:
         """Remove the files that tasks have added. Directories stay; what another user has closed stays too."""
-        if self._known is None:
-            return
-        for directory, name, facts in self._files():
+        for directory, name in self._additions():
             with suppress(OSError):
-                if _inode(facts) not in self._known:
-                    os.unlink(name, dir_fd=directory)
+                os.unlink(name, dir_fd=directory)
 
-    def _additions(self) -> list[Inode]:
-        return [inode for _, _, facts in self._files() if (inode := _inode(facts)) not in (self._known or ())]
+    def _additions(self) -> Iterator[tuple[int, str]]:
+        """Yield the directory, open until the next one, and the name of each; none before `remember` was called."""
+        known = self._known
+        if known is not None:
+            yield from ((directory, name) for directory, name, facts in self._files() if inode(facts) not in known)
 
     def _files(self) -> Iterator[tuple[int, str, os.stat_result]]:
         """Yield each file of the hub: its directory, open until the next one; its name; and its facts."""
@@ -50,7 +49,3 @@ class HubAdditions:
                 for name in names:
                     with suppress(OSError):
                         yield directory, name, os.stat(name, dir_fd=directory, follow_symlinks=False)
-
-
-def _inode(facts: os.stat_result) -> Inode:
-    return facts.st_dev, facts.st_ino

@@ -27,20 +27,25 @@ def read_trusted(file: Path, errors: str = "strict") -> str:
         ValueError: it is not UTF-8.
     """
     facts, directory = file.lstat(), file.parent.stat()
-    _refuse(file, facts, directory, writers(directory), f"its directory {writers(directory)}")
+    _refuse_foreign(file, facts, directory)
+    _refuse_writable(file, "its directory", directory)
     target = file.resolve() if stat.S_ISLNK(facts.st_mode) else file  # the user's own link, or root's
     with os.fdopen(open_plain(target, os.O_RDONLY), encoding="utf-8", errors=errors) as text:
         found = os.fstat(text.fileno())
-        _refuse(file, found, directory, writers(found), f"it {writers(found)}")
+        _refuse_foreign(file, found, directory)
+        _refuse_writable(file, "it", found)
         return text.read()
 
 
-def _refuse(file: Path, facts: os.stat_result, directory: os.stat_result, writable: str, why: str) -> None:
+def _refuse_foreign(file: Path, facts: os.stat_result, directory: os.stat_result) -> None:
     is_of_unmapped = is_unmapped(facts.st_uid) and not directory.st_mode & stat.S_IWOTH
     if not (facts.st_uid == ROOT or is_own(facts, file.parent) or is_of_unmapped):
         raise SettingsError(f"{file} belongs to user {facts.st_uid}: remove it, or make it your own with chown")
-    if writable:
-        raise SettingsError(f"{file} is not obeyed, for {why}: remove it, or take that right away with chmod")
+
+
+def _refuse_writable(file: Path, what: str, facts: os.stat_result) -> None:
+    if by := writers(facts):
+        raise SettingsError(f"{file} is not obeyed, for {what} {by}: remove it, or take that right away with chmod")
 
 
 def is_public(file: Path) -> bool:

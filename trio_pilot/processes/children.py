@@ -323,7 +323,7 @@ def end_all_children() -> None:
 
 
 def _all_started_here() -> Collection[int]:
-    return {pid for pid in _own_children() if pid not in _OUTLIVING and _has_been_started_here(pid)}
+    return [pid for pid in _own_children() if _has_been_started_here(pid)]
 
 
 def _own_children() -> list[int]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from trio_pilot.processes.identity import ENV_END, ENV_START, FLAGS, PARENT, THREADS, stat_of
 
+UID_MAP = Path("/proc/self/uid_map")
 PF_EXITING = 0x4  # linux/sched.h
 
 
@@ -47,6 +48,14 @@ def _stat(pid: int) -> list[str]:
     if (fields := stat_of(pid)) is None:
         raise FileNotFoundError(pid)
     return fields
+
+
+def knows_all_users() -> bool:
+    """Return whether each user is the same in the user namespace of this process as on the machine: user_namespaces(7)."""
+    try:
+        return UID_MAP.read_text().split() == ["0", "0", "4294967295"]
+    except OSError:
+        return True
 
 
 def is_relative(pid: int) -> bool:

@@ -44,7 +44,7 @@ from trio_pilot.runtimes.confinement import Confinement, Limiter, OpenGroups, op
 from trio_pilot.runtimes.engine_registry_login import login_files
 from trio_pilot.runtimes.hidden_paths import NOTHING, HiddenPath, HiddenPaths
 from trio_pilot.runtimes.kernel_files import kernel_files, masked_files
-from trio_pilot.runtimes.mount_table import PrivateMounts, to_the_bottom
+from trio_pilot.runtimes.mount_table import TABLE, PrivateMounts, path_of, to_the_bottom
 from trio_pilot.runtimes.seccomp import seccomp_rules
 from trio_pilot.runtimes.session_keyring import join_new_session_keyring
 
@@ -144,6 +144,7 @@ class ApptainerRuntime:
         self._stack = stack
         self._security = _security(options, stack)
         self._nothing: Path | None = None  # an empty directory
+        self._protection = [*_protection(), *map(self._cover, _firmware())]
 
     async def prepare(self, image: str, *, has_args: bool = True) -> None:
         """Check the image; unpack it if it cannot be run as it is."""
@@ -201,8 +202,8 @@ class ApptainerRuntime:
             action = "exec"
         scratch = [Mount(container.scratch, place, writable=True) for place in (HOME, VAR_TMP)]
         mended = [Mount(run.image.environment, f"/{DOCKER_ENVIRONMENT}")] if run.image.environment else []
-        hidden = [self._cover(path) for path in (*self._hidden.seen_through(container.mounts), *_firmware())]
-        mounts = [*scratch, *to_the_bottom(container.mounts, os.geteuid()), *mended, *_protection(), *hidden]
+        hidden = map(self._cover, self._hidden.seen_through(container.mounts))
+        mounts = [*scratch, *to_the_bottom(container.mounts, os.geteuid()), *mended, *self._protection, *hidden]
         self._private_mounts.log(mount.source for mount in mounts if not mount.propagates)
         return [
             *(self._apptainer.path, "--debug" if self._debug else "--silent"),
@@ -299,7 +300,7 @@ def _firmware() -> Iterator[HiddenPath]:
 @cache
 def _below_sys() -> tuple[Path, ...]:
     """List /sys, and the directories below it where something else is mounted."""
-    places = {Path(line.split()[4]) for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+    places = {path_of(line.split()[4]) for line in TABLE.read_bytes().splitlines()}
     return tuple(path for path in sorted(places) if path.is_relative_to(SYS) and is_directory(path))
 
 

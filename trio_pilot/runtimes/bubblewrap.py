@@ -224,15 +224,8 @@ class BubblewrapRuntime:
     def _argv(self, container: Container, plan: "_Plan", contents: Sequence[int]) -> list[str]:
         root, variables, files = plan.root, contents[0], contents[1 : 1 + len(plan.root.files)]
         own = [word for place in root.scratch for word in ("--bind", str(container.scratch), place)]
-        mounts = [
-            option
-            for mount, target in zip(container.mounts, root.targets, strict=True)
-            for option in ("--bind" if mount.writable else "--ro-bind", str(mount.source), target)
-        ]
-        shown = [replace(mount, target=target) for mount, target in zip(container.mounts, root.targets, strict=True)]
-        if container.image in HOST_ROOT:
-            shown.insert(0, Mount(HOST, str(HOST)))
-        hidden = self._hidden.seen_through(shown)
+        mounts = [replace(mount, target=target) for mount, target in zip(container.mounts, root.targets, strict=True)]
+        of_host = [Mount(HOST, str(HOST))] if container.image in HOST_ROOT else []
         made = [word for file, place in zip(files, root.files, strict=True) for word in ("--ro-bind-data", str(file), place)]
         return [
             self._bwrap,
@@ -242,12 +235,16 @@ class BubblewrapRuntime:
             *root.options,
             *("--proc", "/proc", *self._isolation.kernel, *_devices(), *own),
             *made,
-            *mounts,
+            *(word for mount in mounts for word in _bound(mount)),
             *root.devices,
-            *_covers(hidden),
+            *_covers(self._hidden.seen_through([*of_host, *mounts])),
             *("--remount-ro", "/", "--chdir", HOME, "--"),
             *plan.payload.argv,
         ]
+
+
+def _bound(mount: Mount) -> tuple[str, str, str]:
+    return "--bind" if mount.writable else "--ro-bind", str(mount.source), mount.target
 
 
 def _covers(hidden: Iterable[HiddenPath]) -> Iterator[str]:

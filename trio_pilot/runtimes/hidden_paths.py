@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from trio_pilot.runtimes import Mount
-from trio_pilot.runtimes.mount_table import ESCAPE, TABLE
+from trio_pilot.runtimes.mount_table import TABLE, path_of
 
 NOTHING = Path(os.devnull)  # what covers a file
 
@@ -59,8 +59,9 @@ class HiddenPaths:
         """Yield the paths of a container, whether they exist or not."""
         tops = {target: Path(os.path.realpath(source)) for target, source in shown.items()}
         places: dict[str, Path] = {}
+        mounts = _mounts()
         for path in self._paths:
-            for source in _names(Path(os.path.realpath(path))):
+            for source in _names(Path(os.path.realpath(path)), mounts):
                 for target, top in tops.items():
                     if source.is_relative_to(top):
                         seen = PurePath(target, source.relative_to(top))
@@ -79,11 +80,15 @@ def _if_there(path: HiddenPath) -> HiddenPath | None:
     return HiddenPath(path.source, path.place, is_directory=False) if os.path.exists(path.source) else None  # noqa: PTH110
 
 
-def _names(path: Path) -> Iterator[Path]:
+def _mounts() -> list[tuple[bytes, Path, Path]]:
+    """Return what is mounted: the device, the directory of it that is, and the place."""
+    entries = [line.split()[2:5] for line in TABLE.read_bytes().splitlines()]
+    return [(device, path_of(root), path_of(place)) for device, root, place in entries]
+
+
+def _names(path: Path, mounts: Sequence[tuple[bytes, Path, Path]]) -> Iterator[Path]:
     """Yield a path without links, and the others that it has because its directory is mounted at several places."""
     yield path
-    entries = [line.split()[2:5] for line in TABLE.read_bytes().splitlines()]
-    mounts = [(device, _path(root), _path(place)) for device, root, place in entries]
     above = [one for one in mounts if path.is_relative_to(one[2])]
     if not above:
         return
@@ -94,10 +99,6 @@ def _names(path: Path) -> Iterator[Path]:
             name = its_place / inside.relative_to(its_root)
             if name != path and _is_same(name, path):
                 yield name
-
-
-def _path(word: bytes) -> Path:
-    return Path(os.fsdecode(ESCAPE.sub(lambda found: bytes([int(found[1], 8)]), word)))
 
 
 def _is_same(one: Path, other: Path) -> bool:

@@ -39,9 +39,14 @@ class Entry:
         propagates = any(tag.startswith((b"shared:", b"master:")) for tag in tags)
         user = re.search(rb"\buser_id=(\d+)", more)
         is_closed = kind.startswith(b"fuse") and b"allow_other" not in more and user is not None
-        path = Path(os.fsdecode(ESCAPE.sub(lambda found: bytes([int(found[1], 8)]), place)))
         is_writable = b"ro" not in options.split(b",") and b"unbindable" not in tags
-        return cls(int(number), int(parent), path, is_writable, propagates, int(user[1]) if user and is_closed else None)
+        only_user = int(user[1]) if user and is_closed else None
+        return cls(int(number), int(parent), path_of(place), is_writable, propagates, only_user)
+
+
+def path_of(word: bytes) -> Path:
+    """Return the path that a word of the table stands for."""
+    return Path(os.fsdecode(ESCAPE.sub(lambda found: bytes([int(found[1], 8)]), word)))
 
 
 class MountTable:

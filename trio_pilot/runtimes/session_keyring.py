@@ -8,7 +8,7 @@ JOIN_SESSION_KEYRING = 1  # of keyctl(2)
 
 
 def join_new_session_keyring() -> None:
-    """Give this thread a new and empty session keyring, for the children that it starts.
+    """Replace the session keyring of this thread by a new and empty one, which the children that it starts inherit.
 
     Where the kernel has no keyrings, or does not let this process use them, its children cannot either.
     """

@@ -129,11 +129,11 @@ def test_an_error_of_one_kind_does_not_keep_the_others(
 def test_an_error_of_any_kind_in_a_look_is_logged_by_a_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, module: str
 ) -> None:
-    def fail(_theirs: object) -> int:
+    def fail(*_: object) -> int:
         raise OverflowError("not as expected")
 
     monkeypatch.setattr(f"trio_pilot.processes.{module}", fail)
-    monkeypatch.setattr("trio_pilot.files.data_directory.owner_files_of_dead", fail)
+    monkeypatch.setattr("trio_pilot.files.data_directory._is_of", fail)
     directory = leave_task_directory(tmp_path, "01234567", f"{DEAD}@{NODE}")
     sweep([("data", tmp_path / "ewms-pilot-data")])
     assert not directory.exists()

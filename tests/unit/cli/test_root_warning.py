@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from trio_pilot.cli import root_warning
+from trio_pilot.processes import proc
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,6 @@ def test_only_root_of_the_machine_is_warned(
 ) -> None:
     (tmp_path / "uid_map").write_text(users)
     monkeypatch.setattr(os, "geteuid", lambda: user)
-    monkeypatch.setattr(root_warning, "UID_MAP", tmp_path / "uid_map")
+    monkeypatch.setattr(proc, "UID_MAP", tmp_path / "uid_map")
     monkeypatch.setattr(root_warning, "OF_CONTAINERS", (str(tmp_path / mark),))
     assert (root_warning.root_warning() is not None) is is_warned
